@@ -1,0 +1,191 @@
+"""Checks of shapes, dtypes and numbers at the public edge, and the messages they give.
+
+Every message says the operation, the argument, what was got, what was expected and where that comes from:
+``attention: k has shape (2, 3, 5, 16), expected (B=2, G, S, D=8): B and D are fixed by q``.
+TypeError is for a kind (dtype, class), ValueError for a shape or a value.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[Any]
+Shape: TypeAlias = tuple[int, ...]
+
+_COMPUTED_AS_THEY_ARE = tuple(map(np.dtype, (np.float32, np.float64, np.longdouble, np.complex128, np.clongdouble)))
+_DTYPES = "float16, bfloat16, float32, float64, longdouble, complex128 or clongdouble"
+
+
+def kind(x: object) -> str:
+    """What x is, in the words of an error message."""
+    return f"an array of dtype {x.dtype}" if type(x) is np.ndarray else f"a {type(x).__module__}.{type(x).__qualname__}"
+
+
+def check_array(op: str, name: str, x: object) -> Array:
+    # A masked array would lose its mask and a matrix would change what * means: both are refused, not converted.
+    if not isinstance(x, np.ndarray) or isinstance(x, (np.ma.MaskedArray, np.matrix)):
+        raise TypeError(f"{op}: {name} is {kind(x)}, expected a numpy.ndarray")
+    return x
+
+
+def computing_dtype(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
+    """The dtype that arrays of this dtype are computed in (None: not one of ours)."""
+    if dtype == np.float16 or dtype.name == "bfloat16":
+        return np.dtype(np.float32)
+    return dtype if dtype in _COMPUTED_AS_THEY_ARE else None
+
+
+def check_dtype(op: str, **arrays: object) -> np.dtype[Any]:
+    """All the arrays have one dtype; returns the dtype they are computed in."""
+    (first, x), *others = arrays.items()
+    computing = computing_dtype(check_array(op, first, x).dtype)
+    if computing is None:
+        raise TypeError(f"{op}: {first} has dtype {check_array(op, first, x).dtype}, expected {_DTYPES}")
+    for name, y in others:
+        if check_array(op, name, y).dtype != check_array(op, first, x).dtype:
+            raise TypeError(
+                f"{op}: {name} has dtype {check_array(op, name, y).dtype}, expected "
+                f"{check_array(op, first, x).dtype}: it is fixed by {first}"
+            )
+    return computing
+
+
+def check_other_dtype(op: str, name: str, x: object, dtype: np.dtype[Any], computing: np.dtype[Any]) -> Array:
+    """The dtype of a bias, sink, dropout mask or parameter: the inputs' or the one they are computed in."""
+    x = check_array(op, name, x)
+    if x.dtype not in (dtype, computing):
+        both = f"{dtype} or {computing}" if dtype != computing else f"{dtype}"
+        raise TypeError(f"{op}: {name} has dtype {x.dtype}, expected {both}: it is fixed by the inputs")
+    return x
+
+
+def check_cotangent(
+    op: str, name: str, x: object, shape: Shape, dtype: np.dtype[Any], computing: np.dtype[Any]
+) -> Array:
+    """The gradient of an output has its shape and dtype; returned in the computing dtype."""
+    array = check_array(op, name, x)
+    if array.dtype != dtype:
+        raise TypeError(f"{op}: {name} has dtype {array.dtype}, expected {dtype}: it is fixed by the forward")
+    if array.shape != shape:
+        raise ValueError(f"{op}: {name} has shape {array.shape}, expected {shape}: it is fixed by the forward")
+    return array.astype(computing, copy=False)
+
+
+def check_number(op: str, name: str, x: object, computing: np.dtype[Any], *, positive: bool = False) -> Any:
+    """A finite Python (or NumPy scalar) number; complex only where the inputs are complex."""
+    allowed = numbers.Complex if computing.kind == "c" else numbers.Real
+    if isinstance(x, (bool, np.bool_)) or not isinstance(x, allowed):
+        raise TypeError(f"{op}: {name} is {kind(x)}, expected a Python float or None")
+    if positive and not (isinstance(x, numbers.Real) and math.isfinite(x) and x > 0):
+        raise ValueError(f"{op}: {name} is {x}, expected a positive finite number; {name}=None means none")
+    if not np.isfinite(complex(x)):
+        raise ValueError(f"{op}: {name} is {x}, expected a finite number")
+    # A NumPy float64 scalar would turn float32 arrays into float64 ones; a Python float leaves them alone.
+    if isinstance(x, (np.longdouble, np.clongdouble)) and computing.char in "gG":
+        return x
+    return float(x) if isinstance(x, numbers.Real) else complex(x)
+
+
+def check_integer(op: str, name: str, x: object, *, least: int) -> int:
+    if isinstance(x, (bool, np.bool_)) or not isinstance(x, (int, np.integer)):
+        raise TypeError(f"{op}: {name} is {kind(x)}, expected an integer")
+    if x < least:
+        raise ValueError(f"{op}: {name} is {x}, expected an integer of at least {least}")
+    return int(x)
+
+
+def check_one_of(op: str, name: str, x: object, choices: Iterable[object]) -> None:
+    choices = list(choices)
+    if x not in choices:
+        raise ValueError(f"{op}: {name} is {x!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+class Dims:
+    """The letters of the shape legend that the arguments of one call have fixed so far.
+
+    ``dims.fit("k", k, "... G S D")`` checks k against the letters that q has fixed and fixes the new ones.
+    ``...`` stands for any number of leading dims.
+    """
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+        self.sizes: dict[str, int] = {}
+        self.source: dict[str, str] = {}
+        self.lead: Shape | None = None
+
+    def __getitem__(self, letter: str) -> int:
+        return self.sizes[letter]
+
+    def fix(self, source: str, **sizes: int) -> None:
+        self.sizes.update(sizes)
+        self.source.update(dict.fromkeys(sizes, source))
+
+    def fit(self, name: str, x: object, spec: str) -> Array:
+        array = check_array(self.op, name, x)
+        letters = spec.split()
+        leading = letters[0] == "..."
+        letters = letters[leading:]
+        cut = array.ndim - len(letters)
+        lead, tail = array.shape[: max(cut, 0)], array.shape[max(cut, 0) :]
+        wrong = [a for a, n in zip(letters, tail, strict=False) if self.sizes.get(a, n) != n]
+        if leading and self.lead is not None and lead != self.lead:
+            wrong.insert(0, "B" if len(self.lead) == 1 else "...")
+        if cut < 0 or (cut > 0 and not leading) or wrong:
+            raise ValueError(
+                f"{self.op}: {name} has shape {array.shape}, expected {self.expected(spec)}{self._because(wrong)}"
+            )
+        if leading and self.lead is None:
+            self.lead, self.source["..."] = lead, name
+            self.source["B"] = name
+        self.fix(name, **{a: n for a, n in zip(letters, tail, strict=True) if a not in self.sizes})
+        return array
+
+    def expected(self, spec: str) -> str:
+        """The shape that spec asks for, with the sizes that are fixed: (B=2, G, S, D=8)."""
+        words: list[str] = []
+        for letter in spec.split():
+            if letter != "...":
+                words.append(f"{letter}={self.sizes[letter]}" if letter in self.sizes else letter)
+            elif self.lead is None:
+                words.append("...")
+            elif len(self.lead) == 1:
+                words.append(f"B={self.lead[0]}")
+            else:
+                words += map(str, self.lead)
+        return f"({', '.join(words)}{',' if len(words) == 1 else ''})"
+
+    def _because(self, wrong: list[str]) -> str:
+        sources = {self.source[a] for a in wrong if a in self.source}
+        if not sources:
+            return ""
+        return f": {' and '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} fixed by {' and '.join(sorted(sources))}"
+
+
+def pair_letters(shape: Shape) -> str:
+    """(B=2, H=3, L=5, S=7), for messages about arrays over pairs."""
+    names = {2: "LS", 3: "HLS", 4: "BHLS"}.get(len(shape))
+    return "(" + ", ".join(f"{a}={n}" for a, n in zip(names, shape, strict=True)) + ")" if names else str(shape)
+
+
+def broadcast_pairs(op: str, name: str, x: Array, shape: Shape) -> Array:
+    """x over all pairs (..., H, L, S), as a view. Its rank is 2 or full, its axes have their size or 1.
+
+    A rank in between would broadcast onto the wrong axis whenever two sizes coincide, so it is an error.
+    """
+    fits = all(n in (1, full) for n, full in zip(x.shape[::-1], shape[::-1], strict=False))
+    if x.ndim in (min(2, len(shape)), len(shape)) and fits:
+        return np.broadcast_to(x, shape)
+    forms = pair_letters(shape[-2:]) + (f" or {pair_letters(shape)}" if len(shape) > 2 else "") + " (axes may be 1)"
+    hint = ""
+    if 2 < x.ndim < len(shape):
+        gap, front, tail = len(shape) - x.ndim, x.shape[:-2], x.shape[-2:]
+        whole = {name: front + (1,) * gap + tail, f"{name} ": (1,) * gap + front + tail}
+        ways = [s for s in whole.values() if all(n in (1, full) for n, full in zip(s, shape, strict=True))]
+        hint = "; say which axes are meant: " + " or ".join(f"{name}.reshape{s}" for s in ways) if ways else ""
+    raise ValueError(f"{op}: {name} has shape {x.shape}, expected {forms}{hint}")

@@ -1,0 +1,199 @@
+"""Scaled dot-product attention, forwards and backwards: the page that everything else explains.
+
+    scores = scale * q k^T                      (..., H, L, S)      (1)
+    scores = softcap * tanh(scores / softcap)                       (2)    where a softcap is given
+    scores = scores + bias                                          (3)
+    scores = scores where allowed, else -inf                        (4)
+    weights = softmax(scores)                                       (5)    a sink is one more logit, without a value
+    dropped = weights * dropout_mask                                (6)
+    out = dropped v                             (..., H, L, E)      (7)
+
+The backward takes the same lines from (7) to (1). Its only step that is not a product rule is (5), see
+docs/attention-backward.md. Vaswani et al. 2017, "Attention is all you need", section 3.2.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from npattn._checks import Array, Dims, Shape, check_cotangent, check_dtype, check_number, check_other_dtype
+from npattn.biases import bind_bias, heads_first, sum_per_head
+from npattn.masks import ALL, bind_dropout, bind_mask
+from npattn.softmax import normalize, product, quiet, select, swap
+
+
+class AttentionCache(NamedTuple):
+    """What the backward needs: references to the inputs, the bound options, and what was computed."""
+
+    q: Array  # (..., H, L, D)
+    k: Array  # (..., G, S, D)
+    v: Array  # (..., G, S, E)
+    mask: Any  # bound to (..., H, L, S), or None; likewise bias and dropout
+    bias: Any
+    scale: Any
+    softcap: Any
+    sink: Array | None  # (H,)
+    dropout: Any
+    computing: np.dtype[Any]
+    weights: Array | None = None  # (..., H, L, S) before dropout; None where they were never all there (blockwise)
+    lse: Any = None  # (..., H, L) natural log of the sum of exp(scores) over the allowed keys, and of exp(sink)
+
+
+class AttentionGrads(NamedTuple):
+    q: Array
+    k: Array
+    v: Array
+    bias: Any  # as the bias was given: an array of its shape, or an object that holds its parameters' gradients
+    sink: Array | None
+    scale: Any
+
+
+def bind(op: str, q: Any, k: Any, v: Any, mask: Any, bias: Any, scale: Any, softcap: Any, sink: Any, dropout_mask: Any
+         ) -> AttentionCache:  # fmt: skip
+    """All checks of one call, and its options bound to the shape of the scores."""
+    dims, computing = Dims(op), check_dtype(op, q=q, k=k, v=v)
+    head, group = ("... H ", "... G ") if q.ndim > 2 else ("", "")
+    dims.fit("q", q, head + "L D")
+    dims.fit("k", k, group + "S D")
+    dims.fit("v", v, group + "S E")
+    H, G = (dims["H"], dims["G"]) if q.ndim > 2 else (1, 1)
+    if H % G if G else H:
+        raise ValueError(f"{op}: k has G={G} heads, expected a number that divides H={H}: H is fixed by q")
+    shape = (*q.shape[:-1], dims["S"])
+    scale = check_number(op, "scale", (dims["D"] or 1) ** -0.5 if scale is None else scale, computing)
+    if softcap is not None:
+        softcap = check_number(op, "softcap", softcap, computing, positive=True)
+    if sink is not None:
+        dims.fix("q", H=H)
+        dims.fit("sink", check_other_dtype(op, "sink", sink, q.dtype, computing), "H")
+    return AttentionCache(
+        q, k, v, bind_mask(op, mask, shape), bind_bias(op, bias, shape, q.dtype, computing), scale, softcap, sink,
+        bind_dropout(op, dropout_mask, shape, q.dtype, computing), computing,
+    )  # fmt: skip
+
+
+def visible(c: AttentionCache, index: Shape = (), rows: slice = ALL, cols: slice = ALL) -> tuple[Any, Any]:
+    """Which pairs are allowed (None: all), and the bias, of ``scores[index][..., rows, cols]``."""
+    allowed = None if c.mask is None else c.mask.tile(index, rows, cols)
+    bias = None if c.bias is None else c.bias.tile(index, rows, cols)
+    if bias is not None and (masked := bias.real == -np.inf).any():  # a bias of -inf is a mask in every respect
+        allowed = ~masked if allowed is None else allowed & ~masked
+    return allowed, bias
+
+
+def one_head_each(x: Array, heads: int, computing: np.dtype[Any]) -> Array:
+    """(..., G, S, D) -> (..., H, S, D): head h reads group h // (H // G)."""
+    x = x.astype(computing, copy=False)
+    return x if x.ndim == 2 or x.shape[-3] == heads else np.repeat(x, heads // x.shape[-3], axis=-3)
+
+
+def sum_of_group(dx: Array, like: Array) -> Array:
+    """(..., H, S, D) -> (..., G, S, D): every head that read a group gives to its gradient."""
+    if dx.shape != like.shape:
+        dx = dx.reshape(*like.shape[:-2], dx.shape[-3] // like.shape[-3], *like.shape[-2:]).sum(-3)
+    return dx.astype(like.dtype, copy=False)
+
+
+@quiet
+def attention_forward(
+    q: Array, k: Array, v: Array, *, mask: Any = None, bias: Any = None, scale: Any = None, softcap: Any = None,
+    sink: Array | None = None, dropout_mask: Any = None, return_lse: bool = False,
+) -> tuple[Any, AttentionCache]:  # fmt: skip
+    """Scaled dot-product attention, equations (1) to (7) of this page.
+
+    q : (..., H, L, D)   k : (..., G, S, D)   v : (..., G, S, E); rank 2 means one head. Head h reads group h // (H // G).
+    mask         : boolean, (L, S) or (..., H, L, S), axes may be 1, True = may attend; or a mask of `npattn.masks`
+    bias         : is added to the scores; an array of such a shape, or an object of `npattn.biases`
+    scale        : a Python float, D ** -0.5 unless given; softcap : a positive float
+    sink         : (H,), one more logit for every query of a head
+    dropout_mask : 0 or 1/(1-p) for each pair, drawn by the caller
+    Returns out (..., H, L, E), or (out, lse) with lse (..., H, L) in nats, and the cache.
+
+    A query that may see no key has output 0 and lse -inf (with a sink: the sink). Raises TypeError, ValueError.
+
+    >>> out, cache = attention_forward(np.eye(2), np.eye(2), np.array([[1.0], [3.0]]), scale=1.0)
+    >>> out.round(4).tolist()
+    [[1.5379], [2.4621]]
+    """
+    c = bind("attention", q, k, v, mask, bias, scale, softcap, sink, dropout_mask)
+    heads = q.shape[-3] if q.ndim > 2 else 1
+    q_, k_, v_ = (one_head_each(x, heads, c.computing) for x in (q, k, v))
+    allowed, b = visible(c)
+    scores = c.scale * (q_ @ swap(k_))  # (1)
+    if softcap is not None:
+        scores = c.softcap * np.tanh(scores / c.softcap)  # (2)
+    if b is not None:
+        scores = scores + b  # (3)
+    scores = select(allowed, scores, -np.inf)  # (4)
+    weights, lse = normalize(scores, allowed, None if sink is None else heads_first(sink, scores.shape))  # (5)
+    dropped = weights if c.dropout is None else weights * c.dropout.dense()  # (6)
+    out = product(dropped, v_, allowed).astype(q.dtype, copy=False)  # (7)
+    return (out, lse) if return_lse else out, c._replace(weights=weights, lse=lse)
+
+
+@quiet
+def attention_backward(dout: Array, cache: AttentionCache, dlse: Array | None = None) -> AttentionGrads:
+    """The gradients of sum(dout * out) + sum(dlse * lse), by the equations of this page from (7) to (1).
+
+    dout : (..., H, L, E), as out; dlse : (..., H, L) in the computing dtype; both are ignored in rows whose lse is -inf.
+    """
+    c, heads = cache, cache.q.shape[-3] if cache.q.ndim > 2 else 1
+    q, k, v = (one_head_each(x, heads, c.computing) for x in (c.q, c.k, c.v))
+    dout, dlse = cotangents("attention", c, dout, dlse)
+    allowed, b = visible(c)
+    weights, drop = c.weights, None if c.dropout is None else c.dropout.dense()
+
+    dropped = weights if drop is None else weights * drop
+    dv = product(swap(dropped), dout, None if allowed is None else swap(allowed))  # (7)
+    dweights = select(allowed, dout @ swap(v))  # (7)
+    if drop is not None:
+        dweights = dweights * drop  # (6)
+    mean = (weights * dweights).sum(-1, keepdims=True)  # sum_j p_j dp_j, often called Delta
+    dscores = weights * (dweights - mean + dlse)  # (5): softmax, and d lse / d scores_j = p_j
+    dsink = None
+    if c.sink is not None:
+        sink = heads_first(c.sink, dscores.shape)
+        p_sink = select(sink != -np.inf, np.exp(sink - c.lse[..., None]))
+        dsink = sum_per_head(p_sink * (dlse - mean), heads).astype(c.sink.dtype, copy=False)  # (5)
+    dscores = select(allowed, dscores)  # (4)
+    dbias = None
+    if b is not None:
+        total = c.bias.new_gradient()
+        c.bias.add_gradient(total, (), ALL, ALL, dscores)
+        dbias = c.bias.finish(total)  # (3)
+    if c.softcap is not None:
+        t = np.tanh(c.scale * (q @ swap(k)) / c.softcap)
+        dscores = select(allowed, dscores * (1 - t * t))  # (2)
+    sums = product(dscores, k, allowed)
+    dq = c.scale * sums  # (1)
+    dk = c.scale * product(swap(dscores), q, None if allowed is None else swap(allowed))  # (1)
+    dscale = (q * sums).sum(where=sums != 0)  # (1): sum_ij dscores_ij q_i . k_j
+    return AttentionGrads(
+        dq.astype(c.q.dtype, copy=False), sum_of_group(dk, c.k), sum_of_group(dv, c.v), dbias, dsink, dscale
+    )
+
+
+def cotangents(op: str, c: AttentionCache, dout: Array, dlse: Array | None) -> tuple[Array, Any]:
+    """dout and dlse (..., L, 1), checked, in the computing dtype, and 0 in rows without a key or sink."""
+    alive = c.lse[..., None] != -np.inf
+    dout = check_cotangent(op, "dout", dout, (*c.q.shape[:-1], c.v.shape[-1]), c.q.dtype, c.computing)
+    if dlse is None:
+        return select(alive, dout), 0.0
+    dlse = check_cotangent(op, "dlse", dlse, c.lse.shape, c.computing, c.computing)
+    return select(alive, dout), select(alive, dlse[..., None])
+
+
+def attention(
+    q: Array, k: Array, v: Array, *, mask: Any = None, bias: Any = None, scale: Any = None, softcap: Any = None,
+    sink: Array | None = None, dropout_mask: Any = None, return_lse: bool = False,
+) -> Any:  # fmt: skip
+    """`attention_forward` without its cache: out, or (out, lse) with ``return_lse=True``."""
+    return attention_forward(
+        q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap, sink=sink, dropout_mask=dropout_mask,
+        return_lse=return_lse,
+    )[0]  # fmt: skip
+
+
+__all__ = ["AttentionCache", "AttentionGrads", "attention", "attention_backward", "attention_forward"]

@@ -1,0 +1,254 @@
+"""What is added to a score, and the gradient of its parameters.
+
+A bias is an array over pairs, (L, S) or (..., H, L, S) with axes of size 1 where it does not vary, or an object that never
+needs the whole L x S array. Bound to the shape of the scores, either gives
+
+    tile(index, rows, cols)                         the values of ``scores[index][..., rows, cols]``
+    new_gradient()                                  zeros, in the computing dtype
+    add_gradient(total, index, rows, cols, dscores) adds what one tile of score gradients contributes
+    finish(total)                                   the gradient in the form in which the bias was given
+
+The gradient of an object is an object of the same class that holds the gradients of its parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from npattn._checks import (
+    Array,
+    Shape,
+    broadcast_pairs,
+    check_array,
+    check_integer,
+    check_other_dtype,
+    check_dtype,
+    kind,
+)
+from npattn.masks import Bindable, Bound, Positions, integers
+
+
+def bind_bias(op: str, bias: object, shape: Shape, dtype: np.dtype[Any], computing: np.dtype[Any]) -> Any:
+    """The bias, checked against scores of this shape (None stays None)."""
+    if bias is None:
+        return None
+    if isinstance(bias, np.ndarray):
+        return ArrayBound(op, check_other_dtype(op, "bias", bias, dtype, computing), shape)
+    if not isinstance(bias, Bindable):
+        raise TypeError(f"{op}: bias is {kind(bias)}, expected an array, Alibi or RelativeTable")
+    if isinstance(bias, (Alibi, RelativeTable)):
+        check_other_dtype(op, "bias", bias.parameter, dtype, computing)
+    return bias.bind(shape)
+
+
+class ParameterBound(Bound):
+    """A bias with one differentiable parameter. A subclass gives ``tile`` and ``add_gradient``."""
+
+    def __init__(self, bias: Any, parameter: Array, shape: Shape) -> None:
+        self.bias, self.shape, self.dtype = bias, shape, parameter.dtype
+        self.value = parameter.astype(check_dtype("bias", bias=parameter), copy=False)
+
+    def new_gradient(self) -> Array:
+        return np.zeros(self.value.shape, self.value.dtype)
+
+    def finish(self, total: Array) -> Any:
+        return self.bias.with_parameter(total.astype(self.dtype, copy=False))
+
+
+class ArrayBound(ParameterBound):
+    def __init__(self, op: str, bias: Array, shape: Shape) -> None:
+        super().__init__(None, bias, shape)
+        self.view = broadcast_pairs(op, "bias", bias, shape)
+        # The gradient is summed over the axes along which the bias does not vary: a view of it with the full rank.
+        self.full = (1,) * (len(shape) - bias.ndim) + bias.shape
+
+    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+        return self.view[index][..., rows, cols]
+
+    def add_gradient(self, total: Array, index: Shape, rows: slice, cols: slice, dscores: Array) -> None:
+        here = total.reshape(self.full)  # a view: total is contiguous
+        place = (*(i if n > 1 else 0 for i, n in zip(index, self.full, strict=False)), ...)
+        at = here[place][..., rows if self.full[-2] > 1 else slice(None), cols if self.full[-1] > 1 else slice(None)]
+        sums = tuple(a - at.ndim for a in range(at.ndim) if at.shape[a] == 1)
+        at += dscores.sum(sums, keepdims=True)
+
+    def finish(self, total: Array) -> Any:
+        return total.astype(self.dtype, copy=False)
+
+
+def heads_first(x: Array, shape: Shape) -> Array:
+    """One number a head, (H,), beside scores (..., H, L, S); H = 1 where the scores have rank 2."""
+    return x.reshape(shape[-3:-2] + (1, 1))
+
+
+def sum_per_head(x: Array, heads: int) -> Array:
+    """(..., H, L, S) or (L, S) -> (H,), summed over everything else."""
+    total: Array = x.sum(tuple(a for a in range(x.ndim) if a != x.ndim - 3))
+    return total.reshape(heads)
+
+
+def check_heads(op: str, name: str, x: object, shape: Shape, axis: int) -> Array:
+    """The axis of x that goes over heads has H elements."""
+    a, H = check_array(op, name, x), shape[-3] if len(shape) > 2 else 1
+    if a.shape[axis] != H:
+        expected = f"(H={H},)" if a.ndim == 1 else f"({a.shape[0]}, H={H})"
+        raise ValueError(f"{op}: {name} has shape {a.shape}, expected {expected}: H is fixed by q")
+    return a
+
+
+def alibi_slopes(num_heads: int, dtype: Any = np.float64) -> Array:
+    """The slopes of the ALiBi paper, (H,): 2^(-8 h / H) for h = 1 .. H where H is a power of two.
+
+    Otherwise those of the power of two below, then every other one of the power of two above (Press et al. 2022).
+
+    >>> alibi_slopes(4)
+    array([0.25      , 0.0625    , 0.015625  , 0.00390625])
+    """
+    H = check_integer("alibi_slopes", "num_heads", num_heads, least=1)
+    whole = 2 ** int(math.log2(H))
+    exponents = [8 * h / whole for h in range(1, whole + 1)] + [4 * h / whole for h in range(1, 2 * whole, 2)]
+    return np.array([2.0**-e for e in exponents[:H]], dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Alibi:
+    """Attention with linear biases: bias_hij = -slopes_h |q_pos_i - k_pos_j| (Press et al. 2022).
+
+    slopes : (H,), see `alibi_slopes`. Positions, ``align`` and ``offset`` as in `npattn.causal`.
+    """
+
+    slopes: Array
+    q_pos: object = None
+    k_pos: object = None
+    align: str | None = None
+    offset: object = None
+
+    def __post_init__(self) -> None:
+        if check_array("Alibi", "slopes", self.slopes).ndim != 1:
+            raise ValueError(f"Alibi: slopes has shape {self.slopes.shape}, expected (H,)")
+        Positions.make("Alibi", self.q_pos, self.k_pos, self.align, self.offset)
+
+    @property
+    def parameter(self) -> Array:
+        return self.slopes
+
+    def with_parameter(self, slopes: Array) -> Alibi:
+        return replace(self, slopes=slopes)
+
+    def bind(self, shape: Shape) -> Any:
+        check_heads("Alibi", "slopes", self.slopes, shape, 0)
+        return AlibiBound(self, shape)
+
+
+class AlibiBound(ParameterBound):
+    def __init__(self, bias: Alibi, shape: Shape) -> None:
+        super().__init__(bias, bias.slopes, shape)
+        positions = Positions.make("Alibi", bias.q_pos, bias.k_pos, bias.align, bias.offset)
+        self.q, self.k = positions.bind(shape)
+
+    def _distance(self, index: Shape, rows: slice, cols: slice) -> Array:
+        distance = np.abs(self.q[index][..., rows, None] - self.k[index][..., None, cols])
+        return distance.astype(self.value.dtype)
+
+    def _slopes(self, values: Array, index: Shape) -> Array:
+        return np.broadcast_to(heads_first(values, self.shape), self.shape[:-2] + (1, 1))[index]
+
+    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+        return -self._slopes(self.value, index) * self._distance(index, rows, cols)
+
+    def add_gradient(self, total: Array, index: Shape, rows: slice, cols: slice, dscores: Array) -> None:
+        terms = (dscores * self._distance(index, rows, cols)).sum((-2, -1))
+        if index:  # one head
+            total[index[-1]] -= terms
+        else:
+            total -= sum_per_head(terms[..., None, None], total.size)
+
+
+@dataclass(frozen=True, eq=False)
+class RelativeTable:
+    """A learned table of biases, one row a bucket of relative positions: bias_hij = table[bucket_ij, h].
+
+    table   : (number of buckets, H), as T5 and Swin store it
+    buckets : integers over pairs, (L, S) or (..., H, L, S) with axes of size 1, or a function that gives the bucket of a
+              relative position k_pos - q_pos (an integer array), which never needs the whole array
+    Positions, ``align`` and ``offset`` as in `npattn.causal`; they are for a function only.
+
+    >>> table = RelativeTable(np.zeros((9, 2)), lambda r: np.clip(r, -4, 4) + 4)
+    """
+
+    table: Array
+    buckets: Array | Callable[[Array], Array]
+    q_pos: object = None
+    k_pos: object = None
+    align: str | None = None
+    offset: object = None
+
+    def __post_init__(self) -> None:
+        if check_array("RelativeTable", "table", self.table).ndim != 2:
+            raise ValueError(f"RelativeTable: table has shape {self.table.shape}, expected (number of buckets, H)")
+        Positions.make("RelativeTable", self.q_pos, self.k_pos, self.align, self.offset)
+        if not callable(self.buckets):
+            if any(x is not None for x in (self.q_pos, self.k_pos, self.align, self.offset)):
+                raise ValueError("RelativeTable: got positions, expected none where buckets is an array")
+            self._check(integers("RelativeTable", "buckets", self.buckets))
+
+    @property
+    def parameter(self) -> Array:
+        return self.table
+
+    def with_parameter(self, table: Array) -> RelativeTable:
+        return replace(self, table=table)
+
+    def _check(self, buckets: Array) -> Array:
+        if buckets.dtype.kind not in "iu":
+            raise TypeError(f"RelativeTable: buckets has dtype {buckets.dtype}, expected integers")
+        if buckets.size and not (buckets.min() >= 0 and buckets.max() < len(self.table)):
+            raise ValueError(
+                f"RelativeTable: buckets reaches from {buckets.min()} to {buckets.max()}, expected 0 to "
+                f"{len(self.table) - 1}: fixed by table"
+            )
+        return buckets
+
+    def bind(self, shape: Shape) -> Any:
+        check_heads("RelativeTable", "table", self.table, shape, 1)
+        return RelativeBound(self, shape)
+
+
+class RelativeBound(ParameterBound):
+    def __init__(self, bias: RelativeTable, shape: Shape) -> None:
+        super().__init__(bias, bias.table, shape)
+        if callable(bias.buckets):
+            positions = Positions.make("RelativeTable", bias.q_pos, bias.k_pos, bias.align, bias.offset)
+            self.q, self.k = positions.bind(shape)
+            self._buckets(tuple(0 for _ in shape[:-2]) if all(shape) else (), slice(0, 1), slice(0, 1))
+        else:
+            self.view = broadcast_pairs("RelativeTable", "buckets", bias.buckets, shape)
+        self.heads = np.broadcast_to(heads_first(np.arange(self.value.shape[1]), shape), shape[:-2] + (1, 1))
+
+    def _buckets(self, index: Shape, rows: slice, cols: slice) -> Array:
+        if not callable(self.bias.buckets):
+            return self.view[index][..., rows, cols]
+        relative = self.k[index][..., None, cols] - self.q[index][..., rows, None]
+        buckets = np.asarray(self.bias.buckets(relative))
+        if buckets.shape != relative.shape:
+            raise ValueError(
+                f"RelativeTable: buckets returns shape {buckets.shape}, expected {relative.shape}: fixed by its argument"
+            )
+        checked: Array = self.bias._check(buckets)
+        return checked
+
+    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+        tile: Array = self.value[self._buckets(index, rows, cols), self.heads[index]]
+        return tile
+
+    def add_gradient(self, total: Array, index: Shape, rows: slice, cols: slice, dscores: Array) -> None:
+        buckets, heads = np.broadcast_arrays(self._buckets(index, rows, cols), self.heads[index])
+        np.add.at(total, (buckets, heads), dscores)
+
+
+__all__ = ["Alibi", "RelativeTable", "alibi_slopes"]

@@ -1,0 +1,332 @@
+"""Checks of hand-written gradients against the forward alone: yours or ours.
+
+    gradcheck(attention_forward, attention_backward, {"q": q, "k": k, "v": v})
+
+needs of the pair no more than the contract of this package: ``forward(**inputs) -> (out, cache)`` and
+``backward(dout, cache) -> gradients``.  Two anchors:
+
+complex step   Im f(x + i h u) / h with h = 1e-40: the derivative along u to the last bits, because nothing is subtracted
+               (Squire and Trapp 1998). The forward has to let complex numbers through: no ``abs``, ``max`` or cast on the way.
+central        (f(x + h u) - f(x - h u)) / 2h for three steps h, extrapolated to h = 0 (Romberg), with the error estimated
+               from the last two extrapolations and from rounding. Works for every forward in float64.
+
+A comparison raises `GradcheckError`, and refuses to pass where it has tested nothing: a gradient that is zero everywhere
+has to be named (``zero=("b_k",)``), and then it must be zero to the same bound.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from npattn._checks import Array, check_one_of
+from npattn.tolerances import COMPLEX_STEP, GRADCHECK_EPS, ROMBERG_STEP, WORST_CENTRAL_ERROR
+
+
+class GradcheckError(AssertionError):
+    """A gradient differs from the forward's derivative, or nothing was tested."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What one input's gradient was checked with."""
+
+    name: str
+    method: str
+    derivatives: int  # elements and directions
+    error: float  # the largest, over what was allowed there: at most 1
+    size: float  # the largest derivative
+
+
+# --- inputs as a tree of arrays -------------------------------------------------------------------------------------
+
+
+def _children(tree: Any) -> list[tuple[str, Any]] | None:
+    """The named parts of a mapping, NamedTuple or sequence; None for a leaf."""
+    if isinstance(tree, Mapping):
+        return [(str(name), x) for name, x in tree.items()]
+    if hasattr(tree, "_fields"):
+        return list(zip(tree._fields, tree, strict=True))
+    if isinstance(tree, (tuple, list)):
+        return [(str(i), x) for i, x in enumerate(tree)]
+    if hasattr(tree, "with_parameter"):  # a bias object: its parameter under its own name
+        return [("parameter", tree.parameter)]
+    return None
+
+
+def _leaves(tree: Any, name: str = "") -> list[tuple[str, Any]]:
+    parts = _children(tree)
+    if parts is None:
+        return [] if tree is None else [(name, tree)]
+    return [leaf for part, x in parts for leaf in _leaves(x, f"{name}.{part}" if name else part)]
+
+
+def _rebuild(tree: Any, leaves: list[Any]) -> Any:
+    """The tree with its leaves replaced, in order; ``leaves`` is used up."""
+    parts = _children(tree)
+    if parts is None:
+        return None if tree is None else leaves.pop(0)
+    new = [_rebuild(x, leaves) for _, x in parts]
+    if isinstance(tree, Mapping):
+        return dict(zip(tree, new, strict=True))
+    if hasattr(tree, "with_parameter"):
+        return tree.with_parameter(new[0])
+    return type(tree)(*new) if hasattr(tree, "_fields") else type(tree)(new)
+
+
+def _find(tree: Any, path: str) -> Any:
+    """The part of a tree of gradients that stands where ``path`` stands in the inputs."""
+    for part in path.split("."):
+        parts = _children(tree)
+        names = None if parts is None else dict(parts)
+        if names is None or part not in names:
+            raise GradcheckError(f"gradcheck: the backward gives no gradient of {path}")
+        tree = names[part]
+    return tree
+
+
+def _as_outputs(out: Any) -> list[Array]:
+    return [np.asarray(x) for x in (out if isinstance(out, (tuple, list)) else (out,))]
+
+
+def _real(x: Any) -> Any:
+    return np.asarray(x, dtype=np.float64) if isinstance(x, numbers.Real) and not isinstance(x, np.generic) else x
+
+
+# --- the pair under test --------------------------------------------------------------------------------------------
+
+
+class _Pair:
+    """A forward and backward on flat lists of arrays."""
+
+    def __init__(self, forward: Callable[..., Any], backward: Callable[..., Any], inputs: Any) -> None:
+        self.forward, self.backward, self.inputs = forward, backward, inputs
+        leaves = _leaves(inputs)
+        if not leaves:
+            raise GradcheckError("gradcheck: there are no inputs, so nothing can be tested")
+        self.names = [name for name, _ in leaves]
+        self.values = [np.asarray(_real(x)) for _, x in leaves]
+        self.scalars = [not isinstance(x, np.ndarray) for _, x in leaves]
+        for name, x in zip(self.names, self.values, strict=True):
+            if x.dtype.char not in "dg":
+                raise TypeError(f"gradcheck: {name} has dtype {x.dtype}, expected float64 or longdouble")
+
+    def run(self, values: Sequence[Array]) -> tuple[list[Array], Any, Any]:
+        """Outputs, cache, and the outputs as the forward gave them."""
+        given = [x.item() if scalar else x for x, scalar in zip(values, self.scalars, strict=True)]
+        inputs = _rebuild(self.inputs, given)
+        out, cache = self.forward(**inputs) if isinstance(inputs, Mapping) else self.forward(*inputs)
+        return _as_outputs(out), cache, out
+
+    def outputs(self, values: Sequence[Array]) -> list[Array]:
+        return self.run(values)[0]
+
+    def gradients(self, dout: list[Array], out: Any, cache: Any) -> list[Array]:
+        shaped = dout[0] if not isinstance(out, (tuple, list)) else tuple(dout)
+        grads = self.backward(shaped, cache)
+        if isinstance(grads, tuple) and not hasattr(grads, "_fields") and isinstance(self.inputs, Mapping):
+            grads = dict(zip(self.inputs, grads, strict=False))
+        elif not isinstance(grads, (tuple, list, Mapping)):
+            grads = (grads,) if not isinstance(self.inputs, Mapping) else {next(iter(self.inputs)): grads}
+        return [np.asarray(_find(grads, name)) for name in self.names]
+
+
+def _same(a: list[Array], b: list[Array]) -> bool:
+    return all(x.shape == y.shape and np.array_equal(x, y, equal_nan=True) for x, y in zip(a, b, strict=True))
+
+
+def _random_like(rng: np.random.Generator, x: Array) -> Array:
+    return rng.standard_normal(x.shape).astype(x.real.dtype)
+
+
+def _complex(x: Array) -> Array:
+    return x.astype(np.result_type(x.dtype, np.complex128))
+
+
+def complex_step(outputs: Callable[[list[Array]], list[Array]], values: list[Array], at: int, u: Array) -> list[Array]:
+    """The derivative of every output along u, a direction of the input ``at``."""
+    inputs = [_complex(x) for x in values]
+    inputs[at] = values[at] + 1j * COMPLEX_STEP * u
+    result = outputs(inputs)
+    if not all(np.iscomplexobj(x) for x in result):
+        raise TypeError(
+            'gradcheck: out is real for complex inputs, so a cast or abs in the forward stops the complex step; use method="central"'
+        )
+    return [x.imag / COMPLEX_STEP for x in result]
+
+
+def central_difference(
+    outputs: Callable[[list[Array]], list[Array]], values: list[Array], at: int, u: Array, dout: list[Array]
+) -> tuple[float, float, float]:
+    """The derivative of sum(dout * out) along u, its estimated error and the largest step."""
+    x, eps = values[at], np.finfo(values[at].dtype).eps
+    reach = np.abs(u).max()
+    touched = np.abs(np.where(u != 0, x, 0)).max()
+    h = ROMBERG_STEP(eps) * max(1.0, touched) / reach
+    slopes, rounding = [], 0.0
+    for step in (h, h / 2, h / 4):
+        ends = []
+        for sign in (1, -1):
+            moved = list(values)
+            moved[at] = x + sign * step * u
+            ends.append(outputs(moved))
+        finite = [np.isfinite(a) & np.isfinite(b) for a, b in zip(*ends, strict=True)]
+        terms = [
+            (c * np.subtract(a, b, where=ok, out=np.zeros_like(a)))[ok]
+            for c, a, b, ok in zip(dout, *ends, finite, strict=True)
+        ]
+        slopes.append(sum(t.sum() for t in terms) / (2 * step))
+        size = sum(np.abs(c * a, where=ok, out=np.zeros_like(a)).sum() for c, a, ok in zip(dout, ends[0], finite, strict=True))
+        rounding = max(rounding, eps * float(size) / step)
+    first, second = (4 * slopes[1] - slopes[0]) / 3, (4 * slopes[2] - slopes[1]) / 3
+    value = (16 * second - first) / 15
+    return float(value), float(abs(second - value) + 4 * rounding), float(h)
+
+
+def gradcheck(
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    inputs: Any,
+    *,
+    method: str = "complex",
+    zero: Sequence[str] = (),
+    terms: Mapping[str, Any] | None = None,
+    elements: int = 200,
+    directions: int = 1,
+    seed: int = 0,
+) -> list[Checked]:
+    """Check every gradient that ``backward`` gives against derivatives of ``forward``; raises `GradcheckError`.
+
+    forward    : ``forward(**inputs)`` (or ``forward(*inputs)``) -> (out, cache); out is an array or a tuple of arrays
+    backward   : ``backward(dout, cache)`` -> gradients: NamedTuple or mapping with the names of the inputs, or in their order
+    inputs     : a mapping or sequence of float64 arrays, floats, NamedTuples of them, or bias objects; None is left out
+    method     : "complex" or "central"
+    zero       : names of the inputs whose gradient is zero by its mathematics
+    terms      : for each name the largest sum of |terms| of one element, where rounding errors are judged against it
+                 (otherwise against the largest derivative of that input)
+    elements   : so many elements of each input are checked one by one (drawn, if there are more), and so many
+    directions : random directions over all of its elements at once
+    Returns what was checked, a row an input. The cotangent is random: a cotangent of ones tests nothing in a softmax.
+
+    >>> rows = gradcheck(lambda x, w: (x @ w, (x, w)), lambda dy, c: (dy @ c[1].T, c[0].T @ dy),
+    ...                  [np.eye(3), np.ones((3, 2))])
+    >>> [(row.name, row.derivatives) for row in rows]
+    [('0', 10), ('1', 7)]
+    """
+    check_one_of("gradcheck", "method", method, ("complex", "central"))
+    rng, pair = np.random.default_rng(seed), _Pair(forward, backward, inputs)
+    before = [x.copy() for x in pair.values]
+    outs, cache, out = pair.run(pair.values)
+    if any(np.isnan(x).any() for x in outs):
+        raise GradcheckError("gradcheck: the forward returns NaN")
+    if not _same(outs, pair.outputs(pair.values)):
+        raise GradcheckError("gradcheck: the forward is not repeatable: two calls with the same inputs differ")
+    dout = [_random_like(rng, x) for x in outs]
+    grads = pair.gradients(dout, out, cache)
+    if not _same(grads, pair.gradients(dout, out, cache)):
+        raise GradcheckError("gradcheck: the backward is not repeatable: two calls with the same cache differ")
+    if not _same(before, pair.values):
+        raise GradcheckError("gradcheck: an input was modified")
+    unknown = [name for name in zero if not any(_is(name, leaf) for leaf in pair.names)]
+    if unknown:
+        raise ValueError(f"gradcheck: zero names {unknown}, expected names out of {pair.names}")
+
+    found = []
+    for at, (name, x, g) in enumerate(zip(pair.names, pair.values, grads, strict=True)):
+        if g.shape != x.shape:
+            raise GradcheckError(f"gradcheck: the gradient of {name} has shape {g.shape}, expected {x.shape}")
+        if not np.isfinite(g).all():
+            raise GradcheckError(f"gradcheck: the gradient of {name} holds NaN or inf")
+        rows = []
+        for place, u in _directions(rng, x, elements, directions):
+            if method == "complex":
+                slopes = complex_step(pair.outputs, pair.values, at, u)
+                numeric, doubt, h = sum(float((c * s).sum()) for c, s in zip(dout, slopes, strict=True)), 0.0, COMPLEX_STEP
+            else:
+                numeric, doubt, h = central_difference(pair.outputs, pair.values, at, u, dout)
+            rows.append((place, float((g * u).sum()), numeric, doubt, h, float(np.abs(u).sum())))
+        found.append((name, x, rows))
+
+    # Rounding is judged against what was summed up, or, where that is not known, against the largest derivative.
+    overall = max((abs(r[2]) / max(r[5], 1.0) for _, _, rows in found for r in rows), default=0.0)
+    report = []
+    for name, x, rows in found:
+        eps, largest = float(np.finfo(x.dtype).eps), max((abs(r[2]) for r in rows), default=0.0)
+        known = None if terms is None else float(np.max(terms[name], initial=0.0))
+        named = any(_is(z, name) for z in zero)
+        scale = known if known is not None else overall if named else max((abs(r[2]) / max(r[5], 1.0) for r in rows), default=0.0)
+        bound = GRADCHECK_EPS * eps * scale
+        ratio = 0.0
+        for place, analytic, numeric, doubt, h, weight in rows:
+            allowed = bound * max(weight, 1.0) + doubt
+            where = f"{name}{place}" if place != "along" else f"{name} along a random direction"
+            if doubt > WORST_CENTRAL_ERROR * max(abs(numeric), overall * max(weight, 1.0)):
+                raise GradcheckError(
+                    f"gradcheck: the central difference of {where} is {numeric:.6g} with an estimated error of "
+                    f"{doubt:.1g} (step {h:.1g}): nothing can be tested at a kink or jump"
+                )
+            if not abs(analytic - numeric) <= allowed:
+                raise GradcheckError(
+                    f"gradcheck: gradient of {where}: backward gives {analytic:.17g}, {method} step h = {h:.1g} gives "
+                    f"{numeric:.17g}; they differ by {abs(analytic - numeric):.2g}, allowed {allowed:.2g}"
+                )
+            if named and not max(abs(analytic), abs(numeric)) <= allowed:
+                raise GradcheckError(f"gradcheck: the gradient of {where} is {numeric:.6g}, but zero names {name}")
+            ratio = max(ratio, abs(analytic - numeric) / allowed if allowed else 0.0)
+        if x.size and not named and all(abs(r[2]) <= bound * max(r[5], 1.0) + r[3] for r in rows):
+            raise GradcheckError(
+                f"gradcheck: the gradient of {name} is zero everywhere, so nothing was tested; if it has to be, name it: "
+                f'zero=("{name}",)'
+            )
+        report.append(Checked(name, method, len(rows), ratio, largest))
+    return report
+
+
+def _is(named: str, leaf: str) -> bool:
+    return leaf == named or leaf.endswith("." + named) or leaf.startswith(named + ".")
+
+
+def _directions(rng: np.random.Generator, x: Array, elements: int, directions: int) -> list[tuple[Any, Array]]:
+    """Unit vectors of (some of) the elements, with their index, and random directions over all."""
+    if not x.size:
+        return []
+    chosen = range(x.size) if x.size <= elements else np.sort(rng.choice(x.size, elements, replace=False))
+    result: list[tuple[Any, Array]] = []
+    for i in chosen:
+        u = np.zeros_like(x)
+        u.flat[i] = 1
+        result.append((list(map(int, np.unravel_index(i, x.shape))), u))
+    return result + [("along", _random_like(rng, x)) for _ in range(directions)]
+
+
+def hessian_vector_product(
+    forward: Callable[..., Any], backward: Callable[..., Any], inputs: Any, direction: Any, dout: Any
+) -> Any:
+    """The derivative of all gradients along a direction of the inputs: H u, by a complex step through the backward.
+
+        H u = Im backward(dout, forward(x + i h u)) / h
+
+    ``direction`` has the structure of ``inputs``, ``dout`` that of the output; the result that of ``inputs``.  Needs a
+    forward and a backward that let complex numbers through, as those of this package do.
+
+    >>> square = (lambda x: (x * x, x), lambda dy, x: (2 * x * dy,))
+    >>> hessian_vector_product(*square, [np.array([3.0, 4.0])], [np.array([1.0, 10.0])], np.ones(2))
+    [array([ 2., 20.])]
+    """
+    pair = _Pair(forward, backward, inputs)
+    along = [np.asarray(_real(u)) for _, u in _leaves(direction)]
+    if [u.shape for u in along] != [x.shape for x in pair.values]:
+        raise ValueError(
+            f"hessian_vector_product: direction has shapes {[u.shape for u in along]}, expected "
+            f"{[x.shape for x in pair.values]}: fixed by inputs"
+        )
+    _, cache, out = pair.run([x + 1j * COMPLEX_STEP * u for x, u in zip(pair.values, along, strict=True)])
+    grads = pair.gradients([_complex(np.asarray(d)) for d in _as_outputs(dout)], out, cache)
+    return _rebuild(pair.inputs, [g.imag / COMPLEX_STEP for g in grads])
+
+
+__all__ = ["Checked", "GradcheckError", "gradcheck", "hessian_vector_product"]

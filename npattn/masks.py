@@ -1,0 +1,578 @@
+"""Which keys a query may see: an algebra (``&``, ``|``, ``~``) over positions, True = may attend.
+
+    (key_lengths(4) | window(1024, 0)) & causal()      # streaming: 4 keys that stay, and the last 1024
+
+A mask is a value: what it is made of is copied, so that an offset that is counted up later does not change it.
+It knows nothing of shapes until an operation *binds* it once to the shape of its scores (..., H, L, S).  A bound mask
+(and likewise a bias or a dropout mask) never needs the whole L x S array:
+
+    dense()                    all pairs, (..., H, L, S)
+    tile(index, rows, cols)    those of ``scores[index][..., rows, cols]``, or what broadcasts to it
+    state(index, rows, cols)   EMPTY, PARTIAL or FULL (masks only; PARTIAL is always a right answer)
+
+An object of your own with ``bind(shape)`` that returns something with these three is a mask too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from npattn._checks import (
+    Array,
+    Shape,
+    broadcast_pairs,
+    check_array,
+    check_integer,
+    check_one_of,
+    check_other_dtype,
+    kind,
+)
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+ALL = slice(None)
+_FAR = 1 << 61  # positions stay below this, so that differences of two fit into int64
+
+
+class Bound:
+    """What is known of each pair of scores of one shape. A subclass gives ``tile``."""
+
+    shape: Shape
+
+    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+        raise NotImplementedError
+
+    def dense(self) -> Array:
+        return np.broadcast_to(self.tile((), ALL, ALL), self.shape)
+
+    def state(self, index: Shape, rows: slice, cols: slice) -> int:
+        tile = self.tile(index, rows, cols)
+        return FULL if tile.all() else PARTIAL if tile.any() else EMPTY
+
+
+class DenseBound(Bound):
+    """Values that are there already, as a view over all pairs."""
+
+    def __init__(self, view: Array) -> None:
+        self.view, self.shape = view, view.shape
+
+    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+        return self.view[index][..., rows, cols]
+
+
+@runtime_checkable
+class Bindable(Protocol):
+    """Anything that can be bound to the shape of the scores."""
+
+    def bind(self, shape: Shape) -> Any: ...
+
+
+class Mask:
+    """Which keys a query may see. Combine masks, and boolean arrays, with ``&``, ``|`` and ``~``."""
+
+    __array_ufunc__ = None  # so that array & mask comes here and not element by element to NumPy
+
+    def bind(self, shape: Shape) -> Bound:
+        raise NotImplementedError
+
+    def __and__(self, other: object) -> Mask:
+        return Both(self, as_mask("mask & mask", other))
+
+    def __or__(self, other: object) -> Mask:
+        return Either(self, as_mask("mask | mask", other))
+
+    def __rand__(self, other: object) -> Mask:
+        return Both(as_mask("mask & mask", other), self)
+
+    def __ror__(self, other: object) -> Mask:
+        return Either(as_mask("mask | mask", other), self)
+
+    def __invert__(self) -> Mask:
+        return Inverse(self)
+
+    def __bool__(self) -> bool:
+        raise TypeError("mask: a mask has no truth value; combine masks with & | ~ and not with and, or, not")
+
+
+def as_mask(op: str, mask: object) -> Any:
+    """A mask of the algebra, made from a boolean array where it is one."""
+    if isinstance(mask, Bindable):
+        return mask
+    if isinstance(mask, np.ndarray):
+        check_array(op, "mask", mask)
+        if mask.dtype != np.bool_:
+            raise TypeError(
+                f"{op}: mask has dtype {mask.dtype}, expected bool (True = may attend); what is added to the scores is "
+                f"given as bias, a tokenizer's 0/1 mask as keys(mask.astype(bool))"
+            )
+        return ArrayMask(mask, op)
+    raise TypeError(f"{op}: mask is {kind(mask)}, expected a boolean array or a mask of npattn.masks")
+
+
+def bind_mask(op: str, mask: object, shape: Shape) -> Any:
+    """The mask, checked against scores of this shape (None stays None)."""
+    return None if mask is None else as_mask(op, mask).bind(shape)
+
+
+def bind_dropout(op: str, mask: object, shape: Shape, dtype: np.dtype[Any], computing: np.dtype[Any]) -> Any:
+    """The dropout mask, checked against scores of this shape (None stays None)."""
+    if mask is None or isinstance(mask, Bindable):
+        return None if mask is None else mask.bind(shape)
+    expected = "expected an array that the caller drew, 0 or 1/(1-p) for each pair"
+    if not isinstance(mask, np.ndarray):
+        raise TypeError(f"{op}: dropout_mask is {kind(mask)}, {expected}: (rng.random(shape) >= p) / (1 - p)")
+    real = np.empty(0, computing).real.dtype
+    view = broadcast_pairs(op, "dropout_mask", check_other_dtype(op, "dropout_mask", mask, dtype, real), shape)
+    if mask.size and not (mask.real.min() >= 0 and np.isfinite(mask).all()):
+        raise ValueError(f"{op}: dropout_mask reaches from {mask.min()} to {mask.max()}, {expected}")
+    return DenseBound(view)
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayMask(Mask):
+    array: Array
+    op: str = "mask"
+
+    def bind(self, shape: Shape) -> Bound:
+        return DenseBound(broadcast_pairs(self.op, "mask", self.array, shape))
+
+
+@dataclass(frozen=True, eq=False)
+class Both(Mask):
+    a: Mask
+    b: Mask
+
+    def bind(self, shape: Shape) -> Bound:
+        return BothBound(self.a.bind(shape), self.b.bind(shape), shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Either(Mask):
+    a: Mask
+    b: Mask
+
+    def bind(self, shape: Shape) -> Bound:
+        # a | b = ~(~a & ~b)
+        return InverseBound(BothBound(InverseBound(self.a.bind(shape)), InverseBound(self.b.bind(shape)), shape))
+
+
+@dataclass(frozen=True, eq=False)
+class Inverse(Mask):
+    a: Mask
+
+    def bind(self, shape: Shape) -> Bound:
+        return InverseBound(self.a.bind(shape))
+
+
+@dataclass(eq=False)
+class BothBound(Bound):
+    a: Bound
+    b: Bound
+    shape: Shape
+
+    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+        return self.a.tile(index, rows, cols) & self.b.tile(index, rows, cols)
+
+    def state(self, index: Shape, rows: slice, cols: slice) -> int:
+        return min(self.a.state(index, rows, cols), self.b.state(index, rows, cols))
+
+
+@dataclass(eq=False)
+class InverseBound(Bound):
+    a: Bound
+
+    def __post_init__(self) -> None:
+        self.shape = self.a.shape
+
+    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+        return ~self.a.tile(index, rows, cols)
+
+    def state(self, index: Shape, rows: slice, cols: slice) -> int:
+        return FULL - self.a.state(index, rows, cols)
+
+
+# --- positions ----------------------------------------------------------------------------------------------------
+
+
+def integers(op: str, name: str, x: object) -> Array:
+    """A copy as int64."""
+    a = np.asarray(x)
+    if a.dtype.kind not in "iu":
+        raise TypeError(f"{op}: {name} has dtype {a.dtype}, expected integers")
+    if a.size and not (-_FAR < int(a.min()) and int(a.max()) < _FAR):
+        raise ValueError(f"{op}: {name} reaches from {a.min()} to {a.max()}, expected values below 2**61 in size")
+    return np.array(a, dtype=np.int64)
+
+
+def per_token(op: str, name: str, x: Array, shape: Shape, letter: str) -> Array:
+    """x of shape (L,), or one row a sequence, as a view over (..., H, L); likewise S."""
+    n = shape[-2] if letter == "L" else shape[-1]
+    rows = shape[:-3] + (n,)
+    if x.shape not in ((n,), rows):
+        each = f" or one row a sequence, {rows}" if len(rows) > 1 else ""
+        raise ValueError(f"{op}: {name} has shape {x.shape}, expected ({letter}={n},){each}: fixed by q and k")
+    heads = x[..., None, :] if x.ndim > 1 else x
+    return np.broadcast_to(heads, shape[:-2] + (n,))
+
+
+def per_sequence(op: str, name: str, n: Array, shape: Shape) -> Array:
+    """n of shape () or q.shape[:-3] as a view over (..., H, 1)."""
+    if n.shape not in ((), shape[:-3]):
+        raise ValueError(
+            f"{op}: {name} has shape {n.shape}, expected one number a sequence, {shape[:-3]}: fixed by q"
+        )
+    return np.broadcast_to(n[..., None, None] if n.ndim else n, shape[:-2] + (1,))
+
+
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """Where queries and keys stand: given, or counted from 0 with the queries shifted by an alignment or an offset."""
+
+    op: str
+    q_pos: Array | None = None
+    k_pos: Array | None = None
+    align: str | None = None
+    offset: Array | None = None
+
+    @classmethod
+    def make(cls, op: str, q_pos: object, k_pos: object, align: object, offset: object) -> Positions:
+        check_one_of(op, "align", align, (None, "top_left", "bottom_right"))
+        ways = [positions for positions in ((q_pos, k_pos), (align,), (offset,)) if any(x is not None for x in positions)]
+        if len(ways) > 1:
+            raise ValueError(f"{op}: got more than one of positions, align and offset, expected at most one of them")
+        q, k, shift = (
+            None if x is None else integers(op, name, x)
+            for name, x in (("q_pos", q_pos), ("k_pos", k_pos), ("offset", offset))
+        )
+        return cls(op, q, k, align, shift)  # type: ignore[arg-type]  # align was checked above
+
+    def bind(self, shape: Shape) -> tuple[Array, Array]:
+        """Positions of the queries, (..., H, L), and of the keys, (..., H, S), as views."""
+        L, S = shape[-2:]
+        q = np.arange(L) if self.q_pos is None else self.q_pos
+        k = np.arange(S) if self.k_pos is None else self.k_pos
+        if self.offset is not None:
+            shift = per_sequence(self.op, "offset", self.offset, shape)
+            return q + shift, per_token(self.op, "k_pos", k, shape, "S")
+        if self.align == "bottom_right":
+            q = q + (S - L)
+        elif self.align is None and self.q_pos is None and self.k_pos is None and L != S:
+            raise ValueError(
+                f"{self.op}: got L={L} queries and S={S} keys, and how they are aligned is not given; expected "
+                f'align="top_left" (query 0 stands at key 0), align="bottom_right" (the last query stands at the last '
+                f"key), offset=n (query 0 stands at key n), or q_pos and k_pos"
+            )
+        return per_token(self.op, "q_pos", q, shape, "L"), per_token(self.op, "k_pos", k, shape, "S")
+
+
+@dataclass(frozen=True, eq=False)
+class Window(Mask):
+    positions: Positions
+    left: int | None
+    right: int | None
+
+    def bind(self, shape: Shape) -> Bound:
+        return WindowBound(shape, *self.positions.bind(shape), self.left, self.right)
+
+
+@dataclass(eq=False)
+class WindowBound(Bound):
+    """-left <= k - q <= right, with q (..., H, L or 1) and k (..., H, S or 1)."""
+
+    shape: Shape
+    q: Array
+    k: Array
+    left: int | None
+    right: int | None
+
+    def _ends(self, index: Shape, rows: slice, cols: slice) -> tuple[Array, Array]:
+        q, k = self.q[index], self.k[index]
+        return q[..., rows] if q.shape[-1] > 1 else q, k[..., cols] if k.shape[-1] > 1 else k
+
+    def _holds(self, distance: Any) -> Any:
+        right = True if self.right is None else distance <= self.right
+        return right if self.left is None else right & (distance >= -self.left)
+
+    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+        q, k = self._ends(index, rows, cols)
+        distance = k[..., None, :] - q[..., :, None]
+        return np.broadcast_to(self._holds(distance), distance.shape)
+
+    def state(self, index: Shape, rows: slice, cols: slice) -> int:
+        q, k = self._ends(index, rows, cols)
+        if not (q.size and k.size):
+            return FULL
+        nearest, farthest = k.min() - q.max(), k.max() - q.min()
+        if self._holds(nearest) and self._holds(farthest):
+            return FULL
+        beyond = (self.right is not None and nearest > self.right) or (self.left is not None and farthest < -self.left)
+        return EMPTY if beyond else PARTIAL
+
+
+def causal(
+    q_pos: object = None, k_pos: object = None, *, align: str | None = None, offset: object = None
+) -> Mask:
+    """Keys that do not stand after the query: k_pos <= q_pos.
+
+    Positions are integers, (L,) and (S,) or one row a sequence, (..., L) and (..., S); without them both count from 0.
+    Where L and S differ that would be a guess, so say ``align="top_left"``, ``align="bottom_right"`` or ``offset=n``
+    (query 0 stands at key n; one number, or one a sequence).
+
+    >>> causal(align="bottom_right").bind((2, 4)).dense().astype(int)
+    array([[1, 1, 1, 0],
+           [1, 1, 1, 1]])
+    """
+    return Window(Positions.make("causal", q_pos, k_pos, align, offset), None, 0)
+
+
+def window(
+    left: int | None,
+    right: int | None,
+    q_pos: object = None,
+    k_pos: object = None,
+    *,
+    align: str | None = None,
+    offset: object = None,
+) -> Mask:
+    """Keys near the query: -left <= k_pos - q_pos <= right, both inclusive; None = no limit.
+
+    ``window(W, 0)`` are W + 1 keys, the query's own and W before it. Positions as in `causal`.
+
+    >>> window(1, 0).bind((3, 3)).dense().astype(int)
+    array([[1, 0, 0],
+           [1, 1, 0],
+           [0, 1, 1]])
+    """
+    for name, x in (("left", left), ("right", right)):
+        if x is not None:
+            if isinstance(x, (int, np.integer)) and not isinstance(x, bool) and x < 0:
+                raise ValueError(f"window: {name} is {x}, expected an integer of at least 0, or None for no limit")
+            check_integer("window", name, x, least=0)
+    sides = (None if x is None else min(int(x), _FAR) for x in (left, right))
+    return Window(Positions.make("window", q_pos, k_pos, align, offset), *sides)
+
+
+@dataclass(frozen=True, eq=False)
+class Lengths(Mask):
+    n: Array
+    op: str
+    letter: str
+
+    def bind(self, shape: Shape) -> Bound:
+        full = shape[-2] if self.letter == "L" else shape[-1]
+        if self.n.size and not (0 <= self.n.min() and self.n.max() <= full):
+            raise ValueError(
+                f"{self.op}: n reaches from {self.n.min()} to {self.n.max()}, expected 0 to {self.letter}={full}"
+            )
+        # A length is one more position: index < n says that it stands no later than n - 1.
+        last = per_sequence(self.op, "n", self.n, shape) - 1
+        count = np.broadcast_to(np.arange(full), shape[:-2] + (full,))
+        if self.letter == "L":
+            return WindowBound(shape, count, last, 0, None)
+        return WindowBound(shape, last, count, None, 0)
+
+
+def key_lengths(n: object) -> Mask:
+    """The first n keys of each sequence; n has shape q.shape[:-3], or is one number for all.
+
+    >>> key_lengths([1, 3]).bind((2, 1, 1, 3)).dense().astype(int).tolist()
+    [[[[1, 0, 0]]], [[[1, 1, 1]]]]
+    """
+    return Lengths(integers("key_lengths", "n", n), "key_lengths", "S")
+
+
+def query_lengths(n: object) -> Mask:
+    """The first n queries of each sequence; n has shape q.shape[:-3], or is one number for all."""
+    return Lengths(integers("query_lengths", "n", n), "query_lengths", "L")
+
+
+@dataclass(frozen=True, eq=False)
+class Keys(Mask):
+    allowed: Array
+
+    def bind(self, shape: Shape) -> Bound:
+        view = per_token("keys", "allowed", self.allowed, shape, "S")
+        return DenseBound(np.broadcast_to(view[..., None, :], shape))
+
+
+def keys(allowed: object) -> Mask:
+    """The keys that are True in ``allowed``, (S,) or one row a sequence, (..., S): the mask that a tokenizer gives."""
+    a = np.asarray(allowed)
+    if a.dtype != np.bool_:
+        raise TypeError(f"keys: allowed has dtype {a.dtype}, expected bool (True = may attend): allowed.astype(bool)")
+    return Keys(a.copy())
+
+
+@dataclass(frozen=True, eq=False)
+class Segments(Mask):
+    q_ids: Array
+    k_ids: Array
+
+    def bind(self, shape: Shape) -> Bound:
+        q = per_token("segments", "q_ids", self.q_ids, shape, "L")
+        return SegmentsBound(shape, q, per_token("segments", "k_ids", self.k_ids, shape, "S"))
+
+
+@dataclass(eq=False)
+class SegmentsBound(Bound):
+    shape: Shape
+    q: Array
+    k: Array
+
+    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+        return np.equal(self.q[index][..., rows, None], self.k[index][..., None, cols])
+
+    def state(self, index: Shape, rows: slice, cols: slice) -> int:
+        q, k = self.q[index][..., rows], self.k[index][..., cols]
+        if not (q.size and k.size):
+            return FULL
+        first, last = max(q.min(), k.min()), min(q.max(), k.max())
+        # The ids of both lie between these two; ids that do not meet are of different segments.
+        return EMPTY if first > last else FULL if min(q.min(), k.min()) == max(q.max(), k.max()) else PARTIAL
+
+
+def segments(q_ids: object, k_ids: object) -> Mask:
+    """Keys of the query's own segment: ids are integers, (L,) and (S,) or one row a sequence."""
+    return Segments(integers("segments", "q_ids", q_ids), integers("segments", "k_ids", k_ids))
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks(Mask):
+    array: Array
+    size: tuple[int, int]
+
+    def bind(self, shape: Shape) -> Bound:
+        counts = tuple(-(-n // size) for n, size in zip(shape[-2:], self.size, strict=True))
+        view = broadcast_pairs("blocks", "array", self.array, shape[:-2] + counts)
+        return BlocksBound(shape, view, self.size)
+
+
+@dataclass(eq=False)
+class BlocksBound(Bound):
+    shape: Shape
+    view: Array
+    size: tuple[int, int]
+
+    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+        i = np.arange(self.shape[-2])[rows] // self.size[0]
+        j = np.arange(self.shape[-1])[cols] // self.size[1]
+        return self.view[index][..., i[:, None], j]
+
+
+def blocks(array: object, size: int | tuple[int, int]) -> Mask:
+    """Blocks of size x size pairs (or (rows, cols)) that are allowed or not; the last block may be cut short.
+
+    ``array`` is boolean, of rank 2, (ceil(L / rows), ceil(S / cols)), or with the leading dims (..., H) before it.
+    """
+    a = np.asarray(array)
+    if a.dtype != np.bool_:
+        raise TypeError(f"blocks: array has dtype {a.dtype}, expected bool (True = may attend)")
+    pair = size if isinstance(size, tuple) else (size, size)
+    if len(pair) != 2:
+        raise ValueError(f"blocks: size is {size}, expected an integer or (rows, cols)")
+    rows, cols = (check_integer("blocks", "size", n, least=1) for n in pair)
+    return Blocks(a.copy(), (rows, cols))
+
+
+@dataclass(frozen=True, eq=False)
+class Where(Mask):
+    function: Callable[[Array, Array], Array]
+
+    def bind(self, shape: Shape) -> Bound:
+        bound = WhereBound(shape, self.function)
+        bound.tile((), slice(0, 1), slice(0, 1))
+        return bound
+
+
+@dataclass(eq=False)
+class WhereBound(Bound):
+    shape: Shape
+    function: Callable[[Array, Array], Array]
+
+    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+        i, j = np.arange(self.shape[-2])[rows, None], np.arange(self.shape[-1])[None, cols]
+        tile = np.asarray(self.function(i, j))
+        pairs = (i.size, j.size)
+        if tile.dtype != np.bool_:
+            raise TypeError(f"where: function returns dtype {tile.dtype}, expected bool (True = may attend)")
+        if tile.ndim > 2 or np.broadcast_shapes(tile.shape, pairs) != pairs:
+            raise ValueError(f"where: function returns shape {tile.shape} for i {i.shape} and j {j.shape}, expected {pairs}")
+        return np.broadcast_to(tile, pairs)
+
+
+def where(function: Callable[[Array, Array], Array]) -> Mask:
+    """Pairs for which ``function(i, j)`` holds, with i (L, 1) and j (1, S) the indices of queries and keys.
+
+    >>> where(lambda i, j: (i + j) % 2 == 0).bind((2, 3)).dense().astype(int)
+    array([[1, 0, 1],
+           [0, 1, 0]])
+    """
+    if not callable(function):
+        raise TypeError(f"where: function is {kind(function)}, expected a function of (i, j)")
+    return Where(function)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed(Mask):
+    mask: Mask
+    totals: tuple[int, int]
+
+    def bind(self, shape: Shape) -> Bound:
+        for name, letter, total, n in zip(("q", "k"), "LS", self.totals, shape[-2:], strict=True):
+            if total != n:
+                raise ValueError(
+                    f"packed: cu_seqlens_{name} ends at {total}, expected {letter}={n}: {letter} is fixed by {name}"
+                )
+        return self.mask.bind(shape)
+
+
+def packed(cu_seqlens_q: object, cu_seqlens_k: object, align: str | None = None) -> Mask:
+    """Sequences packed one behind the other: segments, and causal within each if aligned.
+
+    ``cu_seqlens`` are the n + 1 ends of n sequences: 0, then where each one ends, last L (or S). ``align`` is None (not
+    causal), "top_left" (first query at first key) or "bottom_right" (last query at last key, as with a cache).
+
+    >>> packed([0, 1, 3], [0, 2, 4], align="bottom_right").bind((3, 4)).dense().astype(int)
+    array([[1, 1, 0, 0],
+           [0, 0, 1, 0],
+           [0, 0, 1, 1]])
+    """
+    check_one_of("packed", "align", align, (None, "top_left", "bottom_right"))
+    ends = []
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        a = integers("packed", name, cu)
+        if a.ndim != 1 or a.size == 0 or a[0] != 0 or (np.diff(a) < 0).any():
+            raise ValueError(f"packed: {name} is {a.tolist()}, expected (n + 1,) ends that start at 0 and never fall")
+        ends.append(a)
+    q, k = ends
+    if len(q) != len(k):
+        raise ValueError(f"packed: cu_seqlens_k has {len(k)} ends, expected {len(q)}: fixed by cu_seqlens_q")
+    q_len, k_len = np.diff(q), np.diff(k)
+    q_ids, k_ids = np.repeat(np.arange(len(q_len)), q_len), np.repeat(np.arange(len(k_len)), k_len)
+    mask: Mask = Segments(q_ids, k_ids)
+    if align is not None:
+        shift = k_len - q_len if align == "bottom_right" else np.zeros_like(q_len)
+        q_pos, k_pos = np.arange(q[-1]) - q[q_ids] + shift[q_ids], np.arange(k[-1]) - k[k_ids]
+        mask = mask & causal(q_pos, k_pos)
+    return Packed(mask, (int(q[-1]), int(k[-1])))
+
+
+__all__ = [
+    "EMPTY",
+    "FULL",
+    "PARTIAL",
+    "Mask",
+    "blocks",
+    "causal",
+    "key_lengths",
+    "keys",
+    "packed",
+    "query_lengths",
+    "segments",
+    "where",
+    "window",
+]
+

@@ -1,0 +1,235 @@
+"""Masked softmax, log-sum-exp and cross-entropy, each with its backward.
+
+    m = max_j s_j        e_j = exp(s_j - m)        z = sum_j e_j        p_j = e_j / z        lse = m + log z
+
+over the last axis and the allowed j only. Where none is allowed, p = 0 and lse = -inf. Shifting by m changes nothing
+but the range of exp: any m gives the same p, also in its derivative.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from npattn._checks import Array, Dims, check_array, check_cotangent, check_dtype, check_one_of
+from npattn.masks import bind_mask
+
+# Inf and NaN may lie in places that are not allowed, and a row without keys has log 0: that is not the caller's error.
+quiet = np.errstate(divide="ignore", over="ignore", under="ignore", invalid="ignore")
+
+
+def select(allowed: Array | None, x: Array, other: float = 0.0) -> Array:
+    """x where allowed, elsewhere ``other``: never a product with 0, because 0 * NaN = NaN. None allows all."""
+    return x if allowed is None else np.where(allowed, x, x.dtype.type(other))
+
+
+def product(w: Array, x: Array, allowed: Array | None) -> Array:
+    """out_i = sum over the allowed j of w_ij x_j: the matrix product w @ x for weights w that are 0 elsewhere.
+
+    Where x is finite that is all; otherwise the x_j that are not finite are added one by one where they are allowed.
+    """
+    bad = None if allowed is None else ~np.isfinite(x).all(-1, keepdims=True)
+    if bad is None or not bad.any():
+        return w @ x
+    allowed = np.broadcast_to(allowed, w.shape)
+    out = w @ np.where(bad, x.dtype.type(0), x)
+    bad = np.broadcast_to(bad, out.shape[:-2] + bad.shape[-2:])
+    for j in np.flatnonzero(bad.any(tuple(range(bad.ndim - 2)))[:, 0]):
+        one = slice(j, j + 1)
+        out += select(allowed[..., :, one] & bad[..., one, :], w[..., :, one] * x[..., one, :])
+    return out
+
+
+def normalize(scores: Array, allowed: Array | None = None, sink: Array | None = None) -> tuple[Array, Array]:
+    """Weights and lse of scores that are -inf where not allowed; sink is one more logit a row that has no weight."""
+    top = scores.real.max(-1, keepdims=True, initial=-np.inf)
+    if sink is not None:
+        top = np.maximum(top, sink.real)
+    top = select(top != -np.inf, top)  # a row without any logit: exp(-inf - 0) = 0
+    e = np.exp(scores - top)
+    total = e.sum(-1, keepdims=True)
+    if sink is not None:
+        total = total + np.exp(sink - top)
+    weights = select(allowed, e / select(total != 0, total, 1.0))
+    return weights, (top + np.log(total))[..., 0]
+
+
+def swap(x: Array) -> Array:
+    """The transpose of the last two axes, as a view."""
+    return x.swapaxes(-1, -2)
+
+
+def _scores(op: str, name: str, scores: object, mask: object) -> tuple[Array, Array | None]:
+    """The scores in their computing dtype, -inf where not allowed, and what is allowed."""
+    computing = check_dtype(op, **{name: scores})
+    x = check_array(op, name, scores).astype(computing, copy=False)
+    if x.ndim == 0:
+        raise ValueError(f"{op}: {name} has shape (), expected (..., S)")
+    if x.ndim == 1 and mask is not None and not isinstance(mask, np.ndarray):
+        raise ValueError(f"{op}: {name} has shape {x.shape}, expected (..., L, S): a mask over positions has two axes")
+    bound = bind_mask(op, mask, x.shape)
+    allowed = None if bound is None else bound.dense()
+    return select(allowed, x, -np.inf), allowed
+
+
+class SoftmaxCache(NamedTuple):
+    weights: Array  # (..., S), in the computing dtype
+    allowed: Array | None  # (..., S)
+    dtype: np.dtype[Any]
+
+
+class SoftmaxGrads(NamedTuple):
+    scores: Array  # (..., S)
+
+
+@quiet
+def softmax_forward(scores: Array, *, mask: Any = None) -> tuple[Array, SoftmaxCache]:
+    """Softmax over the last axis.
+
+        p_j = exp(s_j - m) / sum_l exp(s_l - m)                                                     (1)
+
+    scores : (..., S); mask : boolean array of that rank (axes may be 1), or rank 2, or a mask of npattn.masks; True = counts.
+    Returns p (..., S), 0 where the mask forbids and in rows that it forbids whole, and the cache.
+    """
+    x, allowed = _scores("softmax", "scores", scores, mask)
+    weights, _ = normalize(x, allowed)  # (1)
+    return weights.astype(scores.dtype, copy=False), SoftmaxCache(weights, allowed, scores.dtype)
+
+
+@quiet
+def softmax_backward(dweights: Array, cache: SoftmaxCache) -> SoftmaxGrads:
+    """ds_j = p_j (dp_j - sum_l p_l dp_l): dp_j less its mean under p. It is what is left of the Jacobian diag(p) - p p^T."""
+    dp = check_cotangent("softmax", "dweights", dweights, cache.weights.shape, cache.dtype, cache.weights.dtype)
+    dp = select(cache.allowed, dp)
+    mean = (cache.weights * dp).sum(-1, keepdims=True)
+    dscores = select(cache.allowed, cache.weights * (dp - mean))  # (1)
+    return SoftmaxGrads(dscores.astype(cache.dtype, copy=False))
+
+
+def softmax(scores: Array, *, mask: Any = None) -> Array:
+    """`softmax_forward` without its cache."""
+    return softmax_forward(scores, mask=mask)[0]
+
+
+class LogSumExpGrads(NamedTuple):
+    scores: Array  # (..., S)
+
+
+@quiet
+def log_sum_exp_forward(scores: Array, *, mask: Any = None) -> tuple[Array, SoftmaxCache]:
+    """Log-sum-exp over the last axis.
+
+        lse = m + log sum_j exp(s_j - m)                                                            (1)
+
+    Arguments as in `softmax_forward`. Returns lse (...), in the computing dtype, -inf where no score is allowed, and the cache.
+    """
+    x, allowed = _scores("log_sum_exp", "scores", scores, mask)
+    weights, lse = normalize(x, allowed)  # (1)
+    return lse, SoftmaxCache(weights, allowed, scores.dtype)
+
+
+@quiet
+def log_sum_exp_backward(dlse: Array, cache: SoftmaxCache) -> LogSumExpGrads:
+    """ds_j = p_j dlse: the derivative of lse is the softmax. dlse is ignored in rows without an allowed score."""
+    weights = cache.weights
+    dlse = check_cotangent("log_sum_exp", "dlse", dlse, weights.shape[:-1], weights.dtype, weights.dtype)
+    dscores = select(weights != 0, weights * dlse[..., None])  # (1)
+    return LogSumExpGrads(dscores.astype(cache.dtype, copy=False))
+
+
+def log_sum_exp(scores: Array, *, mask: Any = None) -> Array:
+    """`log_sum_exp_forward` without its cache."""
+    return log_sum_exp_forward(scores, mask=mask)[0]
+
+
+class CrossEntropyCache(NamedTuple):
+    weights: Array  # (..., V) softmax of the logits, in the computing dtype
+    targets: Array  # (...)
+    counts: Array | None  # (...) the positions that count
+    reduction: str
+    dtype: np.dtype[Any]
+
+
+class CrossEntropyGrads(NamedTuple):
+    logits: Array  # (..., V)
+
+
+@quiet
+def cross_entropy_forward(
+    logits: Array, targets: Array, *, mask: Array | None = None, reduction: str = "mean"
+) -> tuple[Array, CrossEntropyCache]:
+    """The cross-entropy of logits against one target class a position, in nats.
+
+        loss = lse(logits) - logits[target]                                                         (1)
+        reduced: the mean or the sum over the positions that count                                  (2)
+
+    logits    : (..., V)
+    targets   : (...), integers 0 .. V - 1
+    mask      : (...), boolean, True = counts; what lies elsewhere (NaN, a target of -100) reaches nothing
+    reduction : "mean" (0 where nothing counts), "sum" or "none" (one loss a position, 0 where it does not count)
+    Returns the loss in the computing dtype, shape () or (...), and the cache.
+    """
+    op = "cross_entropy"
+    check_one_of(op, "reduction", reduction, ("mean", "sum", "none"))
+    dims = Dims(op)
+    x, _ = _scores(op, "logits", logits, None)
+    dims.lead, dims.source["..."], dims.source["B"] = x.shape[:-1], "logits", "logits"
+    if dims.fit("targets", targets, "...").dtype.kind not in "iu":
+        raise TypeError(f"{op}: targets has dtype {targets.dtype}, expected integers")
+    if mask is not None and dims.fit("mask", mask, "...").dtype != np.bool_:
+        raise TypeError(f"{op}: mask has dtype {mask.dtype}, expected bool (True = counts)")
+    classes = targets if mask is None else np.where(mask, targets, 0)
+    if classes.size and not (classes.min() >= 0 and classes.max() < x.shape[-1]) and (mask is None or mask.any()):
+        raise ValueError(
+            f"{op}: targets reaches from {classes.min()} to {classes.max()}, expected 0 to V - 1 = {x.shape[-1] - 1}; "
+            f"positions that do not count are False in mask"
+        )
+    weights, lse = normalize(x)
+    hit = np.arange(x.shape[-1]) == classes[..., None]
+    loss = select(mask, lse - select(hit, x).sum(-1))  # (1)
+    cache = CrossEntropyCache(weights, classes, mask, reduction, logits.dtype)
+    if reduction != "none":
+        loss = loss.sum() / _divisor(cache)  # (2)
+    return loss, cache
+
+
+def _divisor(cache: CrossEntropyCache) -> int:
+    count = cache.targets.size if cache.counts is None else int(cache.counts.sum())
+    return max(count, 1) if cache.reduction == "mean" else 1
+
+
+@quiet
+def cross_entropy_backward(dloss: Array, cache: CrossEntropyCache) -> CrossEntropyGrads:
+    """dlogits = (p - onehot(target)) dloss, over the number of positions that count where the loss is their mean."""
+    weights = cache.weights
+    shape = cache.targets.shape if cache.reduction == "none" else ()
+    dloss = check_cotangent("cross_entropy", "dloss", np.asarray(dloss), shape, weights.dtype, weights.dtype)
+    each = (dloss / _divisor(cache))[..., None]  # (2)
+    hit = np.arange(weights.shape[-1]) == cache.targets[..., None]
+    dlogits = np.where(hit, weights - 1, weights) * each  # (1)
+    counts = None if cache.counts is None else cache.counts[..., None]
+    return CrossEntropyGrads(select(counts, dlogits).astype(cache.dtype, copy=False))
+
+
+def cross_entropy(logits: Array, targets: Array, *, mask: Array | None = None, reduction: str = "mean") -> Array:
+    """`cross_entropy_forward` without its cache."""
+    return cross_entropy_forward(logits, targets, mask=mask, reduction=reduction)[0]
+
+
+__all__ = [
+    "CrossEntropyCache",
+    "CrossEntropyGrads",
+    "LogSumExpGrads",
+    "SoftmaxCache",
+    "SoftmaxGrads",
+    "cross_entropy",
+    "cross_entropy_backward",
+    "cross_entropy_forward",
+    "log_sum_exp",
+    "log_sum_exp_backward",
+    "log_sum_exp_forward",
+    "softmax",
+    "softmax_backward",
+    "softmax_forward",
+]

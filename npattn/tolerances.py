@@ -1,0 +1,22 @@
+"""Every tolerance of the package and of its tests, with its derivation. No other file holds one."""
+
+from __future__ import annotations
+
+# --- gradcheck ------------------------------------------------------------------------------------------------------
+# Nothing is subtracted in a complex step, so its error does not depend on h as long as h^2 u^2 is lost beside 1 and h does
+# not underflow; terms that are h times smaller again must stay normal numbers (1e-80).
+COMPLEX_STEP = 1e-40
+
+# Analytic gradient and complex step each round every term of a sum a few times: their difference is a small multiple of
+# eps times the sum of |terms|. Where that sum is not known, the largest derivative stands for it, and cancellation by a
+# factor of 100 is allowed for.
+GRADCHECK_EPS = 512.0
+
+
+def ROMBERG_STEP(eps: float) -> float:
+    """The first of three steps h, h/2, h/4: truncation (h/4)^6 and rounding eps / (h/4) balance near eps^(1/7)."""
+    return float(eps ** (1 / 7))
+
+
+# A central difference that knows its own value no better than this tests nothing.
+WORST_CENTRAL_ERROR = 1e-4
