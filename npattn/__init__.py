@@ -1,8 +1,134 @@
-"""npattn: the reference for attention."""
+"""npattn: the reference for attention, forwards and backwards, in NumPy. This is the page to read first.
+
+Shape legend, the same letters in code, docs, errors and tests:
+
+    B batch            H query heads     G key/value heads (H is a multiple of G)
+    L queries          S keys            D head width          E value head width
+    M model width      F feed-forward    V vocabulary          T time steps          N hidden units of the RNN
+
+Layout is (..., H, L, D) inside the attention ops and (..., L, M) between layers. Rank 2, (L, D), means one head.
+
+Rules that hold everywhere:
+
+1. Pairs. ``x_forward(...) -> (out, cache)``, ``x_backward(dout, cache) -> XGrads``, and ``x(...) -> out``. Caches and gradients
+   are NamedTuples; gradients are named as the inputs. No global state, no randomness, no input is ever modified.
+2. The equations of a forward are numbered, and its backward consumes them in reverse.
+3. Masks are boolean, True = may attend. A query that may see no key has weights, output and gradient 0, and lse -inf (or the
+   sink). NaN and inf reach only what may see them.
+4. The dtype of the inputs is that of the output and gradients: float32, float64, longdouble; float16 and bfloat16 are computed
+   in float32 and rounded once; complex inputs give the analytic continuation (for complex-step derivatives).
+5. Everything is checked once at the public edge, and nothing is guessed.
+
+Read on in this order: softmax, attention, masks, biases, blockwise, multihead, rnn; then gradcheck, tolerances, verify.
+"""
+
+from npattn.attention import AttentionCache, AttentionGrads, attention, attention_backward, attention_forward
+from npattn.biases import Alibi, RelativeTable, alibi_slopes
+from npattn.blockwise import (
+    MergeCache,
+    MergeGrads,
+    blockwise,
+    blockwise_backward,
+    blockwise_forward,
+    merge,
+    merge_backward,
+    merge_forward,
+)
+from npattn.gradcheck import GradcheckError, gradcheck, hessian_vector_product
+from npattn.masks import (
+    Mask,
+    blocks,
+    causal,
+    key_lengths,
+    keys,
+    packed,
+    query_lengths,
+    segments,
+    where,
+    window,
+)
+from npattn.multihead import (
+    MultiHeadCache,
+    MultiHeadGrads,
+    MultiHeadParams,
+    multi_head,
+    multi_head_backward,
+    multi_head_forward,
+)
+from npattn.rnn import RNNCache, RNNGrads, RNNParams, rnn, rnn_backward, rnn_forward
+from npattn.softmax import (
+    CrossEntropyCache,
+    CrossEntropyGrads,
+    LogSumExpGrads,
+    SoftmaxCache,
+    SoftmaxGrads,
+    cross_entropy,
+    cross_entropy_backward,
+    cross_entropy_forward,
+    log_sum_exp,
+    log_sum_exp_backward,
+    log_sum_exp_forward,
+    softmax,
+    softmax_backward,
+    softmax_forward,
+)
 
 __version__ = "0.1.0"
 
-from npattn.attention import attention, attention_backward, attention_forward
-from npattn.biases import *
-from npattn.masks import *
-from npattn.softmax import *
+__all__ = [
+    "Alibi",
+    "AttentionCache",
+    "AttentionGrads",
+    "CrossEntropyCache",
+    "CrossEntropyGrads",
+    "GradcheckError",
+    "LogSumExpGrads",
+    "Mask",
+    "MergeCache",
+    "MergeGrads",
+    "MultiHeadCache",
+    "MultiHeadGrads",
+    "MultiHeadParams",
+    "RNNCache",
+    "RNNGrads",
+    "RNNParams",
+    "RelativeTable",
+    "SoftmaxCache",
+    "SoftmaxGrads",
+    "alibi_slopes",
+    "attention",
+    "attention_backward",
+    "attention_forward",
+    "blocks",
+    "blockwise",
+    "blockwise_backward",
+    "blockwise_forward",
+    "causal",
+    "cross_entropy",
+    "cross_entropy_backward",
+    "cross_entropy_forward",
+    "gradcheck",
+    "hessian_vector_product",
+    "key_lengths",
+    "keys",
+    "log_sum_exp",
+    "log_sum_exp_backward",
+    "log_sum_exp_forward",
+    "merge",
+    "merge_backward",
+    "merge_forward",
+    "multi_head",
+    "multi_head_backward",
+    "multi_head_forward",
+    "packed",
+    "query_lengths",
+    "rnn",
+    "rnn_backward",
+    "rnn_forward",
+    "segments",
+    "softmax",
+    "softmax_backward",
+    "softmax_forward",
+    "where",
+    "window",
+]

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npattn._checks import Array, Dims, Shape, check_cotangent, check_dtype, check_number, check_other_dtype
+from npattn._pairs import ALL, bind_dropout, product, quiet, select, swap
 from npattn.biases import bind_bias, heads_first, sum_per_head
-from npattn.masks import ALL, bind_dropout, bind_mask
-from npattn.softmax import normalize, product, quiet, select, swap
+from npattn.masks import bind_mask
+from npattn.softmax import normalize
 
 
 class AttentionCache(NamedTuple):
@@ -141,7 +142,8 @@ def attention_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     """
     c, heads = cache, cache.q.shape[-3] if cache.q.ndim > 2 else 1
     q, k, v = (one_head_each(x, heads, c.computing) for x in (c.q, c.k, c.v))
-    dout, dlse = cotangents("attention", c, dout, dlse)
+    check_cotangents("attention", c, dout, dlse)
+    dout, dl = live(c, dout, dlse)
     allowed, b = visible(c)
     weights, drop = c.weights, None if c.dropout is None else c.dropout.dense()
 
@@ -151,12 +153,12 @@ def attention_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     if drop is not None:
         dweights = dweights * drop  # (6)
     mean = (weights * dweights).sum(-1, keepdims=True)  # sum_j p_j dp_j, often called Delta
-    dscores = weights * (dweights - mean + dlse)  # (5): softmax, and d lse / d scores_j = p_j
+    dscores = weights * (dweights - mean + dl)  # (5): softmax, and d lse / d scores_j = p_j
     dsink = None
     if c.sink is not None:
         sink = heads_first(c.sink, dscores.shape)
         p_sink = select(sink != -np.inf, np.exp(sink - c.lse[..., None]))
-        dsink = sum_per_head(p_sink * (dlse - mean), heads).astype(c.sink.dtype, copy=False)  # (5)
+        dsink = sum_per_head(p_sink * (dl - mean), heads).astype(c.sink.dtype, copy=False)  # (5)
     dscores = select(allowed, dscores)  # (4)
     dbias = None
     if b is not None:
@@ -175,14 +177,17 @@ def attention_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     )
 
 
-def cotangents(op: str, c: AttentionCache, dout: Array, dlse: Array | None) -> tuple[Array, Any]:
-    """dout and dlse (..., L, 1), checked, in the computing dtype, and 0 in rows without a key or sink."""
-    alive = c.lse[..., None] != -np.inf
-    dout = check_cotangent(op, "dout", dout, (*c.q.shape[:-1], c.v.shape[-1]), c.q.dtype, c.computing)
-    if dlse is None:
-        return select(alive, dout), 0.0
-    dlse = check_cotangent(op, "dlse", dlse, c.lse.shape, c.computing, c.computing)
-    return select(alive, dout), select(alive, dlse[..., None])
+def check_cotangents(op: str, c: AttentionCache, dout: Any, dlse: Any) -> None:
+    check_cotangent(op, "dout", dout, (*c.q.shape[:-1], c.v.shape[-1]), c.q.dtype, c.computing)
+    if dlse is not None:
+        check_cotangent(op, "dlse", dlse, c.lse.shape, c.computing, c.computing)
+
+
+def live(c: AttentionCache, dout: Array, dlse: Any, index: Shape = (), rows: slice = ALL) -> tuple[Array, Any]:
+    """dout (..., L, E) and dlse (..., L, 1) in the computing dtype, 0 in rows whose lse is -inf."""
+    alive = c.lse[index][..., rows, None] != -np.inf
+    dout = select(alive, dout[index][..., rows, :].astype(c.computing, copy=False))
+    return dout, 0.0 if dlse is None else select(alive, dlse[index][..., rows, None])
 
 
 def attention(

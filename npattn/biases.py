@@ -30,7 +30,7 @@ from npattn._checks import (
     check_dtype,
     kind,
 )
-from npattn.masks import Bindable, Bound, Positions, integers
+from npattn._pairs import Bindable, Bound, Positions, integers
 
 
 def bind_bias(op: str, bias: object, shape: Shape, dtype: np.dtype[Any], computing: np.dtype[Any]) -> Any:

@@ -3,71 +3,31 @@
     (key_lengths(4) | window(1024, 0)) & causal()      # streaming: 4 keys that stay, and the last 1024
 
 A mask is a value: what it is made of is copied, so that an offset that is counted up later does not change it.
-It knows nothing of shapes until an operation *binds* it once to the shape of its scores (..., H, L, S).  A bound mask
-(and likewise a bias or a dropout mask) never needs the whole L x S array:
-
-    dense()                    all pairs, (..., H, L, S)
-    tile(index, rows, cols)    those of ``scores[index][..., rows, cols]``, or what broadcasts to it
-    state(index, rows, cols)   EMPTY, PARTIAL or FULL (masks only; PARTIAL is always a right answer)
-
-An object of your own with ``bind(shape)`` that returns something with these three is a mask too.
+An object of your own with ``bind(shape)`` that returns something with ``dense``, ``tile`` and ``state`` is a mask too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
-from npattn._checks import (
-    Array,
-    Shape,
-    broadcast_pairs,
-    check_array,
-    check_integer,
-    check_one_of,
-    check_other_dtype,
-    kind,
+from npattn._checks import Array, Shape, broadcast_pairs, check_array, check_integer, check_one_of, kind
+from npattn._pairs import (
+    EMPTY,
+    FAR,
+    FULL,
+    PARTIAL,
+    Bindable,
+    Bound,
+    DenseBound,
+    Positions,
+    integers,
+    per_sequence,
+    per_token,
 )
-
-EMPTY, PARTIAL, FULL = 0, 1, 2
-ALL = slice(None)
-_FAR = 1 << 61  # positions stay below this, so that differences of two fit into int64
-
-
-class Bound:
-    """What is known of each pair of scores of one shape. A subclass gives ``tile``."""
-
-    shape: Shape
-
-    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
-        raise NotImplementedError
-
-    def dense(self) -> Array:
-        return np.broadcast_to(self.tile((), ALL, ALL), self.shape)
-
-    def state(self, index: Shape, rows: slice, cols: slice) -> int:
-        tile = self.tile(index, rows, cols)
-        return FULL if tile.all() else PARTIAL if tile.any() else EMPTY
-
-
-class DenseBound(Bound):
-    """Values that are there already, as a view over all pairs."""
-
-    def __init__(self, view: Array) -> None:
-        self.view, self.shape = view, view.shape
-
-    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
-        return self.view[index][..., rows, cols]
-
-
-@runtime_checkable
-class Bindable(Protocol):
-    """Anything that can be bound to the shape of the scores."""
-
-    def bind(self, shape: Shape) -> Any: ...
 
 
 class Mask:
@@ -115,20 +75,6 @@ def as_mask(op: str, mask: object) -> Any:
 def bind_mask(op: str, mask: object, shape: Shape) -> Any:
     """The mask, checked against scores of this shape (None stays None)."""
     return None if mask is None else as_mask(op, mask).bind(shape)
-
-
-def bind_dropout(op: str, mask: object, shape: Shape, dtype: np.dtype[Any], computing: np.dtype[Any]) -> Any:
-    """The dropout mask, checked against scores of this shape (None stays None)."""
-    if mask is None or isinstance(mask, Bindable):
-        return None if mask is None else mask.bind(shape)
-    expected = "expected an array that the caller drew, 0 or 1/(1-p) for each pair"
-    if not isinstance(mask, np.ndarray):
-        raise TypeError(f"{op}: dropout_mask is {kind(mask)}, {expected}: (rng.random(shape) >= p) / (1 - p)")
-    real = np.empty(0, computing).real.dtype
-    view = broadcast_pairs(op, "dropout_mask", check_other_dtype(op, "dropout_mask", mask, dtype, real), shape)
-    if mask.size and not (mask.real.min() >= 0 and np.isfinite(mask).all()):
-        raise ValueError(f"{op}: dropout_mask reaches from {mask.min()} to {mask.max()}, {expected}")
-    return DenseBound(view)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,80 +138,6 @@ class InverseBound(Bound):
 
     def state(self, index: Shape, rows: slice, cols: slice) -> int:
         return FULL - self.a.state(index, rows, cols)
-
-
-# --- positions ----------------------------------------------------------------------------------------------------
-
-
-def integers(op: str, name: str, x: object) -> Array:
-    """A copy as int64."""
-    a = np.asarray(x)
-    if a.dtype.kind not in "iu":
-        raise TypeError(f"{op}: {name} has dtype {a.dtype}, expected integers")
-    if a.size and not (-_FAR < int(a.min()) and int(a.max()) < _FAR):
-        raise ValueError(f"{op}: {name} reaches from {a.min()} to {a.max()}, expected values below 2**61 in size")
-    return np.array(a, dtype=np.int64)
-
-
-def per_token(op: str, name: str, x: Array, shape: Shape, letter: str) -> Array:
-    """x of shape (L,), or one row a sequence, as a view over (..., H, L); likewise S."""
-    n = shape[-2] if letter == "L" else shape[-1]
-    rows = shape[:-3] + (n,)
-    if x.shape not in ((n,), rows):
-        each = f" or one row a sequence, {rows}" if len(rows) > 1 else ""
-        raise ValueError(f"{op}: {name} has shape {x.shape}, expected ({letter}={n},){each}: fixed by q and k")
-    heads = x[..., None, :] if x.ndim > 1 else x
-    return np.broadcast_to(heads, shape[:-2] + (n,))
-
-
-def per_sequence(op: str, name: str, n: Array, shape: Shape) -> Array:
-    """n of shape () or q.shape[:-3] as a view over (..., H, 1)."""
-    if n.shape not in ((), shape[:-3]):
-        raise ValueError(
-            f"{op}: {name} has shape {n.shape}, expected one number a sequence, {shape[:-3]}: fixed by q"
-        )
-    return np.broadcast_to(n[..., None, None] if n.ndim else n, shape[:-2] + (1,))
-
-
-@dataclass(frozen=True, eq=False)
-class Positions:
-    """Where queries and keys stand: given, or counted from 0 with the queries shifted by an alignment or an offset."""
-
-    op: str
-    q_pos: Array | None = None
-    k_pos: Array | None = None
-    align: str | None = None
-    offset: Array | None = None
-
-    @classmethod
-    def make(cls, op: str, q_pos: object, k_pos: object, align: object, offset: object) -> Positions:
-        check_one_of(op, "align", align, (None, "top_left", "bottom_right"))
-        ways = [positions for positions in ((q_pos, k_pos), (align,), (offset,)) if any(x is not None for x in positions)]
-        if len(ways) > 1:
-            raise ValueError(f"{op}: got more than one of positions, align and offset, expected at most one of them")
-        q, k, shift = (
-            None if x is None else integers(op, name, x)
-            for name, x in (("q_pos", q_pos), ("k_pos", k_pos), ("offset", offset))
-        )
-        return cls(op, q, k, align, shift)  # type: ignore[arg-type]  # align was checked above
-
-    def bind(self, shape: Shape) -> tuple[Array, Array]:
-        """Positions of the queries, (..., H, L), and of the keys, (..., H, S), as views."""
-        L, S = shape[-2:]
-        q = np.arange(L) if self.q_pos is None else self.q_pos
-        k = np.arange(S) if self.k_pos is None else self.k_pos
-        if self.offset is not None:
-            shift = per_sequence(self.op, "offset", self.offset, shape)
-            return q + shift, per_token(self.op, "k_pos", k, shape, "S")
-        if self.align == "bottom_right":
-            q = q + (S - L)
-        elif self.align is None and self.q_pos is None and self.k_pos is None and L != S:
-            raise ValueError(
-                f"{self.op}: got L={L} queries and S={S} keys, and how they are aligned is not given; expected "
-                f'align="top_left" (query 0 stands at key 0), align="bottom_right" (the last query stands at the last '
-                f"key), offset=n (query 0 stands at key n), or q_pos and k_pos"
-            )
-        return per_token(self.op, "q_pos", q, shape, "L"), per_token(self.op, "k_pos", k, shape, "S")
 
 
 @dataclass(frozen=True, eq=False)
@@ -351,7 +223,7 @@ def window(
             if isinstance(x, (int, np.integer)) and not isinstance(x, bool) and x < 0:
                 raise ValueError(f"window: {name} is {x}, expected an integer of at least 0, or None for no limit")
             check_integer("window", name, x, least=0)
-    sides = (None if x is None else min(int(x), _FAR) for x in (left, right))
+    sides = (None if x is None else min(int(x), FAR) for x in (left, right))
     return Window(Positions.make("window", q_pos, k_pos, align, offset), *sides)
 
 

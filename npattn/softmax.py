@@ -13,33 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npattn._checks import Array, Dims, check_array, check_cotangent, check_dtype, check_one_of
+from npattn._pairs import quiet, select
 from npattn.masks import bind_mask
-
-# Inf and NaN may lie in places that are not allowed, and a row without keys has log 0: that is not the caller's error.
-quiet = np.errstate(divide="ignore", over="ignore", under="ignore", invalid="ignore")
-
-
-def select(allowed: Array | None, x: Array, other: float = 0.0) -> Array:
-    """x where allowed, elsewhere ``other``: never a product with 0, because 0 * NaN = NaN. None allows all."""
-    return x if allowed is None else np.where(allowed, x, x.dtype.type(other))
-
-
-def product(w: Array, x: Array, allowed: Array | None) -> Array:
-    """out_i = sum over the allowed j of w_ij x_j: the matrix product w @ x for weights w that are 0 elsewhere.
-
-    Where x is finite that is all; otherwise the x_j that are not finite are added one by one where they are allowed.
-    """
-    bad = None if allowed is None else ~np.isfinite(x).all(-1, keepdims=True)
-    if bad is None or not bad.any():
-        return w @ x
-    allowed = np.broadcast_to(allowed, w.shape)
-    out = w @ np.where(bad, x.dtype.type(0), x)
-    bad = np.broadcast_to(bad, out.shape[:-2] + bad.shape[-2:])
-    for j in np.flatnonzero(bad.any(tuple(range(bad.ndim - 2)))[:, 0]):
-        one = slice(j, j + 1)
-        out += select(allowed[..., :, one] & bad[..., one, :], w[..., :, one] * x[..., one, :])
-    return out
-
 
 def normalize(scores: Array, allowed: Array | None = None, sink: Array | None = None) -> tuple[Array, Array]:
     """Weights and lse of scores that are -inf where not allowed; sink is one more logit a row that has no weight."""
@@ -53,11 +28,6 @@ def normalize(scores: Array, allowed: Array | None = None, sink: Array | None = 
         total = total + np.exp(sink - top)
     weights = select(allowed, e / select(total != 0, total, 1.0))
     return weights, (top + np.log(total))[..., 0]
-
-
-def swap(x: Array) -> Array:
-    """The transpose of the last two axes, as a view."""
-    return x.swapaxes(-1, -2)
 
 
 def _scores(op: str, name: str, scores: object, mask: object) -> tuple[Array, Array | None]:

@@ -1,0 +1,192 @@
+"""What is known of each pair (query i, key j): the protocol, where tokens stand, and sums over allowed pairs.
+
+A mask, bias or dropout mask knows nothing of shapes until an operation *binds* it once to the shape of its scores
+(..., H, L, S).  What is bound never needs the whole L x S array:
+
+    dense()                    all pairs, (..., H, L, S)
+    tile(index, rows, cols)    those of ``scores[index][..., rows, cols]``, or what broadcasts to it
+    state(index, rows, cols)   EMPTY, PARTIAL or FULL (masks only; PARTIAL is always a right answer)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from npattn._checks import Array, Shape, broadcast_pairs, check_one_of, check_other_dtype, kind
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+ALL = slice(None)
+FAR = 1 << 61  # positions stay below this, so that differences of two fit into int64
+
+
+class Bound:
+    """What is known of each pair of scores of one shape. A subclass gives ``tile``."""
+
+    shape: Shape
+
+    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+        raise NotImplementedError
+
+    def dense(self) -> Array:
+        return np.broadcast_to(self.tile((), ALL, ALL), self.shape)
+
+    def state(self, index: Shape, rows: slice, cols: slice) -> int:
+        tile = self.tile(index, rows, cols)
+        return FULL if tile.all() else PARTIAL if tile.any() else EMPTY
+
+
+class DenseBound(Bound):
+    """Values that are there already, as a view over all pairs."""
+
+    def __init__(self, view: Array) -> None:
+        self.view, self.shape = view, view.shape
+
+    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+        return self.view[index][..., rows, cols]
+
+
+@runtime_checkable
+class Bindable(Protocol):
+    """Anything that can be bound to the shape of the scores."""
+
+    def bind(self, shape: Shape) -> Any: ...
+
+
+def bind_dropout(op: str, mask: object, shape: Shape, dtype: np.dtype[Any], computing: np.dtype[Any]) -> Any:
+    """The dropout mask, checked against scores of this shape (None stays None)."""
+    if mask is None or isinstance(mask, Bindable):
+        return None if mask is None else mask.bind(shape)
+    expected = "expected an array that the caller drew, 0 or 1/(1-p) for each pair"
+    if not isinstance(mask, np.ndarray):
+        raise TypeError(f"{op}: dropout_mask is {kind(mask)}, {expected}: (rng.random(shape) >= p) / (1 - p)")
+    real = np.empty(0, computing).real.dtype
+    view = broadcast_pairs(op, "dropout_mask", check_other_dtype(op, "dropout_mask", mask, dtype, real), shape)
+    if mask.size and not (mask.real.min() >= 0 and np.isfinite(mask).all()):
+        raise ValueError(f"{op}: dropout_mask reaches from {mask.min()} to {mask.max()}, {expected}")
+    return DenseBound(view)
+
+
+
+# --- where tokens stand -----------------------------------------------------------------------------------------------
+
+
+def integers(op: str, name: str, x: object) -> Array:
+    """A copy as int64."""
+    a = np.asarray(x)
+    if a.dtype.kind not in "iu":
+        raise TypeError(f"{op}: {name} has dtype {a.dtype}, expected integers")
+    if a.size and not (-FAR < int(a.min()) and int(a.max()) < FAR):
+        raise ValueError(f"{op}: {name} reaches from {a.min()} to {a.max()}, expected values below 2**61 in size")
+    return np.array(a, dtype=np.int64)
+
+
+def per_token(op: str, name: str, x: Array, shape: Shape, letter: str) -> Array:
+    """x of shape (L,), or one row a sequence, as a view over (..., H, L); likewise S."""
+    n = shape[-2] if letter == "L" else shape[-1]
+    rows = shape[:-3] + (n,)
+    if x.shape not in ((n,), rows):
+        each = f" or one row a sequence, {rows}" if len(rows) > 1 else ""
+        raise ValueError(f"{op}: {name} has shape {x.shape}, expected ({letter}={n},){each}: fixed by q and k")
+    heads = x[..., None, :] if x.ndim > 1 else x
+    return np.broadcast_to(heads, shape[:-2] + (n,))
+
+
+def per_sequence(op: str, name: str, n: Array, shape: Shape) -> Array:
+    """n of shape () or q.shape[:-3] as a view over (..., H, 1)."""
+    if n.shape not in ((), shape[:-3]):
+        raise ValueError(
+            f"{op}: {name} has shape {n.shape}, expected one number a sequence, {shape[:-3]}: fixed by q"
+        )
+    return np.broadcast_to(n[..., None, None] if n.ndim else n, shape[:-2] + (1,))
+
+
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """Where queries and keys stand: given, or counted from 0 with the queries shifted by an alignment or an offset."""
+
+    op: str
+    q_pos: Array | None = None
+    k_pos: Array | None = None
+    align: str | None = None
+    offset: Array | None = None
+
+    @classmethod
+    def make(cls, op: str, q_pos: object, k_pos: object, align: object, offset: object) -> Positions:
+        check_one_of(op, "align", align, (None, "top_left", "bottom_right"))
+        ways = [positions for positions in ((q_pos, k_pos), (align,), (offset,)) if any(x is not None for x in positions)]
+        if len(ways) > 1:
+            raise ValueError(f"{op}: got more than one of positions, align and offset, expected at most one of them")
+        q, k, shift = (
+            None if x is None else integers(op, name, x)
+            for name, x in (("q_pos", q_pos), ("k_pos", k_pos), ("offset", offset))
+        )
+        return cls(op, q, k, align, shift)  # type: ignore[arg-type]  # align was checked above
+
+    def bind(self, shape: Shape) -> tuple[Array, Array]:
+        """Positions of the queries, (..., H, L), and of the keys, (..., H, S), as views."""
+        L, S = shape[-2:]
+        q = np.arange(L) if self.q_pos is None else self.q_pos
+        k = np.arange(S) if self.k_pos is None else self.k_pos
+        if self.offset is not None:
+            shift = per_sequence(self.op, "offset", self.offset, shape)
+            return q + shift, per_token(self.op, "k_pos", k, shape, "S")
+        if self.align == "bottom_right":
+            q = q + (S - L)
+        elif self.align is None and self.q_pos is None and self.k_pos is None and L != S:
+            raise ValueError(
+                f"{self.op}: got L={L} queries and S={S} keys, and how they are aligned is not given; expected "
+                f'align="top_left" (query 0 stands at key 0), align="bottom_right" (the last query stands at the last '
+                f"key), offset=n (query 0 stands at key n), or q_pos and k_pos"
+            )
+        return per_token(self.op, "q_pos", q, shape, "L"), per_token(self.op, "k_pos", k, shape, "S")
+
+
+# --- sums over allowed pairs --------------------------------------------------------------------------------------------
+
+# Inf and NaN may lie in places that are not allowed, and a row without keys has log 0: that is not the caller's error.
+quiet = np.errstate(divide="ignore", over="ignore", under="ignore", invalid="ignore")
+
+
+def select(allowed: Array | None, x: Array, other: float = 0.0) -> Array:
+    """x where allowed, elsewhere ``other``: never a product with 0, because 0 * NaN = NaN. None allows all."""
+    return x if allowed is None else np.where(allowed, x, x.dtype.type(other))
+
+
+def product(w: Array, x: Array, allowed: Array | None) -> Array:
+    """out_i = sum over the allowed j of w_ij x_j: the matrix product w @ x for weights w that are 0 elsewhere.
+
+    Where x is finite that is all; otherwise the x_j that are not finite are added one by one where they are allowed.
+    """
+    bad = None if allowed is None else ~np.isfinite(x).all(-1, keepdims=True)
+    if bad is None or not bad.any():
+        return w @ x
+    allowed = np.broadcast_to(allowed, w.shape)
+    out = w @ np.where(bad, x.dtype.type(0), x)
+    bad = np.broadcast_to(bad, out.shape[:-2] + bad.shape[-2:])
+    for j in np.flatnonzero(bad.any(tuple(range(bad.ndim - 2)))[:, 0]):
+        one = slice(j, j + 1)
+        out += select(allowed[..., :, one] & bad[..., one, :], w[..., :, one] * x[..., one, :])
+    return out
+
+
+def swap(x: Array) -> Array:
+    """The transpose of the last two axes, as a view."""
+    return x.swapaxes(-1, -2)
+
+
+def weight_gradient(x: Array, dy: Array) -> Array:
+    """x^T dy summed over all tokens, (..., M) and (..., N) -> (M, N), where tokens of zeros count as nothing.
+
+    A token that nobody sees has dy = 0 exactly, and a query without keys x = 0: what stands beside it may be NaN.
+    """
+    tokens = math.prod(x.shape[:-1])
+    a, b = x.astype(dy.dtype, copy=False).reshape(tokens, x.shape[-1]), dy.reshape(tokens, dy.shape[-1])
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        counts = a.any(-1, keepdims=True) & b.any(-1, keepdims=True)
+        a, b = select(counts, a), select(counts, b)
+    return swap(a) @ b
+

@@ -1,0 +1,135 @@
+"""The recurrent baseline: what attention is compared with.
+
+    a_t = x_t w_x + b                 (B, N)      (1)    for all t in one product
+    z_t = a_t + h_{t-1} w_h           (B, N)      (2)
+    h_t = tanh(z_t)  or  relu(z_t)    (B, N)      (3)
+
+Elman 1990. The derivative of (3) is written with its output: 1 - h_t^2, or 1 where h_t > 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from npattn._checks import Array, Dims, check_cotangent, check_dtype, check_one_of, check_other_dtype
+from npattn._pairs import quiet, select, swap, weight_gradient
+
+
+class RNNParams(NamedTuple):
+    """Weights (in, out), applied as x @ w."""
+
+    w_x: Array  # (M, N)
+    w_h: Array  # (N, N)
+    b: Array | None = None  # (N,)
+
+
+class RNNCache(NamedTuple):
+    x: Array  # (B, T, M)
+    h0: Array | None  # (B, N)
+    params: RNNParams
+    valid: Array | None  # (B, T, 1) steps before a sequence's length; None: all
+    nonlinearity: str
+    states: Array  # (B, T, N) h_t in the computing dtype, 0 after a sequence's length
+    h_last: Array  # (B, N) the last valid state, h0 where the length is 0; in the dtype of x
+
+
+class RNNGrads(NamedTuple):
+    x: Array
+    h0: Array  # also where h0 was None and stood for zeros
+    params: RNNParams
+
+
+@quiet
+def rnn_forward(
+    x: Array, h0: Array | None, params: RNNParams, *, lengths: Any = None, nonlinearity: str = "tanh"
+) -> tuple[Array, RNNCache]:
+    """A recurrent layer over T steps, equations (1) to (3) of this page.
+
+    x : (B, T, M)   h0 : (B, N), None = zeros   params : see `RNNParams`   nonlinearity : "tanh" or "relu"
+    lengths : integers (B,), 0 to T: later steps give output 0, take nothing in and pass nothing back, whatever x holds there
+    Returns h (B, T, N), and the cache; ``cache.h_last`` (B, N) is the last valid state. Raises TypeError, ValueError.
+    """
+    check_one_of("rnn", "nonlinearity", nonlinearity, ("tanh", "relu"))
+    valid, computing = _check(x, h0, params, lengths)
+    B, T, _ = x.shape
+    w_x, w_h, b = (None if p is None else p.astype(computing, copy=False) for p in params)
+    a = x.astype(computing, copy=False) @ w_x  # (1)
+    a = a if b is None else a + b  # (1)
+    states = np.zeros((B, T, params.w_h.shape[0]), computing)
+    h = np.zeros_like(states, shape=(B, states.shape[2])) if h0 is None else h0.astype(computing, copy=False)
+    for t in range(T):
+        z = a[:, t] + h @ w_h  # (2)
+        new = np.tanh(z) if nonlinearity == "tanh" else select(~(z.real <= 0), z)  # (3); a NaN is passed on
+        now = None if valid is None else valid[:, t]
+        states[:, t] = select(now, new)
+        h = new if now is None else np.where(now, new, h)
+    return states.astype(x.dtype, copy=False), RNNCache(
+        x, h0, params, valid, nonlinearity, states, h.astype(x.dtype, copy=False)
+    )
+
+
+@quiet
+def rnn_backward(dh: Array, cache: RNNCache, dh_last: Array | None = None) -> RNNGrads:
+    """The gradients of sum(dh * h) + sum(dh_last * h_last), backwards through time. dh : (B, T, N); dh_last : (B, N).
+
+    ``carry`` is the gradient of h_t through all later steps; steps after a sequence's length hand it on untouched.
+    """
+    c, params, h, computing = cache, cache.params, cache.states, cache.states.dtype
+    dh = check_cotangent("rnn", "dh", dh, h.shape, c.x.dtype, computing)
+    B, T, N = h.shape
+    carry = np.zeros((B, N), computing)
+    if dh_last is not None:
+        carry = check_cotangent("rnn", "dh_last", dh_last, (B, N), c.x.dtype, computing)
+    w_x, w_h = (p.astype(computing, copy=False) for p in params[:2])
+    slope = 1 - h * h if c.nonlinearity == "tanh" else (h.real > 0).astype(computing)  # (3)
+    dz = np.zeros_like(h)
+    for t in reversed(range(T)):
+        now = None if c.valid is None else c.valid[:, t]
+        dz[:, t] = select(now, (dh[:, t] + carry) * slope[:, t])  # (3)
+        back = dz[:, t] @ swap(w_h)  # (2)
+        carry = back if now is None else np.where(now, back, carry)
+    first = np.zeros((B, 1, N), computing) if c.h0 is None else c.h0.astype(computing, copy=False)[:, None]
+    before = np.concatenate([first, h], axis=1)[:, :T]  # h_{t-1}
+    grads = RNNParams(
+        weight_gradient(c.x, dz).astype(params.w_x.dtype, copy=False),  # (1)
+        weight_gradient(before, dz).astype(params.w_h.dtype, copy=False),  # (2)
+        None if params.b is None else dz.sum((0, 1)).astype(params.b.dtype, copy=False),  # (1)
+    )
+    dx = (dz @ swap(w_x)).astype(c.x.dtype, copy=False)  # (1)
+    return RNNGrads(dx, carry.astype(c.x.dtype, copy=False), grads)
+
+
+def _check(x: Any, h0: Any, params: Any, lengths: Any) -> tuple[Array | None, np.dtype[Any]]:
+    op = "rnn"
+    if not isinstance(params, RNNParams):
+        raise TypeError(f"{op}: params is a {type(params).__name__}, expected npattn.RNNParams")
+    computing, dims = check_dtype(op, x=x), Dims(op)
+    dims.fit("x", x, "B T M")
+    for name, spec in (("w_x", "M N"), ("w_h", "N N"), ("b", "N")):
+        p = getattr(params, name)
+        if p is not None or name != "b":
+            dims.fit(name, check_other_dtype(op, name, p, x.dtype, computing), spec)
+    if h0 is not None:
+        dims.fit("h0", h0, "B N")
+        check_dtype(op, x=x, h0=h0)
+    if lengths is None:
+        return None, computing
+    n = np.asarray(lengths)
+    if n.dtype.kind not in "iu":
+        raise TypeError(f"{op}: lengths has dtype {n.dtype}, expected integers")
+    dims.fit("lengths", n, "B")
+    if n.size and not (n.min() >= 0 and n.max() <= dims["T"]):
+        raise ValueError(f"{op}: lengths reaches from {n.min()} to {n.max()}, expected 0 to T={dims['T']}: fixed by x")
+    return (np.arange(dims["T"]) < n[:, None])[..., None], computing
+
+
+def rnn(
+    x: Array, h0: Array | None, params: RNNParams, *, lengths: Any = None, nonlinearity: str = "tanh"
+) -> Array:
+    """`rnn_forward` without its cache."""
+    return rnn_forward(x, h0, params, lengths=lengths, nonlinearity=nonlinearity)[0]
+
+
+__all__ = ["RNNCache", "RNNGrads", "RNNParams", "rnn", "rnn_backward", "rnn_forward"]
