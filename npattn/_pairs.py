@@ -79,7 +79,7 @@ def integers(op: str, name: str, x: object) -> Array:
     a = np.asarray(x)
     if a.dtype.kind not in "iu":
         raise TypeError(f"{op}: {name} has dtype {a.dtype}, expected integers")
-    if a.size and not (-FAR < int(a.min()) and int(a.max()) < FAR):
+    if a.size and not (int(a.min()) > -FAR and int(a.max()) < FAR):
         raise ValueError(f"{op}: {name} reaches from {a.min()} to {a.max()}, expected values below 2**61 in size")
     return np.array(a, dtype=np.int64)
 
@@ -87,12 +87,12 @@ def integers(op: str, name: str, x: object) -> Array:
 def per_token(op: str, name: str, x: Array, shape: Shape, letter: str) -> Array:
     """x of shape (L,), or one row a sequence, as a view over (..., H, L); likewise S."""
     n = shape[-2] if letter == "L" else shape[-1]
-    rows = shape[:-3] + (n,)
+    rows = (*shape[:-3], n)
     if x.shape not in ((n,), rows):
         each = f" or one row a sequence, {rows}" if len(rows) > 1 else ""
         raise ValueError(f"{op}: {name} has shape {x.shape}, expected ({letter}={n},){each}: fixed by q and k")
     heads = x[..., None, :] if x.ndim > 1 else x
-    return np.broadcast_to(heads, shape[:-2] + (n,))
+    return np.broadcast_to(heads, (*shape[:-2], n))
 
 
 def per_sequence(op: str, name: str, n: Array, shape: Shape) -> Array:
@@ -101,7 +101,7 @@ def per_sequence(op: str, name: str, n: Array, shape: Shape) -> Array:
         raise ValueError(
             f"{op}: {name} has shape {n.shape}, expected one number a sequence, {shape[:-3]}: fixed by q"
         )
-    return np.broadcast_to(n[..., None, None] if n.ndim else n, shape[:-2] + (1,))
+    return np.broadcast_to(n[..., None, None] if n.ndim else n, (*shape[:-2], 1))
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,9 +25,9 @@ from npattn._checks import (
     Shape,
     broadcast_pairs,
     check_array,
+    check_dtype,
     check_integer,
     check_other_dtype,
-    check_dtype,
     kind,
 )
 from npattn._pairs import Bindable, Bound, Positions, integers
@@ -83,7 +83,7 @@ class ArrayBound(ParameterBound):
 
 def heads_first(x: Array, shape: Shape) -> Array:
     """One number a head, (H,), beside scores (..., H, L, S); H = 1 where the scores have rank 2."""
-    return x.reshape(shape[-3:-2] + (1, 1))
+    return x.reshape((*shape[-3:-2], 1, 1))
 
 
 def sum_per_head(x: Array, heads: int) -> Array:
@@ -156,7 +156,7 @@ class AlibiBound(ParameterBound):
         return distance.astype(self.value.dtype)
 
     def _slopes(self, values: Array, index: Shape) -> Array:
-        return np.broadcast_to(heads_first(values, self.shape), self.shape[:-2] + (1, 1))[index]
+        return np.broadcast_to(heads_first(values, self.shape), (*self.shape[:-2], 1, 1))[index]
 
     def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
         return -self._slopes(self.value, index) * self._distance(index, rows, cols)
@@ -228,7 +228,7 @@ class RelativeBound(ParameterBound):
             self._buckets(tuple(0 for _ in shape[:-2]) if all(shape) else (), slice(0, 1), slice(0, 1))
         else:
             self.view = broadcast_pairs("RelativeTable", "buckets", bias.buckets, shape)
-        self.heads = np.broadcast_to(heads_first(np.arange(self.value.shape[1]), shape), shape[:-2] + (1, 1))
+        self.heads = np.broadcast_to(heads_first(np.arange(self.value.shape[1]), shape), (*shape[:-2], 1, 1))
 
     def _buckets(self, index: Shape, rows: slice, cols: slice) -> Array:
         if not callable(self.bias.buckets):

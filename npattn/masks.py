@@ -235,13 +235,13 @@ class Lengths(Mask):
 
     def bind(self, shape: Shape) -> Bound:
         full = shape[-2] if self.letter == "L" else shape[-1]
-        if self.n.size and not (0 <= self.n.min() and self.n.max() <= full):
+        if self.n.size and not (self.n.min() >= 0 and self.n.max() <= full):
             raise ValueError(
                 f"{self.op}: n reaches from {self.n.min()} to {self.n.max()}, expected 0 to {self.letter}={full}"
             )
         # A length is one more position: index < n says that it stands no later than n - 1.
         last = per_sequence(self.op, "n", self.n, shape) - 1
-        count = np.broadcast_to(np.arange(full), shape[:-2] + (full,))
+        count = np.broadcast_to(np.arange(full), (*shape[:-2], full))
         if self.letter == "L":
             return WindowBound(shape, count, last, 0, None)
         return WindowBound(shape, last, count, None, 0)

@@ -16,6 +16,7 @@ from npattn._checks import Array, Dims, check_array, check_cotangent, check_dtyp
 from npattn._pairs import quiet, select
 from npattn.masks import bind_mask
 
+
 def normalize(scores: Array, allowed: Array | None = None, sink: Array | None = None) -> tuple[Array, Array]:
     """Weights and lse of scores that are -inf where not allowed; sink is one more logit a row that has no weight."""
     top = scores.real.max(-1, keepdims=True, initial=-np.inf)

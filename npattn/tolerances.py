@@ -20,3 +20,14 @@ def ROMBERG_STEP(eps: float) -> float:
 
 # A central difference that knows its own value no better than this tests nothing.
 WORST_CENTRAL_ERROR = 1e-4
+
+# --- the error model of npattn.verify.errors -----------------------------------------------------------------------------
+# A rounding moves a number by at most u, relative. Over mantissas that are log-uniform its rms is
+# u sqrt(integral of (1/12) 4 / m^2 dm / (m ln 2), m = 1 .. 2) = 0.43 u.
+ROUNDING_STD = 0.43
+
+# exp of float32 in NumPy, torch and jax was seen to be wrong by at most 2.2 units in the last place; 3 are allowed.
+EXP_ULPS = 3.0
+
+# dp - mean, + dlse, and the product with p are three more roundings.
+DELTA_ROUNDING = 3.0

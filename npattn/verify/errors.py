@@ -1,0 +1,231 @@
+"""How far an honest implementation may be from the truth, element by element: sigma and det.
+
+Both follow one rounding after the other through equations (1) to (7) of `npattn.attention` and back, with the same formulas:
+
+    sigma    one standard deviation: independent roundings of 0.43 u each are added in quadrature
+    det      a bound that holds in any order of summation and any tiling: roundings of u are added up
+
+The notation is that of docs/error-model.md: a = |scale|, eta the error of a score, rho the relative error of an exp, pi of
+a weight, zeta of dp, delta of sum_j p_j dp_j. All is computed in float64 from the reference's own values.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from npattn._checks import Array
+from npattn._pairs import quiet, select, swap
+from npattn.attention import AttentionCache, AttentionGrads, live, one_head_each, visible
+from npattn.biases import heads_first
+from npattn.tolerances import DELTA_ROUNDING, EXP_ULPS, ROUNDING_STD
+
+
+class Errors(NamedTuple):
+    """The predicted error of every element of an output and of the gradients; None where there is no such tensor."""
+
+    out: Array
+    lse: Array
+    q: Array | None = None
+    k: Array | None = None
+    v: Array | None = None
+    bias: Any = None
+    sink: Array | None = None
+
+
+class _Kind:
+    """How errors add up: in quadrature (sigma) or one upon the other (det)."""
+
+    def __init__(self, rigorous: bool, u: float, tiny: float) -> None:
+        self.rigorous, self.tiny = rigorous, tiny
+        self.unit = u if rigorous else ROUNDING_STD * u
+
+    def add(self, *errors: Any) -> Any:
+        if self.rigorous:
+            return sum(np.abs(e) for e in errors)
+        return np.sqrt(sum(np.square(e) for e in errors))
+
+    def through(self, error: Array, x: Array) -> Array:
+        """The error of a matrix product whose left factor has this error."""
+        return error @ np.abs(x) if self.rigorous else np.sqrt(np.square(error) @ np.square(x))
+
+    def sum(self, error: Array, axis: Any) -> Array:
+        """The error of a sum whose terms have these errors."""
+        total: Array = error.sum(axis, keepdims=True)
+        return total if self.rigorous else np.sqrt(np.square(error).sum(axis, keepdims=True))
+
+    def _chain(self, n: int, magnitude: Any, squares: Any, total: Any) -> Any:
+        """The rounding of a sum of n products, from the sum of their |.|, of their squares, and itself.
+
+        In sequence, the partial sums of terms with mean and spread have E sum_m s_m^2 = (n / 2) sum t^2 + (n / 3) (sum t)^2.
+        """
+        if self.rigorous:
+            gamma = (n + 2) * self.unit / (1 - min((n + 2) * self.unit, 0.5))
+            return gamma * magnitude + n * self.tiny
+        return self.unit * np.sqrt((n / 2 + 1) * squares + (n / 3) * np.square(total)) + n * self.tiny
+
+    def product(self, x: Array, y: Array) -> Array:
+        """The rounding of the matrix product x @ y of exact factors."""
+        magnitude = np.abs(x) @ np.abs(y) if self.rigorous else 0.0
+        return self._chain(x.shape[-1], magnitude, np.square(x) @ np.square(y), x @ y)  # type: ignore[no-any-return]
+
+    def rounding_of_sum(self, terms: Array, axis: Any) -> Array:
+        """The rounding of a sum of exact terms."""
+        n = math.prod(terms.shape[a] for a in (axis if isinstance(axis, tuple) else (axis,)))
+        sums = [f(terms).sum(axis, keepdims=True) for f in (np.abs, np.square, np.asarray)]
+        return self._chain(n, *sums)  # type: ignore[no-any-return]
+
+
+@quiet
+def predict(
+    c: AttentionCache, out: Array, dout: Array | None = None, dlse: Array | None = None,
+    grads: AttentionGrads | None = None, *, dtype: Any, rigorous: bool = False,
+) -> Errors:  # fmt: skip
+    """sigma (or det) of each element for an implementation that computes in ``dtype``.
+
+    c, out, grads : what the dense reference returned, in float64 or better
+    """
+    info = np.finfo(dtype)
+    u = float(info.eps) / 2
+    kind = _Kind(rigorous, u, float(info.smallest_normal))
+    unit, tiny = kind.unit, kind.tiny
+    heads = c.q.shape[-3] if c.q.ndim > 2 else 1
+    q, k, v = (_finite(one_head_each(x, heads, np.dtype(np.float64))) for x in (c.q, c.k, c.v))
+    assert c.weights is not None  # the dense reference keeps them
+    p, lse = np.asarray(c.weights, np.float64), np.asarray(c.lse, np.float64)
+    o = np.asarray(out, np.float64)
+    allowed, bias = visible(c)
+    a, (L, S) = abs(float(c.scale)), p.shape[-2:]
+    D, E = q.shape[-1], v.shape[-1]
+
+    # (1) to (3): eta, the error of a score
+    s = a * (q @ swap(k))
+    eta = kind.add(a * kind.product(q, swap(k)), 2 * unit * s)
+    slope: Any = 1.0
+    t: Any = 0.0
+    if c.softcap is not None:
+        t = np.tanh(math.copysign(1, c.scale) * s / c.softcap)
+        slope = 1 - t * t
+        eta = kind.add(eta * slope, 4 * unit * c.softcap * t)
+        s = c.softcap * t * math.copysign(1, c.scale)
+    z = s * math.copysign(1, c.scale)
+    if bias is not None:
+        z = z + _finite(np.asarray(bias, np.float64))
+        eta = kind.add(eta, unit * z)
+    z, eta = select(allowed, z, -np.inf), select(allowed, eta)
+
+    # (5): rho, the relative error of an exp after the shift by the top
+    top = z.max(-1, keepdims=True, initial=-np.inf)
+    p_sink: Any = 0.0
+    if c.sink is not None:
+        sink = heads_first(np.asarray(c.sink, np.float64), p.shape)
+        top = np.maximum(top, sink)
+        p_sink = select(sink != -np.inf, np.exp(sink - lse[..., None]))
+    top = select(np.isfinite(top), top)
+    below = select(p != 0, top - z)
+    rho = kind.add(eta, unit * below, EXP_ULPS * unit)
+    rho_sink = kind.add(unit * (top - sink), EXP_ULPS * unit) if c.sink is not None else 0.0
+    if rigorous:
+        rho = np.expm1(np.minimum(rho, 700.0))
+    mean_rho = kind.add(kind.sum(p * rho, -1), p_sink * rho_sink)  # of the sum of exp ...
+    total = kind.add(mean_rho, kind.rounding_of_sum(p, -1), 4 * unit)  # ... and of its own summation
+    left = np.maximum(1 - kind.sum(p * rho, -1), 2.0**-20) if rigorous else 1.0
+
+    # (6), (7): the error of a weight multiplies the centred value, that of the sums the plain one
+    drop = 1.0 if c.dropout is None else np.asarray(c.dropout.dense(), np.float64)
+    w = p * drop
+    hull = np.abs(v).max(-2, keepdims=True, initial=0.0)
+    if rigorous:
+        centre = v.mean(-2, keepdims=True) if S else np.zeros_like(hull)
+        pulled = (w * rho) @ np.abs(v - centre) + (p * rho).sum(-1, keepdims=True) * np.abs(centre - o)
+        pulled = pulled + ((np.abs(drop - 1) * p * rho) @ np.abs(centre + 0 * v) if c.dropout is not None else 0.0)
+        pulled = np.minimum(pulled / left, (hull + np.abs(o)) * (np.max(drop, initial=1.0) + 1))
+        pulled = pulled + p_sink * rho_sink * np.abs(o) / left
+    else:
+        squares = np.square(p * rho)
+        spread = (squares * np.square(drop)) @ np.square(v) - 2 * o * ((squares * drop) @ v)
+        spread = spread + np.square(o) * (squares.sum(-1, keepdims=True) + np.square(p_sink * rho_sink))
+        pulled = np.sqrt(np.maximum(spread, 0.0))
+    sums = kind.add(kind.product(w, v), kind.rounding_of_sum(p, -1) * o, 5 * unit * o)
+    e_out = kind.add(pulled, sums) + S * tiny * (1 + hull)
+    e_lse = kind.add(total, unit * lse[..., None], unit * (lse[..., None] - top), unit * top)[..., 0]
+    if dout is None or grads is None:
+        return Errors(_dead(c, e_out), _dead(c, e_lse[..., None])[..., 0])
+
+    # backward, (7) and (6)
+    do, dl = live(c, dout, dlse)
+    do, dl = np.asarray(do, np.float64), np.asarray(dl, np.float64)
+    pi = kind.add(rho, total, unit * select(lse[..., None] != -np.inf, lse[..., None])) / left  # an exp(s - lse) is as good
+    dv = swap(w) @ do
+    e_v = kind.add(kind.through(swap(w * pi), do), kind.product(swap(w), do))
+    dp = select(allowed, do @ swap(v)) * drop
+    zeta = select(allowed, kind.product(do, swap(v))) * drop
+    mean = (p * dp).sum(-1, keepdims=True)
+    by_weights = kind.add(
+        kind.sum(p * pi * np.abs(dp - mean), -1), kind.sum(p * zeta, -1), kind.rounding_of_sum(p * dp, -1)
+    )
+    by_output = kind.add(kind.sum(np.abs(do) * e_out, -1), kind.rounding_of_sum(do * o, -1))
+    delta = np.maximum(by_weights, by_output)
+
+    # (5): dscores, and with it bias (3), softcap (2), q and k (1)
+    pull = dp - mean + dl
+    ds = p * pull
+    e_s = kind.add(
+        p * pi * np.abs(pull), p * zeta, p * delta, DELTA_ROUNDING * unit * p * (np.abs(dp - mean) + np.abs(dl)),
+        unit * ds,
+    ) + tiny  # fmt: skip
+    e_s = select(allowed, e_s)
+    e_bias = None
+    if c.bias is not None:
+        e_bias = _reduced(kind, ds, e_s, grads.bias)
+    e_sink = None
+    if c.sink is not None:
+        row = p_sink * (dl - mean)
+        e_row = kind.add(row * kind.add(total, unit * lse[..., None], rho_sink), p_sink * delta, 3 * unit * row) + tiny
+        axes = tuple(x for x in range(row.ndim) if x != row.ndim - 3)
+        e_sink = kind.add(kind.sum(e_row, axes), kind.rounding_of_sum(row, axes)).reshape(c.sink.shape)
+    if c.softcap is not None:
+        before = select(c.scale != 0, np.asarray(eta / np.maximum(slope, 1e-300)))
+        bend = 2 * np.abs(t) * kind.add(slope * before / c.softcap, 4 * unit * t)
+        e_s = kind.add(e_s * slope, ds * bend, 2 * unit * ds)
+        ds = ds * slope
+        e_s = select(allowed, e_s)
+    e_q = a * kind.add(kind.through(e_s, k), kind.product(ds, k)) + 2 * unit * np.abs(_f64(grads.q)) + S * tiny
+    e_k = a * kind.add(kind.through(swap(e_s), q), kind.product(swap(ds), q)) + L * tiny
+    e_k = _grouped(kind, e_k, a * (swap(ds) @ q), c.k.shape)
+    e_v = _grouped(kind, e_v + L * tiny, dv, c.v.shape)
+    return Errors(_dead(c, e_out), _dead(c, e_lse[..., None])[..., 0], e_q, e_k, e_v, e_bias, e_sink)
+
+
+def _f64(x: Any) -> Array:
+    return np.asarray(x, np.float64)
+
+
+def _finite(x: Array) -> Array:
+    """What is NaN or inf is either masked or makes the truth NaN; neither has a rounding error."""
+    return select(np.isfinite(x), x)
+
+
+def _dead(c: AttentionCache, error: Array) -> Array:
+    """Rows without a key or sink are exact."""
+    return select(np.asarray(c.lse)[..., None] != -np.inf, error)
+
+
+def _grouped(kind: _Kind, error: Array, terms: Array, shape: tuple[int, ...]) -> Array:
+    """The error of the sum over the heads that read one group."""
+    if error.shape == shape:
+        return kind.add(error, 2 * kind.unit * terms)  # type: ignore[no-any-return]
+    split = (*shape[:-2], error.shape[-3] // shape[-3], *shape[-2:])
+    error, terms = error.reshape(split), terms.reshape(split)
+    return kind.add(kind.sum(error, -3), kind.rounding_of_sum(terms, -3))[..., 0, :, :]  # type: ignore[no-any-return]
+
+
+def _reduced(kind: _Kind, terms: Array, error: Array, like: Any) -> Any:
+    """The error of a bias array's gradient: a sum over the axes along which it does not vary."""
+    if not isinstance(like, np.ndarray):
+        return None
+    full = (1,) * (terms.ndim - like.ndim) + like.shape
+    axes = tuple(x for x in range(terms.ndim) if full[x] == 1)
+    return kind.add(kind.sum(error, axes), kind.rounding_of_sum(terms, axes)).reshape(like.shape)
