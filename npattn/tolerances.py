@@ -31,3 +31,14 @@ EXP_ULPS = 3.0
 
 # dp - mean, + dlse, and the product with p are three more roundings.
 DELTA_ROUNDING = 3.0
+
+# --- npattn verify -------------------------------------------------------------------------------------------------------
+# An implementation is good when the root mean square of error / sigma over a tensor, and the largest, stay below these. Every
+# honest kernel that accumulates in the inputs' precision stays well below (NumPy in float32: 0.7 and 5); the room is for biased
+# sums over long rows, tensors of few elements, and errors that are the same for a whole row.
+GOOD_RMS = 3.0
+GOOD_MAX = 16.0
+
+# The same as sequential accumulation in the inputs' precision: what our own kernels are held to.
+TIGHT_RMS = 1.5
+TIGHT_MAX = 8.0

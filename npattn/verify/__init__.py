@@ -1,0 +1,21 @@
+"""Verification of other implementations: what is wrong with them, in units of the rounding error that is to be expected."""
+
+from npattn.verify.candidates import Candidate, CandidateError, load
+from npattn.verify.cases import CASES, OPTIONS, Case, Problem, draw
+from npattn.verify.judge import Check, Report, Result, examine, verify
+
+__all__ = [
+    "CASES",
+    "OPTIONS",
+    "Candidate",
+    "CandidateError",
+    "Case",
+    "Check",
+    "Problem",
+    "Report",
+    "Result",
+    "draw",
+    "examine",
+    "load",
+    "verify",
+]

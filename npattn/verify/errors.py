@@ -11,6 +11,7 @@ a weight, zeta of dp, delta of sum_j p_j dp_j. All is computed in float64 from t
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -45,37 +46,53 @@ class _Kind:
     def add(self, *errors: Any) -> Any:
         if self.rigorous:
             return sum(np.abs(e) for e in errors)
-        return np.sqrt(sum(np.square(e) for e in errors))
+        return functools.reduce(np.hypot, errors)
 
     def through(self, error: Array, x: Array) -> Array:
         """The error of a matrix product whose left factor has this error."""
-        return error @ np.abs(x) if self.rigorous else np.sqrt(np.square(error) @ np.square(x))
+        if self.rigorous:
+            return error @ np.abs(x)  # type: ignore[no-any-return]
+        top, rows = _scaled(error)
+        return top * np.sqrt(np.square(rows) @ np.square(x))  # type: ignore[no-any-return]
 
     def sum(self, error: Array, axis: Any) -> Array:
         """The error of a sum whose terms have these errors."""
-        total: Array = error.sum(axis, keepdims=True)
-        return total if self.rigorous else np.sqrt(np.square(error).sum(axis, keepdims=True))
+        if self.rigorous:
+            return error.sum(axis, keepdims=True)  # type: ignore[no-any-return]
+        top, scaled = _scaled(error, axis)
+        return top * np.sqrt(np.square(scaled).sum(axis, keepdims=True))  # type: ignore[no-any-return]
 
-    def _chain(self, n: int, magnitude: Any, squares: Any, total: Any) -> Any:
-        """The rounding of a sum of n products, from the sum of their |.|, of their squares, and itself.
+    def _chain(self, n: int, magnitude: Any, root: Any, total: Any) -> Any:
+        """The rounding of a sum of n products, from the sum of their |.|, the root of that of their squares, and itself.
 
         In sequence, the partial sums of terms with mean and spread have E sum_m s_m^2 = (n / 2) sum t^2 + (n / 3) (sum t)^2.
         """
         if self.rigorous:
             gamma = (n + 2) * self.unit / (1 - min((n + 2) * self.unit, 0.5))
             return gamma * magnitude + n * self.tiny
-        return self.unit * np.sqrt((n / 2 + 1) * squares + (n / 3) * np.square(total)) + n * self.tiny
+        return self.unit * np.hypot(math.sqrt(n / 2 + 1) * root, math.sqrt(n / 3) * total) + n * self.tiny
 
     def product(self, x: Array, y: Array) -> Array:
         """The rounding of the matrix product x @ y of exact factors."""
         magnitude = np.abs(x) @ np.abs(y) if self.rigorous else 0.0
-        return self._chain(x.shape[-1], magnitude, np.square(x) @ np.square(y), x @ y)  # type: ignore[no-any-return]
+        top, rows = _scaled(x)
+        roots = top * np.sqrt(np.square(rows) @ np.square(y))
+        return self._chain(x.shape[-1], magnitude, roots, x @ y)  # type: ignore[no-any-return]
 
     def rounding_of_sum(self, terms: Array, axis: Any) -> Array:
         """The rounding of a sum of exact terms."""
         n = math.prod(terms.shape[a] for a in (axis if isinstance(axis, tuple) else (axis,)))
-        sums = [f(terms).sum(axis, keepdims=True) for f in (np.abs, np.square, np.asarray)]
-        return self._chain(n, *sums)  # type: ignore[no-any-return]
+        top, scaled = _scaled(terms, axis)
+        roots = top * np.sqrt(np.square(scaled).sum(axis, keepdims=True))
+        sums = [f(terms).sum(axis, keepdims=True) for f in (np.abs, np.asarray)]
+        return self._chain(n, sums[0], roots, sums[1])  # type: ignore[no-any-return]
+
+
+def _scaled(x: Array, axis: Any = -1) -> tuple[Array, Array]:
+    """The largest |x| along the axis, and x over it: the squares of weights below 1e-154 would underflow."""
+    top = np.abs(x).max(axis, keepdims=True, initial=0.0)
+    top = np.where(top == 0, 1.0, top)
+    return top, x / top
 
 
 @quiet

@@ -1,0 +1,7 @@
+"""``python -m npattn`` is the command line."""
+
+import sys
+
+from npattn.cli import main
+
+sys.exit(main())

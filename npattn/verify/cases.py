@@ -1,0 +1,503 @@
+"""What is tested: one table of options and one of cases, for our tests, for ``npattn verify`` and for benchmarks alike.
+
+An option changes the sizes of a problem or adds an argument to it. A case is a named set of options on inputs of a family; drawn
+with a seed it is a `Problem`. The families are those of docs/error-model.md: N(0, 1) alone hides most differences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from npattn import masks
+from npattn._checks import Array
+from npattn.biases import Alibi, RelativeTable
+
+Rng = np.random.Generator
+
+
+@dataclass
+class Part:
+    """One conjunct of the mask: a mask of npattn, and the keyword argument that says the same."""
+
+    mask: Any
+    keyword: str = "mask"
+    value: Any = True
+    align: str | None = None  # of causal and window, where L and S differ
+
+
+@dataclass
+class Problem:
+    """The inputs, options and cotangents of one attention."""
+
+    q: Array
+    k: Array
+    v: Array
+    dout: Array
+    dlse: Array | None
+    parts: list[Part]
+    options: dict[str, Any]  # all but the mask, as npattn takes them
+
+    @property
+    def mask(self) -> Any:
+        """The parts as one mask of npattn."""
+        whole = None
+        for part in self.parts:
+            whole = part.mask if whole is None else masks.as_mask("mask", part.mask) & whole
+        return whole
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of `npattn.attention_forward`."""
+        return self.options if not self.parts else {"mask": self.mask, **self.options}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(..., H, L, S)"""
+        return (*self.q.shape[:-1], self.k.shape[-2])
+
+    def astype(self, dtype: Any) -> Problem:
+        """All floating arrays in another dtype."""
+
+        def cast(x: Any) -> Any:
+            if hasattr(x, "with_parameter"):
+                return x.with_parameter(cast(x.parameter))
+            return x.astype(dtype) if isinstance(x, np.ndarray) and x.dtype.kind in "fc" else x
+
+        options = {name: cast(x) for name, x in self.options.items()}
+        arrays = (cast(x) for x in (self.q, self.k, self.v, self.dout, self.dlse))
+        return Problem(*arrays, parts=self.parts, options=options)
+
+
+class Draft:
+    """A problem while its options are put together: sizes, then arguments."""
+
+    def __init__(self, rng: Rng, sizes: dict[str, int], lead: tuple[int, ...]) -> None:
+        self.rng, self.sizes, self.lead, self.heads = rng, dict(sizes), lead, True
+        self.parts: list[Part] = []
+        self.options: dict[str, Any] = {}
+        self.lse = False
+
+    def __getitem__(self, letter: str) -> int:
+        return self.sizes[letter]
+
+    def normal(self, *shape: int) -> Array:
+        return self.rng.standard_normal(shape)
+
+    def scores(self) -> tuple[int, ...]:
+        return (*self.lead, *([self["H"]] if self.heads else []), self["L"], self["S"])
+
+    def form(self, axes: str) -> tuple[int, ...]:
+        """The shape of an array over pairs that varies along these axes only, in the order B H L S; "LS" has rank 2."""
+        L, S = self["L"], self["S"]
+        if not self.heads or axes in ("LS", "L", "S"):
+            return (L if "L" in axes else 1, S if "S" in axes else 1)
+        lead = self.lead if "B" in axes else (1,) * len(self.lead)
+        return (*lead, self["H"] if "H" in axes else 1, L if "L" in axes else 1, S if "S" in axes else 1)
+
+    def positions(self, letter: str, top: int) -> Array:
+        return np.sort(self.rng.integers(0, top, (*self.lead, self[letter])))
+
+
+@dataclass(frozen=True)
+class Option:
+    feature: str
+    apply: Callable[[Draft], None]
+    shape: bool = False  # changes sizes: comes before the others
+    excludes: frozenset[str] = frozenset()  # features that it cannot stand beside, for the reason given in EXCLUSIONS
+
+
+# Pairs of features that no call can have.
+EXCLUSIONS = {
+    "bias": "there is one bias",
+    "rank": "there is one rank",
+    "grouped heads": "rank 2 has one head",
+    "lengths": "L is above or below S",
+    "causal": "two alignments of one mask are one causal mask",
+}
+
+OPTIONS: dict[str, Option] = {}
+
+
+def option(name: str, feature: str, *, shape: bool = False, excludes: Iterable[str] = ()) -> Any:
+    def register(apply: Callable[[Draft], None]) -> Callable[[Draft], None]:
+        OPTIONS[name] = Option(feature, apply, shape, frozenset(excludes))
+        return apply
+
+    return register
+
+
+def compatible(a: str, b: str) -> bool:
+    """Whether two options can stand in one call."""
+    return OPTIONS[b].feature not in OPTIONS[a].excludes and OPTIONS[a].feature not in OPTIONS[b].excludes
+
+
+@option("rank 2", "rank", shape=True, excludes=["rank", "grouped heads"])
+def _(d: Draft) -> None:
+    d.lead, d.heads = (), False
+    d.sizes |= {"H": 1, "G": 1}
+
+
+@option("rank 5", "rank", shape=True, excludes=["rank"])
+def _(d: Draft) -> None:
+    d.lead = (3, 2)
+
+
+@option("G < H", "grouped heads", shape=True, excludes=["grouped heads"])
+def _(d: Draft) -> None:
+    d.sizes["H"] = 2 * d["G"]
+
+
+@option("E != D", "E != D", shape=True)
+def _(d: Draft) -> None:
+    d.sizes["E"] = d["D"] + 3
+
+
+@option("L > S", "L > S", shape=True, excludes=["L < S"])
+def _(d: Draft) -> None:
+    d.sizes |= {"L": d["S"] + 2, "S": d["L"]}
+
+
+@option("L < S", "L < S", shape=True, excludes=["L > S"])
+def _(d: Draft) -> None:
+    d.sizes["S"] += 3
+
+
+@option("mask array", "mask")
+def _(d: Draft) -> None:
+    d.parts.append(Part(d.rng.random(d.form("BLS")) < 0.7))
+
+
+@option("causal top_left", "causal")
+def _(d: Draft) -> None:
+    d.parts.append(Part(masks.causal(align="top_left"), "causal", True, "top_left"))
+
+
+@option("causal bottom_right", "causal")
+def _(d: Draft) -> None:
+    d.parts.append(Part(masks.causal(align="bottom_right"), "causal", True, "bottom_right"))
+
+
+@option("causal by positions", "causal")
+def _(d: Draft) -> None:
+    top = d["S"] + d["L"]
+    d.parts.append(Part(masks.causal(d.positions("L", top) + d["S"] // 2, d.positions("S", top))))
+
+
+@option("window", "window")
+def _(d: Draft) -> None:
+    sides = (max(1, d["S"] // 3), max(1, d["S"] // 5))
+    d.parts.append(Part(masks.window(*sides, align="top_left"), "window", sides, "top_left"))
+
+
+@option("key_lengths", "key_lengths")
+def _(d: Draft) -> None:
+    n = d.rng.integers(max(1, d["S"] // 2), d["S"] + 1, d.lead)
+    d.parts.append(Part(masks.key_lengths(n), "key_lengths", n))
+
+
+@option("query_lengths", "query_lengths")
+def _(d: Draft) -> None:
+    d.parts.append(Part(masks.query_lengths(d.rng.integers(max(1, d["L"] // 2), d["L"] + 1, d.lead))))
+
+
+@option("keys", "keys")
+def _(d: Draft) -> None:
+    d.parts.append(Part(masks.keys(d.rng.random((*d.lead, d["S"])) < 0.7)))
+
+
+@option("segments", "segments")
+def _(d: Draft) -> None:
+    ids = (np.sort(d.rng.integers(0, 2, (*d.lead, d[n]))) for n in "LS")
+    d.parts.append(Part(masks.segments(*ids)))
+
+
+@option("packed", "packed")
+def _(d: Draft) -> None:
+    cu = [[0, *sorted(d.rng.integers(1, d[n], 1).tolist()), d[n]] for n in "LS"]
+    d.parts.append(Part(masks.packed(*cu, align="bottom_right")))
+
+
+@option("blocks", "blocks")
+def _(d: Draft) -> None:
+    size = (max(1, d["L"] // 3), max(1, d["S"] // 3))
+    counts = (-(-d["L"] // size[0]), -(-d["S"] // size[1]))
+    d.parts.append(Part(masks.blocks(d.rng.random(counts) < 0.75, size)))
+
+
+@option("where", "where")
+def _(d: Draft) -> None:
+    d.parts.append(Part(masks.where(lambda i, j: (i + 2 * j) % 5 != 1)))
+
+
+BIAS_FORMS = ("LS", "L", "S", "BHLS", "HLS", "BLS", "BHS", "BHL", "BS", "H")
+
+
+def _bias(axes: str) -> Callable[[Draft], None]:
+    def apply(d: Draft) -> None:
+        d.options["bias"] = d.normal(*d.form(axes))
+
+    return apply
+
+
+for _axes in BIAS_FORMS:
+    OPTIONS[f"bias {_axes}"] = Option("bias", _bias(_axes), excludes=frozenset(["bias"]))
+
+
+@option("Alibi", "bias", excludes=["bias"])
+def _(d: Draft) -> None:
+    d.options["bias"] = Alibi(d.rng.uniform(0.1, 0.6, d["H"]), align="bottom_right")
+
+
+@option("RelativeTable", "bias", excludes=["bias"])
+def _(d: Draft) -> None:
+    d.options["bias"] = RelativeTable(d.normal(5, d["H"]), lambda r: np.clip(r, -2, 2) + 2, align="bottom_right")
+
+
+@option("negative scale", "scale")
+def _(d: Draft) -> None:
+    d.options["scale"] = -0.75 * d["D"] ** -0.5
+
+
+@option("softcap", "softcap")
+def _(d: Draft) -> None:
+    d.options["softcap"] = 1.5
+
+
+@option("sink", "sink")
+def _(d: Draft) -> None:
+    d.options["sink"] = d.normal(d["H"])
+
+
+@option("dropout_mask", "dropout")
+def _(d: Draft) -> None:
+    d.options["dropout_mask"] = (d.rng.random(d.scores()) >= 0.25) / 0.75
+
+
+@option("dlse", "dlse")
+def _(d: Draft) -> None:
+    d.lse = True
+
+
+# --- families of inputs -------------------------------------------------------------------------------------------------
+
+FAMILIES: dict[str, Callable[[Rng, Array, Array, Array], tuple[Array, Array, Array]]] = {
+    "normal": lambda rng, q, k, v: (q, k, v),
+    "x5": lambda rng, q, k, v: (5 * q, 5 * k, 5 * v),  # logits of standard deviation 25
+    "x30": lambda rng, q, k, v: (30 * q, 30 * k, 30 * v),  # and of 900: one key has all the weight
+    "tiny": lambda rng, q, k, v: (1e-3 * q, 1e-3 * k, 1e-3 * v),  # near-uniform weights
+    "tiniest": lambda rng, q, k, v: (1e-20 * q, 1e-20 * k, 1e-20 * v),  # products underflow in float32
+    "one-hot": lambda rng, q, k, v: (40 * _spread(k, q.shape), 40 * k, v),
+    "V mean": lambda rng, q, k, v: (q, k, v + 1e4),
+    "K mean": lambda rng, q, k, v: (q, k + 100, v),
+    "near-tie": lambda rng, q, k, v: (100 * q, 10 * _pairs(rng, k), v),
+    "constant V": lambda rng, q, k, v: (q, k, np.full_like(v, 1 / 3)),
+}
+
+
+def _spread(k: Array, shape: tuple[int, ...]) -> Array:
+    """Queries that are keys themselves: query i of head h is key i (mod S) of its group."""
+    rows = np.take(k, np.arange(shape[-2]) % k.shape[-2], axis=-2)
+    return np.repeat(rows, shape[-3] // k.shape[-3], axis=-3) if len(shape) > 2 else rows
+
+
+def _pairs(rng: Rng, k: Array) -> Array:
+    """Every second key is its neighbour, moved by 1e-3."""
+    k, half = k.copy(), k.shape[-2] // 2
+    k[..., 1 : 2 * half : 2, :] = k[..., : 2 * half : 2, :] + 1e-3 * rng.standard_normal((*k.shape[:-2], half, k.shape[-1]))
+    return k
+
+
+# --- problems and cases -------------------------------------------------------------------------------------------------
+
+SMALL = {"H": 3, "G": 3, "L": 4, "S": 6, "D": 5, "E": 5}  # every letter of another size, for derivatives element by element
+MEDIUM = {"H": 3, "G": 3, "L": 37, "S": 53, "D": 16, "E": 16}
+LONG = {"H": 2, "G": 2, "L": 300, "S": 1100, "D": 32, "E": 32}  # more than one tile of any kernel, and no multiple of one
+
+
+def draw(
+    options: Iterable[str], seed: int | list[int], *, sizes: dict[str, int] = SMALL, lead: tuple[int, ...] = (2,),
+    family: str = "normal", dtype: Any = np.float64,
+) -> Problem:  # fmt: skip
+    """A problem with these options. Masks are drawn again until some query may see two keys: else all is zero."""
+    chosen = [OPTIONS[name] for name in options]
+    for attempt in range(100):
+        rng = np.random.default_rng([attempt, *(seed if isinstance(seed, list) else [seed])])
+        d = Draft(rng, sizes, lead)
+        for o in sorted(chosen, key=lambda o: not o.shape):
+            o.apply(d)
+        heads, groups = ([d["H"]], [d["G"]]) if d.heads else ([], [])
+        q = d.normal(*d.lead, *heads, d["L"], d["D"])
+        k, v = (d.normal(*d.lead, *groups, d["S"], d[n]) for n in "DE")
+        q, k, v = FAMILIES[family](rng, q, k, v)
+        dlse = d.normal(*q.shape[:-1]) if d.lse else None
+        problem = Problem(q, k, v, d.normal(*q.shape[:-1], v.shape[-1]), dlse, d.parts, d.options)
+        mask = problem.mask
+        if mask is None or (masks.as_mask("mask", mask).bind(problem.shape).dense().sum(-1) >= 2).any():
+            return problem.astype(dtype)
+    raise ValueError(f"draw: the options {list(options)} leave no query two keys to choose from")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table: what is drawn, and which features it speaks for."""
+
+    name: str
+    options: tuple[str, ...] = ()
+    family: str = "normal"
+    sizes: dict[str, int] = field(default_factory=lambda: MEDIUM)
+    lead: tuple[int, ...] = (2,)
+    dtype: str = "float32"
+    twist: str = ""  # an edge of TWISTS
+    feature: str = ""
+
+    @property
+    def features(self) -> list[str]:
+        named = [OPTIONS[o].feature for o in self.options] + ([self.feature] if self.feature else [])
+        return list(dict.fromkeys(named)) or ["plain"]
+
+    def problem(self, seed: int = 0) -> Problem:
+        p = draw(
+            self.options, [seed, *self.name.encode()], sizes=self.sizes, lead=self.lead, family=self.family, dtype=self.dtype
+        )
+        return TWISTS[self.twist](p) if self.twist else p
+
+
+def _dead_rows(p: Problem) -> Problem:
+    """Queries 1 and the last see nothing: query 1 by one mask, the last only where two masks meet."""
+    i, j = np.arange(p.shape[-2])[:, None], np.arange(p.shape[-1])
+    first, second = (i != 1) & ((i < p.shape[-2] - 1) | (j % 2 == 0)), (i < p.shape[-2] - 1) | (j % 2 == 1)
+    p.parts += [Part(first), Part(second)]
+    return p
+
+
+def _every_row_dead(p: Problem) -> Problem:
+    p.parts.append(Part(np.zeros(p.shape[-2:], bool)))
+    return p
+
+
+def _nan_behind_mask(p: Problem) -> Problem:
+    """NaN and inf in the last third of the keys and values, which no query may see."""
+    S = p.shape[-1]
+    seen = np.arange(S) < S - S // 3
+    p.parts.append(Part(np.broadcast_to(seen, p.shape[-2:]).copy()))
+    p.k[..., ~seen, :] = np.nan
+    p.v[..., ~seen, :] = np.inf
+    return p
+
+
+def _nan_later(p: Problem) -> Problem:
+    """NaN in the last key and value, which only the last query may see."""
+    p.parts.append(Part(masks.causal(align="bottom_right"), "causal", True, "bottom_right"))
+    p.k[..., -1, :] = np.nan
+    p.v[..., -1, :] = np.nan
+    return p
+
+
+def _nan_in_dead_query(p: Problem) -> Problem:
+    """NaN in a query that may see nothing, and in its cotangent."""
+    p.parts.append(Part(np.broadcast_to(np.arange(p.shape[-2])[:, None] != 1, p.shape[-2:]).copy()))
+    p.q[..., 1, :] = np.nan
+    p.dout[..., 1, :] = np.nan
+    return p
+
+
+def _minus_infinity(p: Problem) -> Problem:
+    """A bias of -inf is a mask: some pairs, and all of query 1."""
+    bias = np.zeros(p.shape, p.q.dtype)
+    bias[..., ::3] = -np.inf
+    bias[..., 1, :] = -np.inf
+    p.options["bias"] = bias
+    return p
+
+
+def _far_below(p: Problem) -> Problem:
+    """All scores of a row far below any finite sentinel: -1e5 and less."""
+    p.options["bias"] = np.full((1,) * len(p.shape), -1e5, p.q.dtype)
+    return p
+
+
+def _strided(p: Problem) -> Problem:
+    """Read-only views with strides: transposed, every second element, one element for all."""
+
+    def transposed(x: Array) -> Array:
+        return np.swapaxes(np.ascontiguousarray(np.swapaxes(x, -3, -2)), -3, -2)
+
+    p.q, p.k = transposed(p.q), np.repeat(p.k, 2, axis=-2)[..., ::2, :]
+    p.v = np.broadcast_to(p.v[:1], p.v.shape)
+    p.dout = np.broadcast_to(p.dout[..., :1, :], p.dout.shape)
+    for x in (p.q, p.k, p.v, p.dout):
+        x.flags.writeable = False
+    return p
+
+
+TWISTS: dict[str, Callable[[Problem], Problem]] = {
+    "dead rows": _dead_rows,
+    "every row dead": _every_row_dead,
+    "NaN behind the mask": _nan_behind_mask,
+    "NaN seen later": _nan_later,
+    "NaN in a dead query": _nan_in_dead_query,
+    "bias of -inf": _minus_infinity,
+    "scores of -1e5": _far_below,
+    "strided": _strided,
+}
+
+
+def _sized(**changes: int) -> dict[str, int]:
+    return {**MEDIUM, **changes}
+
+
+def _cases() -> list[Case]:
+    cases = [Case("plain")]
+    cases += [Case(name, (name,)) for name in OPTIONS if OPTIONS[name].feature != "rank"]
+    pairs = [
+        ("causal top_left", "L > S"), ("causal bottom_right", "L > S"), ("causal bottom_right", "L < S"),
+        ("causal top_left", "G < H"), ("causal bottom_right", "mask array"), ("causal top_left", "key_lengths"),
+        ("causal bottom_right", "window"), ("causal top_left", "softcap"), ("causal top_left", "dropout_mask"),
+        ("causal top_left", "sink"), ("causal top_left", "dlse"), ("causal top_left", "bias BHLS"),
+        ("mask array", "softcap"), ("mask array", "dropout_mask"), ("mask array", "sink"), ("mask array", "dlse"),
+        ("mask array", "bias HLS"), ("mask array", "G < H"), ("G < H", "bias HLS"), ("G < H", "sink"),
+        ("G < H", "E != D"), ("G < H", "dropout_mask"), ("G < H", "softcap"), ("G < H", "dlse"),
+        ("G < H", "key_lengths"), ("softcap", "bias BHLS"), ("softcap", "sink"), ("softcap", "negative scale"),
+        ("softcap", "dropout_mask"), ("softcap", "dlse"), ("sink", "dropout_mask"), ("sink", "dlse"),
+        ("sink", "bias BLS"), ("dropout_mask", "dlse"), ("dropout_mask", "bias BHLS"), ("bias BHLS", "dlse"),
+        ("window", "key_lengths"), ("window", "dlse"), ("E != D", "dlse"), ("E != D", "mask array"),
+    ]  # fmt: skip
+    cases += [Case(" + ".join(pair), pair) for pair in pairs]
+    cases.append(Case("everything", ("G < H", "E != D", "causal bottom_right", "mask array", "bias BHLS", "negative scale",
+                                     "softcap", "sink", "dropout_mask", "dlse")))  # fmt: skip
+    for family in FAMILIES:
+        if family != "normal":
+            cases.append(Case(f"inputs {family}", family=family, feature="hard inputs"))
+    for twist in TWISTS:
+        feature = "NaN containment" if "NaN" in twist else "layout" if twist == "strided" else twist.split(" of")[0]
+        feature = {"every row dead": "dead rows", "scores": "hard inputs"}.get(feature, feature)
+        cases.append(Case(twist, twist=twist, feature=feature))
+    cases += [
+        Case("dead rows + dlse", ("dlse",), twist="dead rows", feature="dead rows"),
+        Case("dead rows + sink", ("sink", "dlse"), twist="dead rows", feature="dead rows"),
+        Case("dead rows + softcap", ("softcap",), twist="dead rows", feature="dead rows"),
+        Case("dead rows + dropout", ("dropout_mask",), twist="dead rows", feature="dead rows"),
+        Case("dead rows + G < H", ("G < H",), twist="dead rows", feature="dead rows"),
+        Case("dead rows + causal L > S", ("causal bottom_right", "L > S"), feature="dead rows"),
+    ]
+    for letter in "LS":
+        cases.append(Case(f"{letter} = 1", sizes=_sized(**{letter: 1}), feature="small sizes"))
+        cases.append(Case(f"{letter} = 0", sizes=_sized(**{letter: 0}), feature="empty"))
+    cases.append(Case("B = 0", lead=(0,), feature="empty"))
+    cases.append(Case("B = 1, H = 1", lead=(1,), sizes=_sized(H=1, G=1), feature="small sizes"))
+    cases.append(Case("D = 17", sizes=_sized(D=17, E=17), feature="small sizes"))
+    cases.append(Case("H = L", sizes=_sized(H=4, G=4, L=4), feature="small sizes"))
+    for name in ((), ("causal bottom_right",), ("mask array", "G < H"), ("bias BHLS", "softcap", "dlse"), ("window",)):
+        cases.append(Case("long " + " + ".join(name) if name else "long", name, sizes=LONG, feature="long"))
+    cases.append(Case("long, inputs tiny", sizes={**LONG, "L": 8, "S": 16384}, lead=(1,), family="tiny", feature="long"))
+    for name in ((), ("causal bottom_right", "G < H"), ("mask array", "bias BHLS"), ("softcap", "sink", "dlse"), ("dropout_mask",)):
+        cases.append(Case("float64 " + " + ".join(name) if name else "float64", name, dtype="float64", feature="float64"))
+    cases.append(Case("float64, inputs near-tie", family="near-tie", dtype="float64", feature="float64"))
+    return cases
+
+
+CASES = _cases()
