@@ -215,10 +215,9 @@ def merge_forward(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tup
     """
     op, dims = "merge", Dims("merge")
     computing = check_dtype(op, out_a=out_a, out_b=out_b)
-    for name, x, spec in (("out_a", out_a, "... L E"), ("lse_a", lse_a, "... L"), ("out_b", out_b, "... L E"), ("lse_b", lse_b, "... L")):  # fmt: skip
-        dims.fit(name, x, spec)
-        if name.startswith("lse"):
-            check_other_dtype(op, name, x, computing, computing)
+    for out_name, out, lse_name, lse in (("out_a", out_a, "lse_a", lse_a), ("out_b", out_b, "lse_b", lse_b)):
+        dims.fit(out_name, out, "... L E")
+        dims.fit(lse_name, check_other_dtype(op, lse_name, lse, computing, computing), "... L")
     top = np.maximum(lse_a.real, lse_b.real)
     top = select(top != -np.inf, top)
     e_a, e_b = np.exp(lse_a - top), np.exp(lse_b - top)

@@ -33,9 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
         description="Exit status: 0 = all that was tested holds, 1 = something falls short or a required feature was not "
         "tested, 2 = usage, nothing importable or nothing tested.",
     )
-    v.add_argument("candidate", nargs="?", default="blockwise", help="blockwise (default), torch, package.module:function or file.py:function")
+    names = "blockwise (default), torch, package.module:function or path/to/file.py:function"
+    v.add_argument("candidate", nargs="?", default="blockwise", help=names)
     v.add_argument("--backward", metavar="FUNCTION", help="its backward: (dout, q, k, v, *, ...) -> (dq, dk, dv) or a mapping")
-    v.add_argument("--causal", choices=("top_left", "bottom_right"), default="top_left", help="the alignment that its own causal and window keywords have where L != S")
+    aligned = "the alignment that its own causal and window keywords have where L != S (default top_left)"
+    v.add_argument("--causal", choices=("top_left", "bottom_right"), default="top_left", help=aligned)
     v.add_argument("--json", metavar="FILE", type=Path, help="write all results there")
     v.add_argument("-k", dest="text", metavar="TEXT", default="", help="only cases whose name contains TEXT")
     v.add_argument("-x", dest="stop", action="store_true", help="stop at the first case that is wrong")

@@ -39,16 +39,16 @@ class Mask:
         raise NotImplementedError
 
     def __and__(self, other: object) -> Mask:
-        return Both(self, as_mask("mask & mask", other))
+        return Both(self, _operand("mask & mask", other))
 
     def __or__(self, other: object) -> Mask:
-        return Either(self, as_mask("mask | mask", other))
+        return Either(self, _operand("mask | mask", other))
 
     def __rand__(self, other: object) -> Mask:
-        return Both(as_mask("mask & mask", other), self)
+        return Both(_operand("mask & mask", other), self)
 
     def __ror__(self, other: object) -> Mask:
-        return Either(as_mask("mask | mask", other), self)
+        return Either(_operand("mask | mask", other), self)
 
     def __invert__(self) -> Mask:
         return Inverse(self)
@@ -70,6 +70,11 @@ def as_mask(op: str, mask: object) -> Any:
             )
         return ArrayMask(mask, op)
     raise TypeError(f"{op}: mask is {kind(mask)}, expected a boolean array or a mask of npattn.masks")
+
+
+def _operand(op: str, other: object) -> Any:
+    """One side of an & or |: a mask is a value, so an array is copied."""
+    return as_mask(op, other.copy() if isinstance(other, np.ndarray) else other)
 
 
 def bind_mask(op: str, mask: object, shape: Shape) -> Any:

@@ -12,11 +12,18 @@ COMPLEX_STEP = 1e-40
 # factor of 100 is allowed for.
 GRADCHECK_EPS = 512.0
 
+# Where the sum is known: 4e-15 of it in float64. Each side rounds a term at most a dozen times (product, sum, exp, quotient,
+# the centring in softmax and its product), by half an eps each, and sums of some ten terms add a few more.
+TERMS_EPS = 18.0
 
-def ROMBERG_STEP(eps: float) -> float:
+
+def romberg_step(eps: float) -> float:
     """The first of three steps h, h/2, h/4: truncation (h/4)^6 and rounding eps / (h/4) balance near eps^(1/7)."""
     return float(eps ** (1 / 7))
 
+
+# Three extrapolations that agree this well need no smaller step: it is above their rounding error and far below any bug.
+CENTRAL_GOAL = 1e-9
 
 # A central difference that knows its own value no better than this tests nothing.
 WORST_CENTRAL_ERROR = 1e-4

@@ -115,7 +115,6 @@ def predict(
     o = np.asarray(out, np.float64)
     allowed, bias = visible(c)
     a, (L, S) = abs(float(c.scale)), p.shape[-2:]
-    D, E = q.shape[-1], v.shape[-1]
 
     # (1) to (3): eta, the error of a score
     s = a * (q @ swap(k))

@@ -1,0 +1,9 @@
+"""Hypothesis is quick by default; ``pytest --hypothesis-profile=deep`` looks longer, and anew each time."""
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "quick", max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("deep", max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("quick")

@@ -1,0 +1,168 @@
+"""Every gradient under every option and every pair of options, dense and blockwise, against the forward's own derivatives.
+
+float64, N(0, 1) inputs, another size for every letter, random cotangents. A gradient may differ from a complex step by 4e-15
+of the largest sum of |terms| that make up one of its elements, and from a central difference by that and its estimated error.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from npattn import attention_backward, attention_forward, blockwise_backward, blockwise_forward, gradcheck
+from npattn._pairs import ALL, swap
+from npattn.tolerances import TERMS_EPS
+from npattn.verify.cases import BIAS_FORMS, EXCLUSIONS, OPTIONS, compatible, draw
+
+NAMES = sorted(OPTIONS)
+GRID = [(a,) for a in NAMES] + [pair for pair in itertools.combinations(NAMES, 2) if compatible(*pair)]
+TRIPLES = [t for t in itertools.combinations(NAMES, 3) if all(compatible(*p) for p in itertools.combinations(t, 2))]
+tiled = sys.modules["npattn.blockwise"]  # the name npattn.blockwise is the function
+TILE = (3, 4)  # of queries and keys: several of them at these sizes, and the last one cut short
+
+
+def inputs_of(problem):
+    """What is differentiated: q, k, v and scale, and the bias and sink where there is one."""
+    options = {"scale": problem.q.shape[-1] ** -0.5, **problem.options}
+    return {"q": problem.q, "k": problem.k, "v": problem.v} | {n: options[n] for n in ("bias", "sink", "scale") if n in options}
+
+
+def functions(problem, forward, backward):
+    rest = {n: x for n, x in problem.options.items() if n in ("softcap", "dropout_mask")}
+    if problem.dlse is None:
+        return lambda **x: forward(**x, mask=problem.mask, **rest), backward
+    return (
+        lambda **x: forward(**x, mask=problem.mask, **rest, return_lse=True),
+        lambda douts, cache: backward(douts[0], cache, douts[1]),
+    )
+
+
+def sums_of_terms(cache, dout, dlse):
+    """The largest sum of |terms| of one element of each gradient: the equations of the backward on absolute values."""
+    heads = cache.q.shape[-3] if cache.q.ndim > 2 else 1
+    repeat = heads // (cache.k.shape[-3] if cache.q.ndim > 2 else 1)
+
+    def each_head(x):
+        return np.abs(x) if repeat == 1 else np.abs(x).repeat(repeat, -3)
+
+    def groups(x):
+        return x if repeat == 1 else x.reshape(*x.shape[:-3], heads // repeat, repeat, *x.shape[-2:]).sum(-3)
+
+    q, k, v, p = np.abs(cache.q), each_head(cache.k), each_head(cache.v), cache.weights
+    drop = 1.0 if cache.dropout is None else cache.dropout.dense()
+    dp = (np.abs(dout) @ swap(v)) * drop
+    mean = (p * dp).sum(-1, keepdims=True)
+    dl = 0.0 if dlse is None else np.abs(dlse)[..., None]
+    ds = p * (dp + mean + dl)
+    terms = {"q": abs(cache.scale) * ds @ k, "k": groups(abs(cache.scale) * swap(ds) @ q), "v": groups(swap(p * drop) @ np.abs(dout))}
+    terms["scale"] = (ds * (q @ swap(k))).sum()
+    if cache.bias is not None:
+        total = cache.bias.new_gradient()
+        cache.bias.add_gradient(total, (), ALL, ALL, ds)
+        terms["bias"] = terms["bias.parameter"] = np.abs(total)
+    if cache.sink is not None:
+        terms["sink"] = ((1 - p.sum(-1, keepdims=True)) * (mean + dl)).sum((*range(p.ndim - 3), -2, -1)) if p.ndim > 2 else (
+            (1 - p.sum(-1, keepdims=True)) * (mean + dl)).sum()
+    return terms
+
+
+def zero_by_mathematics(options):
+    """A bias that is the same for a whole row shifts it, and softmax does not see shifts; lse and a sink do."""
+    shifts = any(f"bias {form}" in options for form in BIAS_FORMS if "S" not in form)
+    return ("bias",) if shifts and not {"sink", "dlse"} & set(options) else ()
+
+
+def check(options, seed, *, elements, blockwise=True, central=True):
+    problem = draw(options, seed)
+    inputs, zero = inputs_of(problem), zero_by_mathematics(options)
+    forward, backward = functions(problem, attention_forward, attention_backward)
+    _, cache = forward(**inputs)
+    terms = sums_of_terms(cache, problem.dout, problem.dlse)
+    gradcheck(forward, backward, inputs, terms=terms, zero=zero, elements=elements)
+    if central:
+        gradcheck(forward, backward, inputs, method="central", terms=terms, zero=zero, elements=2)
+    if not blockwise:
+        return
+    with mock.patch.object(tiled, "TILE", TILE):
+        tiles = functions(problem, blockwise_forward, blockwise_backward)
+        gradcheck(*tiles, inputs, terms=terms, zero=zero, elements=1)
+        if central:
+            gradcheck(*tiles, inputs, method="central", terms=terms, zero=zero, elements=0)
+        # element by element: where dense is right, which the complex step has shown, blockwise is
+        dout = problem.dout if problem.dlse is None else (problem.dout, problem.dlse)
+        same(tiles[1](dout, tiles[0](**inputs)[1]), backward(dout, cache), terms)
+
+
+def same(got, expected, terms):
+    """All gradients of two backwards, to the bound for each one's terms."""
+    for name, largest in terms.items():
+        g, e = (getattr(grads, name, None) for grads in (got, expected))
+        if e is not None:
+            g, e = (getattr(x, "parameter", x) for x in (g, e))
+            error = np.abs(g - e).max(initial=0)
+            bound = 2 * TERMS_EPS * np.finfo(float).eps * np.max(largest)
+            assert error <= bound, f"{name}: blockwise differs from dense by {error:.3g}, allowed {bound:.3g}"
+
+
+@pytest.mark.parametrize("options", GRID, ids=" + ".join)
+def test_gradients_of_every_option_and_pair(options):
+    check(options, seed=GRID.index(options), elements=30)
+
+
+def test_no_option_at_all():
+    check((), seed=0, elements=1000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(20))
+def test_gradients_of_every_triple(part):
+    for options in TRIPLES[part::20]:
+        check(options, seed=part, elements=4, central=False, blockwise=TRIPLES.index(options) % 5 == 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(20))
+def test_gradients_of_random_subsets(part):
+    rng = np.random.default_rng(part)
+    for seed in range(100):
+        options: list[str] = []
+        for name in rng.permutation(NAMES)[: rng.integers(4, 14)]:
+            if all(compatible(name, other) for other in options):
+                options.append(str(name))
+        if leaves_two_keys(options, seed):
+            check(options, seed=seed, elements=10, central=seed % 10 == 0)
+
+
+def leaves_two_keys(options, seed):
+    try:
+        draw(options, seed)
+    except ValueError:
+        return False
+    return True
+
+
+def test_the_grid_is_complete():
+    named = {
+        "mask array", "causal top_left", "causal bottom_right", "causal by positions", "window", "key_lengths", "query_lengths",
+        "keys", "segments", "packed", "blocks", "where", "Alibi", "RelativeTable", "negative scale", "softcap", "sink",
+        "dropout_mask", "G < H", "E != D", "dlse", "L > S", "L < S", "rank 2", "rank 5", *(f"bias {f}" for f in BIAS_FORMS),
+    }  # fmt: skip
+    assert set(OPTIONS) == named
+    pairs = set(itertools.combinations(NAMES, 2))
+    excluded = pairs - set(GRID)
+    assert {frozenset(g) for g in GRID} == {frozenset([n]) for n in NAMES} | {frozenset(p) for p in pairs - excluded}
+    for a, b in excluded:
+        assert {OPTIONS[a].feature, OPTIONS[b].feature} <= set(EXCLUSIONS), f"{a} and {b} are left out without a reason"
+
+
+def test_every_public_forward_has_a_backward_and_a_short_form():
+    import npattn
+
+    forwards = [n.removesuffix("_forward") for n in npattn.__all__ if n.endswith("_forward")]
+    assert len(forwards) >= 8
+    for name in forwards:
+        assert {name, f"{name}_backward"} <= set(npattn.__all__)

@@ -1,0 +1,205 @@
+"""Multi-head attention against explicit heads, its gradients by complex step and central differences, and its edges."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from unittest import mock
+
+import numpy as np
+import pytest
+from helpers import TEST_EPS
+from oracles import multi_head_loops
+
+import npattn
+from npattn import Alibi, MultiHeadParams, causal, gradcheck, keys, multi_head, multi_head_backward, multi_head_forward
+
+tiled = sys.modules["npattn.blockwise"]
+B, H, G, L, S, D, E, M, Mk, Mv, OUT = 2, 4, 2, 3, 5, 6, 7, 8, 9, 10, 11
+
+
+def params(rng, *, H=H, G=G, biases=True, dtype=np.float64, complete=None):
+    shapes = {"w_q": (M, H * D), "w_k": (Mk, G * D), "w_v": (Mv, G * E), "w_o": (H * E, OUT)}
+    shapes |= {"b_q": (H * D,), "b_k": (G * D,), "b_v": (G * E,), "b_o": (OUT,)} if biases else {}
+    if complete is not None:
+        shapes = {n: s for n, s in shapes.items() if n.startswith("w") or n in complete}
+    return MultiHeadParams(**{n: (rng.standard_normal(s) * (s[0] ** -0.5)).astype(dtype) for n, s in shapes.items()})
+
+
+def inputs(rng, lead=(B,), dtype=np.float64):
+    return {n: rng.standard_normal((*lead, *s)).astype(dtype) for n, s in (("x_q", (L, M)), ("x_k", (S, Mk)), ("x_v", (S, Mv)))}
+
+
+OPTIONS = {
+    "plain": {},
+    "mask": {"mask": np.random.default_rng(7).random((L, S)) < 0.7},
+    "causal": {"mask": causal(offset=1)},
+    "keys": {"mask": keys(np.array([[1, 1, 0, 1, 1], [1, 1, 1, 0, 0]], bool))},
+    "bias": {"bias": np.random.default_rng(8).standard_normal((H, 1, S))[None]},
+    "alibi": {"bias": Alibi(np.linspace(0.1, 0.4, H), align="bottom_right")},
+    "scale": {"scale": -0.3},
+    "softcap": {"softcap": 1.2},
+    "sink": {"sink": np.random.default_rng(9).standard_normal(H)},
+    "dropout": {"dropout_mask": (np.random.default_rng(10).random((B, H, L, S)) < 0.8) / 0.8},
+}
+COMBINATIONS = [(a,) for a in OPTIONS] + [p for p in itertools.combinations(OPTIONS, 2) if "plain" not in p and set(p) != {"bias", "alibi"}]
+COMBINATIONS = [c for c in COMBINATIONS if len(c) == 1 or sum(n in ("mask", "causal", "keys") for n in c) < 2]
+
+
+def functions(names, implementation, groups):
+    options = {key: x for name in names for key, x in OPTIONS[name].items() if key not in ("bias", "sink")}
+    inputs = {key: x for name in names for key, x in OPTIONS[name].items() if key in ("bias", "sink")}
+
+    def forward(**x):
+        return multi_head_forward(**x, **options, num_heads=H, num_kv_heads=groups, implementation=implementation)
+
+    return forward, multi_head_backward, inputs
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+@pytest.mark.parametrize("names", COMBINATIONS, ids=" + ".join)
+def test_every_gradient(names, implementation):
+    rng = np.random.default_rng(COMBINATIONS.index(names))
+    forward, backward, extra = functions(names, implementation, G)
+    given = inputs(rng) | {"params": params(rng)} | extra
+    # A key bias shifts all scores of a row: without softcap or sink nothing sees it.
+    zero = () if {"softcap", "sink"} & set(names) else ("b_k",)
+    with mock.patch.object(tiled, "TILE", (2, 3)):
+        gradcheck(forward, backward, given, zero=zero, elements=12)
+        gradcheck(forward, backward, given, zero=zero, elements=1, method="central")
+
+
+@pytest.mark.parametrize("biases", [(), ("b_q",), ("b_k", "b_v"), ("b_o",), ("b_q", "b_k", "b_v", "b_o")], ids=str)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_gradients_with_some_biases_and_groups(groups, biases):
+    rng = np.random.default_rng(groups)
+    forward, backward, _ = functions(("plain",), "dense", groups)
+    given = inputs(rng) | {"params": params(rng, G=groups, complete=biases)}
+    gradcheck(forward, backward, given, zero=("b_k",) if "b_k" in biases else (), elements=30)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("lead", [(), (B,), (2, 3)], ids=str)
+def test_forward_is_that_of_explicit_heads(lead, groups, implementation):
+    rng = np.random.default_rng(0)
+    p, x = params(rng, G=groups), inputs(rng, lead)
+    out, cache = multi_head_forward(**x, params=p, num_heads=H, num_kv_heads=groups, mask=causal(offset=2), implementation=implementation)
+    allowed = np.broadcast_to(np.arange(S) <= np.arange(L)[:, None] + 2, (*lead, H, L, S))
+    expected = multi_head_loops(*x.values(), *p, num_heads=H, num_kv_heads=groups, allowed=allowed)
+    expected = expected["out"] if isinstance(expected, dict) else expected
+    size = np.abs(x["x_v"]).max() * np.abs(p.w_v).max() * np.abs(p.w_o).max() * H * E * Mv * 20
+    assert np.abs(out - expected).max() <= TEST_EPS * np.finfo(float).eps * size
+    assert out.shape == (*lead, L, OUT)
+    assert cache.attention.lse.shape == (*lead, H, L)
+    assert np.array_equal(out, multi_head(**x, params=p, num_heads=H, num_kv_heads=groups, mask=causal(offset=2), implementation=implementation))
+
+
+def test_self_attention_adds_up():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((B, L, M))
+    p = MultiHeadParams(*(rng.standard_normal(s) for s in ((M, H * D), (M, H * D), (M, H * E), (H * E, M))))
+    rows = gradcheck(
+        lambda x, params: multi_head_forward(x, x, x, params, H, mask=causal()),
+        lambda d, c: (lambda g: {"x": g.x_q + g.x_k + g.x_v, "params": g.params})(multi_head_backward(d, c)),
+        {"x": x, "params": p},
+        elements=50,
+    )
+    assert min(row.size for row in rows) > 0
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+def test_a_query_without_keys_gives_b_o_and_nothing_reaches_anything(implementation):
+    rng = np.random.default_rng(0)
+    p, x = params(rng), inputs(rng)
+    mask = np.ones((L, S), bool)
+    mask[1] = False  # query 1 sees nothing
+    mask[:, 3] = False  # key 3 is seen by nobody
+    clean = multi_head_forward(**x, params=p, num_heads=H, num_kv_heads=G, mask=mask, implementation=implementation)
+    dout = rng.standard_normal(clean[0].shape)
+    grads = multi_head_backward(dout, clean[1])
+    for a in x.values():
+        a.flags.writeable = True
+    x["x_q"][:, 1], x["x_k"][:, 3], x["x_v"][:, 3] = np.nan, np.inf, np.nan
+    out, cache = multi_head_forward(**x, params=p, num_heads=H, num_kv_heads=G, mask=mask, implementation=implementation)
+    assert np.array_equal(out, clean[0])
+    assert np.array_equal(out[:, 1], np.broadcast_to(p.b_o, (B, OUT)))
+    spoilt = multi_head_backward(dout, cache)
+    for name, before in clean[1].params._asdict().items():
+        assert before is getattr(p, name)
+    for name in MultiHeadParams._fields:
+        assert np.isfinite(getattr(spoilt.params, name)).all(), name
+        near(getattr(spoilt.params, name), getattr(grads.params, name))
+    for name in ("x_q", "x_k", "x_v"):
+        near(getattr(spoilt, name), getattr(grads, name))
+    assert not spoilt.x_q[:, 1].any()
+    assert not spoilt.x_k[:, 3].any()
+    assert not spoilt.x_v[:, 3].any()
+    # b_o is what that query's output is, so its cotangent reaches b_o, and b_o alone
+    dout[:, 1] = np.nan
+    last = multi_head_backward(dout, cache)
+    assert np.isnan(last.params.b_o).all()
+    assert all(np.isfinite(x).all() for n, x in last.params._asdict().items() if n != "b_o")
+    assert all(np.isfinite(x).all() for x in (last.x_q, last.x_k, last.x_v))
+
+
+def near(x, y):
+    assert np.abs(x - y).max() <= TEST_EPS * np.finfo(float).eps * 100 * max(1.0, np.abs(y).max())
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.longdouble])
+def test_dtypes(dtype):
+    rng = np.random.default_rng(0)
+    p, x = params(rng, dtype=dtype), inputs(rng, dtype=dtype)
+    bias, sink = rng.standard_normal((1, H, L, S)).astype(dtype), rng.standard_normal(H).astype(np.float32 if dtype is np.float16 else dtype)
+    out, cache = multi_head_forward(**x, params=p, num_heads=H, num_kv_heads=G, bias=bias, sink=sink)
+    g = multi_head_backward(out, cache)
+    assert {out.dtype, g.x_q.dtype, g.x_k.dtype, g.x_v.dtype, g.bias.dtype, *(w.dtype for w in g.params)} == {np.dtype(dtype)}
+    assert g.sink.dtype == sink.dtype
+    # rounded once: float16 inputs give what float32 gives, to the last bit of float16
+    wide = [MultiHeadParams(*(w.astype(np.float64) for w in p)), {n: a.astype(np.float64) for n, a in x.items()}]
+    exact = multi_head(**wide[1], params=wide[0], num_heads=H, num_kv_heads=G, bias=bias.astype(np.float64), sink=sink.astype(np.float64))
+    ulp = max(float(np.finfo(dtype).eps), float(np.finfo(np.float64).eps))  # exact is a float64
+    # one rounding at the end, and those of the computing dtype before it
+    assert np.abs(out.astype(np.float64) - exact).max() <= (0.51 if dtype is np.float16 else 40) * ulp * np.abs(exact).max() * 1.01
+
+
+def test_alibi_in_float16_keeps_its_class_and_dtype():
+    rng = np.random.default_rng(0)
+    p, x = params(rng, dtype=np.float16), inputs(rng, dtype=np.float16)
+    bias = Alibi(np.linspace(0.1, 0.4, H).astype(np.float16), align="bottom_right")
+    out, cache = multi_head_forward(**x, params=p, num_heads=H, num_kv_heads=G, bias=bias)
+    g = multi_head_backward(out, cache)
+    assert isinstance(g.bias, Alibi)
+    assert g.bias.slopes.dtype == np.float16
+    assert g.bias.slopes.any()
+
+
+@pytest.mark.parametrize("letter", ["B", "L", "S"])
+def test_empty(letter):
+    rng = np.random.default_rng(0)
+    sizes = {"B": B, "L": L, "S": S} | {letter: 0}
+    x = {n: rng.standard_normal((sizes["B"], sizes[a], w)) for n, a, w in (("x_q", "L", M), ("x_k", "S", Mk), ("x_v", "S", Mv))}
+    p = params(rng)
+    for implementation in ("dense", "blockwise"):
+        out, cache = multi_head_forward(**x, params=p, num_heads=H, num_kv_heads=G, implementation=implementation)
+        assert out.shape == (sizes["B"], sizes["L"], OUT)
+        assert np.array_equal(out, np.broadcast_to(p.b_o, out.shape))
+        g = multi_head_backward(np.ones_like(out), cache)
+        assert [a.shape for a in g.params] == [a.shape for a in p]
+        assert not g.params.w_v.any()
+
+
+def test_the_second_backward_gives_the_same_bits_and_inputs_stay():
+    rng = np.random.default_rng(0)
+    p, x = params(rng), inputs(rng)
+    arrays = [*x.values(), *p]
+    for a in arrays:
+        a.flags.writeable = False
+    before = [a.tobytes() for a in arrays]
+    out, cache = multi_head_forward(**x, params=p, num_heads=H, num_kv_heads=G)
+    first, second = multi_head_backward(out, cache), multi_head_backward(out, cache)
+    for a, b in zip((*first.params, *first[:3]), (*second.params, *second[:3]), strict=True):
+        assert a.tobytes() == b.tobytes()
+    assert [a.tobytes() for a in arrays] == before
+    assert npattn.MultiHeadGrads._fields == ("x_q", "x_k", "x_v", "params", "bias", "sink")
