@@ -82,14 +82,16 @@ def check_number(op: str, name: str, x: object, computing: np.dtype[Any], *, pos
     allowed = numbers.Complex if computing.kind == "c" else numbers.Real
     if isinstance(x, (bool, np.bool_)) or not isinstance(x, allowed):
         raise TypeError(f"{op}: {name} is {kind(x)}, expected a Python float or None")
-    if positive and not (isinstance(x, numbers.Real) and math.isfinite(x) and x > 0):
+    number: Any = x
+    real = isinstance(x, numbers.Real)
+    if positive and not (real and math.isfinite(number) and number > 0):
         raise ValueError(f"{op}: {name} is {x}, expected a positive finite number; {name}=None means none")
-    if not np.isfinite(complex(x)):
+    if not np.isfinite(complex(number)):
         raise ValueError(f"{op}: {name} is {x}, expected a finite number")
     # A NumPy float64 scalar would turn float32 arrays into float64 ones; a Python float leaves them alone.
-    if isinstance(x, (np.longdouble, np.clongdouble)) and computing.char in "gG":
+    if type(x) in (np.longdouble, np.clongdouble) and computing.char in "gG":
         return x
-    return float(x) if isinstance(x, numbers.Real) else complex(x)
+    return float(number) if real else complex(number)
 
 
 def check_integer(op: str, name: str, x: object, *, least: int) -> int:

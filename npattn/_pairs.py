@@ -1,4 +1,4 @@
-"""What is known of each pair (query i, key j): the protocol, where tokens stand, and sums over allowed pairs.
+"""What is known of each pair (query i, key j): the protocol, where tokens stand, sums over allowed pairs and heads.
 
 A mask, bias or dropout mask knows nothing of shapes until an operation *binds* it once to the shape of its scores
 (..., H, L, S).  What is bound never needs the whole L x S array:
@@ -46,7 +46,8 @@ class DenseBound(Bound):
         self.view, self.shape = view, view.shape
 
     def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
-        return self.view[index][..., rows, cols]
+        result: Array = self.view[index][..., rows, cols]
+        return result
 
 
 @runtime_checkable
@@ -161,13 +162,12 @@ def product(w: Array, x: Array, allowed: Array | None) -> Array:
 
     Where x is finite that is all; otherwise the x_j that are not finite are added one by one where they are allowed.
     """
-    bad = None if allowed is None else ~np.isfinite(x).all(-1, keepdims=True)
-    if bad is None or not bad.any():
+    finite: Any = np.isfinite(x).all(-1, keepdims=True)
+    if allowed is None or finite.all():
         return w @ x
-    allowed = np.broadcast_to(allowed, w.shape)
-    out = w @ np.where(bad, x.dtype.type(0), x)
-    bad = np.broadcast_to(bad, out.shape[:-2] + bad.shape[-2:])
-    for j in np.flatnonzero(bad.any(tuple(range(bad.ndim - 2)))[:, 0]):
+    allowed, bad = np.broadcast_to(allowed, w.shape), np.asarray(~finite)
+    out: Array = w @ np.where(bad, x.dtype.type(0), x)
+    for j in np.flatnonzero(bad.any(tuple(range(bad.ndim - 2)))):
         one = slice(j, j + 1)
         out += select(allowed[..., :, one] & bad[..., one, :], w[..., :, one] * x[..., one, :])
     return out
@@ -175,7 +175,8 @@ def product(w: Array, x: Array, allowed: Array | None) -> Array:
 
 def swap(x: Array) -> Array:
     """The transpose of the last two axes, as a view."""
-    return x.swapaxes(-1, -2)
+    result: Array = x.swapaxes(-1, -2)
+    return result
 
 
 def weight_gradient(x: Array, dy: Array) -> Array:
@@ -186,7 +187,33 @@ def weight_gradient(x: Array, dy: Array) -> Array:
     tokens = math.prod(x.shape[:-1])
     a, b = x.astype(dy.dtype, copy=False).reshape(tokens, x.shape[-1]), dy.reshape(tokens, dy.shape[-1])
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        counts = a.any(-1, keepdims=True) & b.any(-1, keepdims=True)
+        counts: Any = a.any(-1, keepdims=True) & b.any(-1, keepdims=True)
         a, b = select(counts, a), select(counts, b)
     return swap(a) @ b
 
+
+# --- heads ----------------------------------------------------------------------------------------------------------------
+
+
+def one_head_each(x: Array, heads: int, computing: np.dtype[Any]) -> Array:
+    """(..., G, S, D) -> (..., H, S, D): head h reads group h // (H // G)."""
+    x = x.astype(computing, copy=False)
+    return x if x.ndim == 2 or x.shape[-3] == heads else np.repeat(x, heads // x.shape[-3], axis=-3)
+
+
+def sum_of_group(dx: Array, like: Array) -> Array:
+    """(..., H, S, D) -> (..., G, S, D): every head that read a group gives to its gradient."""
+    if dx.shape != like.shape:
+        dx = dx.reshape(*like.shape[:-2], dx.shape[-3] // like.shape[-3], *like.shape[-2:]).sum(-3)
+    return dx.astype(like.dtype, copy=False)
+
+
+def heads_first(x: Array, shape: Shape) -> Array:
+    """One number a head, (H,), beside scores (..., H, L, S); H = 1 where the scores have rank 2."""
+    return x.reshape((*shape[-3:-2], 1, 1))
+
+
+def sum_per_head(x: Array, heads: int) -> Array:
+    """(..., H, L, S) or (L, S) -> (H,), summed over everything else."""
+    total: Array = x.sum(tuple(a for a in range(x.ndim) if a != x.ndim - 3))
+    return total.reshape(heads)

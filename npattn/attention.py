@@ -19,8 +19,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npattn._checks import Array, Dims, Shape, check_cotangent, check_dtype, check_number, check_other_dtype
-from npattn._pairs import ALL, bind_dropout, product, quiet, select, swap
-from npattn.biases import bind_bias, heads_first, sum_per_head
+from npattn._pairs import (
+    ALL,
+    bind_dropout,
+    heads_first,
+    one_head_each,
+    product,
+    quiet,
+    select,
+    sum_of_group,
+    sum_per_head,
+    swap,
+)  # fmt: skip
+from npattn.biases import bind_bias
 from npattn.masks import bind_mask
 from npattn.softmax import normalize
 
@@ -49,52 +60,6 @@ class AttentionGrads(NamedTuple):
     bias: Any  # as the bias was given: an array of its shape, or an object that holds its parameters' gradients
     sink: Array | None
     scale: Any
-
-
-def bind(op: str, q: Any, k: Any, v: Any, mask: Any, bias: Any, scale: Any, softcap: Any, sink: Any, dropout_mask: Any
-         ) -> AttentionCache:  # fmt: skip
-    """All checks of one call, and its options bound to the shape of the scores."""
-    dims, computing = Dims(op), check_dtype(op, q=q, k=k, v=v)
-    head, group = ("... H ", "... G ") if q.ndim > 2 else ("", "")
-    dims.fit("q", q, head + "L D")
-    dims.fit("k", k, group + "S D")
-    dims.fit("v", v, group + "S E")
-    H, G = (dims["H"], dims["G"]) if q.ndim > 2 else (1, 1)
-    if H % G if G else H:
-        raise ValueError(f"{op}: k has G={G} heads, expected a number that divides H={H}: H is fixed by q")
-    shape = (*q.shape[:-1], dims["S"])
-    scale = check_number(op, "scale", (dims["D"] or 1) ** -0.5 if scale is None else scale, computing)
-    if softcap is not None:
-        softcap = check_number(op, "softcap", softcap, computing, positive=True)
-    if sink is not None:
-        dims.fix("q", H=H)
-        dims.fit("sink", check_other_dtype(op, "sink", sink, q.dtype, computing), "H")
-    return AttentionCache(
-        q, k, v, bind_mask(op, mask, shape), bind_bias(op, bias, shape, q.dtype, computing), scale, softcap, sink,
-        bind_dropout(op, dropout_mask, shape, q.dtype, computing), computing,
-    )  # fmt: skip
-
-
-def visible(c: AttentionCache, index: Shape = (), rows: slice = ALL, cols: slice = ALL) -> tuple[Any, Any]:
-    """Which pairs are allowed (None: all), and the bias, of ``scores[index][..., rows, cols]``."""
-    allowed = None if c.mask is None else c.mask.tile(index, rows, cols)
-    bias = None if c.bias is None else c.bias.tile(index, rows, cols)
-    if bias is not None and (masked := bias.real == -np.inf).any():  # a bias of -inf is a mask in every respect
-        allowed = ~masked if allowed is None else allowed & ~masked
-    return allowed, bias
-
-
-def one_head_each(x: Array, heads: int, computing: np.dtype[Any]) -> Array:
-    """(..., G, S, D) -> (..., H, S, D): head h reads group h // (H // G)."""
-    x = x.astype(computing, copy=False)
-    return x if x.ndim == 2 or x.shape[-3] == heads else np.repeat(x, heads // x.shape[-3], axis=-3)
-
-
-def sum_of_group(dx: Array, like: Array) -> Array:
-    """(..., H, S, D) -> (..., G, S, D): every head that read a group gives to its gradient."""
-    if dx.shape != like.shape:
-        dx = dx.reshape(*like.shape[:-2], dx.shape[-3] // like.shape[-3], *like.shape[-2:]).sum(-3)
-    return dx.astype(like.dtype, copy=False)
 
 
 @quiet
@@ -140,27 +105,28 @@ def attention_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
 
     dout : (..., H, L, E), as out; dlse : (..., H, L) in the computing dtype; both are ignored in rows whose lse is -inf.
     """
+    check_cotangents("attention", cache, dout, dlse)
     c, heads = cache, cache.q.shape[-3] if cache.q.ndim > 2 else 1
     q, k, v = (one_head_each(x, heads, c.computing) for x in (c.q, c.k, c.v))
-    check_cotangents("attention", c, dout, dlse)
     dout, dl = live(c, dout, dlse)
     allowed, b = visible(c)
-    weights, drop = c.weights, None if c.dropout is None else c.dropout.dense()
+    allowed_t = None if allowed is None else swap(allowed)
+    weights: Any = c.weights
+    drop = None if c.dropout is None else c.dropout.dense()
+    dropped = weights if drop is None else weights * drop  # as in (6)
 
-    dropped = weights if drop is None else weights * drop
-    dv = product(swap(dropped), dout, None if allowed is None else swap(allowed))  # (7)
+    dv = product(swap(dropped), dout, allowed_t)  # (7)
     dweights = select(allowed, dout @ swap(v))  # (7)
     if drop is not None:
         dweights = dweights * drop  # (6)
-    mean = (weights * dweights).sum(-1, keepdims=True)  # sum_j p_j dp_j, often called Delta
+    mean = (weights * dweights).sum(-1, keepdims=True)  # (5): sum_j p_j dp_j, often called Delta
     dscores = weights * (dweights - mean + dl)  # (5): softmax, and d lse / d scores_j = p_j
-    dsink = None
+    dsink = dbias = None
     if c.sink is not None:
         sink = heads_first(c.sink, dscores.shape)
         p_sink = select(sink != -np.inf, np.exp(sink - c.lse[..., None]))
         dsink = sum_per_head(p_sink * (dl - mean), heads).astype(c.sink.dtype, copy=False)  # (5)
     dscores = select(allowed, dscores)  # (4)
-    dbias = None
     if b is not None:
         total = c.bias.new_gradient()
         c.bias.add_gradient(total, (), ALL, ALL, dscores)
@@ -170,24 +136,11 @@ def attention_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
         dscores = select(allowed, dscores * (1 - t * t))  # (2)
     sums = product(dscores, k, allowed)
     dq = c.scale * sums  # (1)
-    dk = c.scale * product(swap(dscores), q, None if allowed is None else swap(allowed))  # (1)
+    dk = c.scale * product(swap(dscores), q, allowed_t)  # (1)
     dscale = (q * sums).sum(where=sums != 0)  # (1): sum_ij dscores_ij q_i . k_j
     return AttentionGrads(
         dq.astype(c.q.dtype, copy=False), sum_of_group(dk, c.k), sum_of_group(dv, c.v), dbias, dsink, dscale
     )
-
-
-def check_cotangents(op: str, c: AttentionCache, dout: Any, dlse: Any) -> None:
-    check_cotangent(op, "dout", dout, (*c.q.shape[:-1], c.v.shape[-1]), c.q.dtype, c.computing)
-    if dlse is not None:
-        check_cotangent(op, "dlse", dlse, c.lse.shape, c.computing, c.computing)
-
-
-def live(c: AttentionCache, dout: Array, dlse: Any, index: Shape = (), rows: slice = ALL) -> tuple[Array, Any]:
-    """dout (..., L, E) and dlse (..., L, 1) in the computing dtype, 0 in rows whose lse is -inf."""
-    alive = c.lse[index][..., rows, None] != -np.inf
-    dout = select(alive, dout[index][..., rows, :].astype(c.computing, copy=False))
-    return dout, 0.0 if dlse is None else select(alive, dlse[index][..., rows, None])
 
 
 def attention(
@@ -199,6 +152,55 @@ def attention(
         q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap, sink=sink, dropout_mask=dropout_mask,
         return_lse=return_lse,
     )[0]  # fmt: skip
+
+
+# --- the small print: checks, masks, grouped heads, rows without keys --------------------------------------------------
+
+
+def bind(op: str, q: Any, k: Any, v: Any, mask: Any, bias: Any, scale: Any, softcap: Any, sink: Any, dropout_mask: Any
+         ) -> AttentionCache:  # fmt: skip
+    """All checks of one call, and its options bound to the shape of the scores."""
+    dims, computing = Dims(op), check_dtype(op, q=q, k=k, v=v)
+    head, group = ("... H ", "... G ") if q.ndim > 2 else ("", "")
+    dims.fit("q", q, head + "L D")
+    dims.fit("k", k, group + "S D")
+    dims.fit("v", v, group + "S E")
+    H, G = (dims["H"], dims["G"]) if q.ndim > 2 else (1, 1)
+    if H % G if G else H:
+        raise ValueError(f"{op}: k has G={G} heads, expected a number that divides H={H}: H is fixed by q")
+    shape = (*q.shape[:-1], dims["S"])
+    scale = check_number(op, "scale", (dims["D"] or 1) ** -0.5 if scale is None else scale, computing)
+    if softcap is not None:
+        softcap = check_number(op, "softcap", softcap, computing, positive=True)
+    if sink is not None:
+        dims.fix("q", H=H)
+        dims.fit("sink", check_other_dtype(op, "sink", sink, q.dtype, computing), "H")
+    return AttentionCache(
+        q, k, v, bind_mask(op, mask, shape), bind_bias(op, bias, shape, q.dtype, computing), scale, softcap, sink,
+        bind_dropout(op, dropout_mask, shape, q.dtype, computing), computing,
+    )  # fmt: skip
+
+
+def check_cotangents(op: str, c: AttentionCache, dout: Any, dlse: Any) -> None:
+    check_cotangent(op, "dout", dout, (*c.q.shape[:-1], c.v.shape[-1]), c.q.dtype, c.computing)
+    if dlse is not None:
+        check_cotangent(op, "dlse", dlse, c.lse.shape, c.computing, c.computing)
+
+
+def visible(c: AttentionCache, index: Shape = (), rows: slice = ALL, cols: slice = ALL) -> tuple[Any, Any]:
+    """Which pairs are allowed (None: all), and the bias, of ``scores[index][..., rows, cols]``."""
+    allowed = None if c.mask is None else c.mask.tile(index, rows, cols)
+    bias = None if c.bias is None else c.bias.tile(index, rows, cols)
+    if bias is not None and (masked := bias.real == -np.inf).any():  # a bias of -inf is a mask in every respect
+        allowed = ~masked if allowed is None else allowed & ~masked
+    return allowed, bias
+
+
+def live(c: AttentionCache, dout: Array, dlse: Any, index: Shape = (), rows: slice = ALL) -> tuple[Array, Any]:
+    """dout (..., L, E) and dlse (..., L, 1) in the computing dtype, 0 in rows whose lse is -inf."""
+    alive = c.lse[index][..., rows, None] != -np.inf
+    dout = select(alive, dout[index][..., rows, :].astype(c.computing, copy=False))
+    return dout, 0.0 if dlse is None else select(alive, dlse[index][..., rows, None])
 
 
 __all__ = ["AttentionCache", "AttentionGrads", "attention", "attention_backward", "attention_forward"]

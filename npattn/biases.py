@@ -30,7 +30,7 @@ from npattn._checks import (
     check_other_dtype,
     kind,
 )
-from npattn._pairs import Bindable, Bound, Positions, integers
+from npattn._pairs import Bindable, Bound, Positions, heads_first, integers, sum_per_head
 
 
 def bind_bias(op: str, bias: object, shape: Shape, dtype: np.dtype[Any], computing: np.dtype[Any]) -> Any:
@@ -68,28 +68,18 @@ class ArrayBound(ParameterBound):
         self.full = (1,) * (len(shape) - bias.ndim) + bias.shape
 
     def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
-        return self.view[index][..., rows, cols]
+        result: Array = self.view[index][..., rows, cols]
+        return result
 
     def add_gradient(self, total: Array, index: Shape, rows: slice, cols: slice, dscores: Array) -> None:
         here = total.reshape(self.full)  # a view: total is contiguous
-        place = (*(i if n > 1 else 0 for i, n in zip(index, self.full, strict=False)), ...)
+        place: Any = (*(i if n > 1 else 0 for i, n in zip(index, self.full, strict=False)), ...)
         at = here[place][..., rows if self.full[-2] > 1 else slice(None), cols if self.full[-1] > 1 else slice(None)]
         sums = tuple(a - at.ndim for a in range(at.ndim) if at.shape[a] == 1)
         at += dscores.sum(sums, keepdims=True)
 
     def finish(self, total: Array) -> Any:
         return total.astype(self.dtype, copy=False)
-
-
-def heads_first(x: Array, shape: Shape) -> Array:
-    """One number a head, (H,), beside scores (..., H, L, S); H = 1 where the scores have rank 2."""
-    return x.reshape((*shape[-3:-2], 1, 1))
-
-
-def sum_per_head(x: Array, heads: int) -> Array:
-    """(..., H, L, S) or (L, S) -> (H,), summed over everything else."""
-    total: Array = x.sum(tuple(a for a in range(x.ndim) if a != x.ndim - 3))
-    return total.reshape(heads)
 
 
 def check_heads(op: str, name: str, x: object, shape: Shape, axis: int) -> Array:
@@ -153,10 +143,12 @@ class AlibiBound(ParameterBound):
 
     def _distance(self, index: Shape, rows: slice, cols: slice) -> Array:
         distance = np.abs(self.q[index][..., rows, None] - self.k[index][..., None, cols])
-        return distance.astype(self.value.dtype)
+        result: Array = distance.astype(self.value.dtype)
+        return result
 
     def _slopes(self, values: Array, index: Shape) -> Array:
-        return np.broadcast_to(heads_first(values, self.shape), (*self.shape[:-2], 1, 1))[index]
+        result: Array = np.broadcast_to(heads_first(values, self.shape), (*self.shape[:-2], 1, 1))[index]
+        return result
 
     def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
         return -self._slopes(self.value, index) * self._distance(index, rows, cols)
@@ -232,7 +224,8 @@ class RelativeBound(ParameterBound):
 
     def _buckets(self, index: Shape, rows: slice, cols: slice) -> Array:
         if not callable(self.bias.buckets):
-            return self.view[index][..., rows, cols]
+            result: Array = self.view[index][..., rows, cols]
+            return result
         relative = self.k[index][..., None, cols] - self.q[index][..., rows, None]
         buckets = np.asarray(self.bias.buckets(relative))
         if buckets.shape != relative.shape:

@@ -92,7 +92,8 @@ class _Sums:
         e = np.exp(scores - self.shift())
         self.total = rescale * self.total + e.sum(-1, keepdims=True)
         self.sum *= rescale
-        return e
+        result: Array = e
+        return result
 
     def divisor(self) -> Array:
         """z, and 1 in rows without a key or sink."""
@@ -131,7 +132,7 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     check_cotangents("blockwise", c, dout, dlse)
     dq, dk, dv = (np.zeros(x.shape, c.computing) for x in (c.q, c.k, c.v))
     dbias = None if c.bias is None else c.bias.new_gradient()
-    dsink = None if c.sink is None else np.zeros(c.sink.shape, c.computing)
+    dsink: Any = None if c.sink is None else np.zeros(c.sink.shape, c.computing)
     dscale = c.computing.type(0)
     for index, group, head in _heads(c):
         for rows in _slices(c.q.shape[-2], TILE[0]):
@@ -152,7 +153,7 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
                     dscores = select(tile.allowed, dscores * (1 - tile.capped * tile.capped))  # (2)
                 dq[index][rows] += product(dscores, tile.k, tile.allowed)  # (1), times scale below
                 dk[group][tile.cols] += c.scale * product(swap(dscores), q, allowed_t)  # (1)
-            if dsink is not None:
+            if c.sink is not None:
                 sink = c.sink[head].astype(c.computing)
                 p_sink = np.exp(sink - sums.shift()) / sums.divisor()
                 dsink[head] += select(sink != -np.inf, p_sink * (dl - mean)).sum()  # (5)
@@ -163,7 +164,7 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
         dk.astype(c.k.dtype, copy=False),
         dv.astype(c.v.dtype, copy=False),
         None if dbias is None else c.bias.finish(dbias),
-        None if dsink is None else dsink.astype(c.sink.dtype, copy=False),
+        None if c.sink is None else dsink.astype(c.sink.dtype, copy=False),
         dscale,
     )
 

@@ -50,7 +50,9 @@ def multi_head_from_torch(state: Mapping[str, Any]) -> MultiHeadParams:
     if _has(state, "in_proj_bias"):
         biases = np.split(_array(op, state, "in_proj_bias", (3 * E,)), 3)
     b_o = _array(op, state, "out_proj.bias", (E,)) if _has(state, "out_proj.bias") else None
-    return MultiHeadParams(*(w.T for w in weights), w_o.T, *biases, b_o)
+    w_q, w_k, w_v = (w.T for w in weights)
+    b_q, b_k, b_v = biases
+    return MultiHeadParams(w_q, w_k, w_v, w_o.T, b_q, b_k, b_v, b_o)
 
 
 def multi_head_to_torch(params: MultiHeadParams, *, packed: bool | None = None) -> dict[str, Array]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy
+import scipy  # type: ignore[import-untyped]
 
 import npattn
 
@@ -108,7 +108,7 @@ def openblas() -> dict[str, str]:
 
 def _by_threadpoolctl() -> dict[str, str]:
     try:
-        from threadpoolctl import threadpool_info
+        from threadpoolctl import threadpool_info  # type: ignore[import-untyped]
     except ImportError:
         return {}
     for pool in threadpool_info():

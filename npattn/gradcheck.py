@@ -16,7 +16,6 @@ has to be named (``zero=("b_k",)``), and then it must be zero to the same bound.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +93,7 @@ def _as_outputs(out: Any) -> list[Array]:
 
 
 def _real(x: Any) -> Any:
-    return np.asarray(x, dtype=np.float64) if isinstance(x, numbers.Real) and not isinstance(x, np.generic) else x
+    return np.float64(x) if isinstance(x, (int, float)) else x
 
 
 # --- the pair under test --------------------------------------------------------------------------------------------

@@ -300,7 +300,8 @@ class SegmentsBound(Bound):
     k: Array
 
     def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
-        return np.equal(self.q[index][..., rows, None], self.k[index][..., None, cols])
+        result: Array = np.equal(self.q[index][..., rows, None], self.k[index][..., None, cols])
+        return result
 
     def state(self, index: Shape, rows: slice, cols: slice) -> int:
         q, k = self.q[index][..., rows], self.k[index][..., cols]
@@ -336,7 +337,8 @@ class BlocksBound(Bound):
     def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
         i = np.arange(self.shape[-2])[rows] // self.size[0]
         j = np.arange(self.shape[-1])[cols] // self.size[1]
-        return self.view[index][..., i[:, None], j]
+        result: Array = self.view[index][..., i[:, None], j]
+        return result
 
 
 def blocks(array: object, size: int | tuple[int, int]) -> Mask:

@@ -64,7 +64,8 @@ class MultiHeadGrads(NamedTuple):
 
 def split_heads(x: Array, heads: int) -> Array:
     """(..., L, H D) -> (..., H, L, D), as a view: first the columns fall into heads, then heads and tokens change places."""
-    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads if heads else 0).swapaxes(-3, -2)
+    result: Array = x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads if heads else 0).swapaxes(-3, -2)
+    return result
 
 
 def merge_heads(x: Array) -> Array:
@@ -100,7 +101,8 @@ def _check(x_q: Any, x_k: Any, x_v: Any, params: Any, num_heads: Any, num_kv_hea
 
 def _project(x: Array, w: Array, b: Array | None, computing: np.dtype[Any]) -> Array:
     y = x.astype(computing, copy=False) @ w.astype(computing, copy=False)
-    return y if b is None else y + b.astype(computing, copy=False)
+    result: Array = y if b is None else y + b.astype(computing, copy=False)
+    return result
 
 
 def _computed(option: Any, computing: np.dtype[Any]) -> Any:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from npattn._checks import Array
+from npattn.masks import as_mask
 from npattn.verify.cases import Problem
 
 CANONICAL = ("mask", "bias", "scale", "softcap", "sink", "dropout_mask")
@@ -84,11 +85,10 @@ def _dense_mask(problem: Problem, parts: list[Any]) -> Array:
     whole = Problem(*(problem.q, problem.k, problem.v, problem.dout, None), [], {}).shape
     if len(parts) == 1 and isinstance(parts[0], np.ndarray):
         array: Array = parts[0].reshape((1,) * (len(whole) - parts[0].ndim) + parts[0].shape)
-        return array.copy()
-    from npattn.masks import as_mask
-
+        result: Array = array.copy()
+        return result
     dense = [as_mask("mask", m).bind(whole).dense() for m in parts]
-    return np.logical_and.reduce(dense)
+    return np.asarray(np.logical_and.reduce(dense))
 
 
 def load(name: str, backward: str | None = None, align: str = "top_left") -> Candidate:

@@ -68,8 +68,8 @@ class Problem:
             return x.astype(dtype) if isinstance(x, np.ndarray) and x.dtype.kind in "fc" else x
 
         options = {name: cast(x) for name, x in self.options.items()}
-        arrays = (cast(x) for x in (self.q, self.k, self.v, self.dout, self.dlse))
-        return Problem(*arrays, parts=self.parts, options=options)
+        q, k, v, dout, dlse = (cast(x) for x in (self.q, self.k, self.v, self.dout, self.dlse))
+        return Problem(q, k, v, dout, dlse, self.parts, options)
 
 
 class Draft:
@@ -122,7 +122,11 @@ EXCLUSIONS = {
 OPTIONS: dict[str, Option] = {}
 
 
-def option(name: str, feature: str, *, shape: bool = False, excludes: Iterable[str] = ()) -> Any:
+def option(
+    name: str, feature: str, *, shape: bool = False, excludes: Iterable[str] = ()
+) -> Callable[[Callable[[Draft], None]], Callable[[Draft], None]]:
+    """Register a function as the option of that name."""
+
     def register(apply: Callable[[Draft], None]) -> Callable[[Draft], None]:
         OPTIONS[name] = Option(feature, apply, shape, frozenset(excludes))
         return apply
@@ -217,8 +221,8 @@ def _(d: Draft) -> None:
 
 @option("packed", "packed")
 def _(d: Draft) -> None:
-    cu = [[0, *sorted(d.rng.integers(1, d[n], 1).tolist()), d[n]] for n in "LS"]
-    d.parts.append(Part(masks.packed(*cu, align="bottom_right")))
+    q, k = ([0, int(d.rng.integers(1, d[n])), d[n]] for n in "LS")
+    d.parts.append(Part(masks.packed(q, k, align="bottom_right")))
 
 
 @option("blocks", "blocks")
@@ -494,8 +498,8 @@ def _cases() -> list[Case]:
     for name in ((), ("causal bottom_right",), ("mask array", "G < H"), ("bias BHLS", "softcap", "dlse"), ("window",)):
         cases.append(Case("long " + " + ".join(name) if name else "long", name, sizes=LONG, feature="long"))
     cases.append(Case("long, inputs tiny", sizes={**LONG, "L": 8, "S": 16384}, lead=(1,), family="tiny", feature="long"))
-    precise = ((), ("causal bottom_right", "G < H"), ("mask array", "bias BHLS"), ("softcap", "sink", "dlse"), ("dropout_mask",))
-    for name in precise:
+    for name in ((), ("causal bottom_right", "G < H"), ("mask array", "bias BHLS"), ("softcap", "sink", "dlse"),
+                 ("dropout_mask",)):  # fmt: skip
         cases.append(Case("float64 " + " + ".join(name) if name else "float64", name, dtype="float64", feature="float64"))
     cases.append(Case("float64, inputs near-tie", family="near-tie", dtype="float64", feature="float64"))
     return cases

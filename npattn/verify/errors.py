@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npattn._checks import Array
-from npattn._pairs import quiet, select, swap
-from npattn.attention import AttentionCache, AttentionGrads, live, one_head_each, visible
-from npattn.biases import heads_first
+from npattn._pairs import heads_first, one_head_each, quiet, select, swap
+from npattn.attention import AttentionCache, AttentionGrads, live, visible
 from npattn.tolerances import DELTA_ROUNDING, EXP_ULPS, ROUNDING_STD
 
 
@@ -51,16 +50,18 @@ class _Kind:
     def through(self, error: Array, x: Array) -> Array:
         """The error of a matrix product whose left factor has this error."""
         if self.rigorous:
-            return error @ np.abs(x)  # type: ignore[no-any-return]
+            return error @ np.abs(x)
         top, rows = _scaled(error)
-        return top * np.sqrt(np.square(rows) @ np.square(x))  # type: ignore[no-any-return]
+        result: Array = top * np.sqrt(np.square(rows) @ np.square(x))
+        return result
 
     def sum(self, error: Array, axis: Any) -> Array:
         """The error of a sum whose terms have these errors."""
         if self.rigorous:
-            return error.sum(axis, keepdims=True)  # type: ignore[no-any-return]
+            return np.asarray(error.sum(axis, keepdims=True))
         top, scaled = _scaled(error, axis)
-        return top * np.sqrt(np.square(scaled).sum(axis, keepdims=True))  # type: ignore[no-any-return]
+        result: Array = top * np.sqrt(np.square(scaled).sum(axis, keepdims=True))
+        return result
 
     def _chain(self, n: int, magnitude: Any, root: Any, total: Any) -> Any:
         """The rounding of a sum of n products, from the sum of their |.|, the root of that of their squares, and itself.
@@ -77,7 +78,8 @@ class _Kind:
         magnitude = np.abs(x) @ np.abs(y) if self.rigorous else 0.0
         top, rows = _scaled(x)
         roots = top * np.sqrt(np.square(rows) @ np.square(y))
-        return self._chain(x.shape[-1], magnitude, roots, x @ y)  # type: ignore[no-any-return]
+        result: Array = self._chain(x.shape[-1], magnitude, roots, x @ y)
+        return result
 
     def rounding_of_sum(self, terms: Array, axis: Any) -> Array:
         """The rounding of a sum of exact terms."""
@@ -85,7 +87,8 @@ class _Kind:
         top, scaled = _scaled(terms, axis)
         roots = top * np.sqrt(np.square(scaled).sum(axis, keepdims=True))
         sums = [f(terms).sum(axis, keepdims=True) for f in (np.abs, np.asarray)]
-        return self._chain(n, sums[0], roots, sums[1])  # type: ignore[no-any-return]
+        result: Array = self._chain(n, sums[0], roots, sums[1])
+        return result
 
 
 def _scaled(x: Array, axis: Any = -1) -> tuple[Array, Array]:
@@ -232,10 +235,11 @@ def _dead(c: AttentionCache, error: Array) -> Array:
 def _grouped(kind: _Kind, error: Array, terms: Array, shape: tuple[int, ...]) -> Array:
     """The error of the sum over the heads that read one group."""
     if error.shape == shape:
-        return kind.add(error, 2 * kind.unit * terms)  # type: ignore[no-any-return]
+        return np.asarray(kind.add(error, 2 * kind.unit * terms))
     split = (*shape[:-2], error.shape[-3] // shape[-3], *shape[-2:])
     error, terms = error.reshape(split), terms.reshape(split)
-    return kind.add(kind.sum(error, -3), kind.rounding_of_sum(terms, -3))[..., 0, :, :]  # type: ignore[no-any-return]
+    both: Array = kind.add(kind.sum(error, -3), kind.rounding_of_sum(terms, -3))
+    return both[..., 0, :, :]
 
 
 def _reduced(kind: _Kind, terms: Array, error: Array, like: Any) -> Any:
