@@ -45,6 +45,9 @@ class DenseBound(Bound):
     def __init__(self, view: Array) -> None:
         self.view, self.shape = view, view.shape
 
+    def dense(self) -> Array:
+        return self.view
+
     def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
         result: Array = self.view[index][..., rows, cols]
         return result
@@ -201,7 +204,7 @@ def one_head_each(x: Array, heads: int, computing: np.dtype[Any]) -> Array:
     return x if x.ndim == 2 or x.shape[-3] == heads else np.repeat(x, heads // x.shape[-3], axis=-3)
 
 
-def sum_of_group(dx: Array, like: Array) -> Array:
+def group_sum(dx: Array, like: Array) -> Array:
     """(..., H, S, D) -> (..., G, S, D): every head that read a group gives to its gradient."""
     if dx.shape != like.shape:
         dx = dx.reshape(*like.shape[:-2], dx.shape[-3] // like.shape[-3], *like.shape[-2:]).sum(-3)

@@ -19,18 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npattn._checks import Array, Dims, Shape, check_cotangent, check_dtype, check_number, check_other_dtype
-from npattn._pairs import (
-    ALL,
-    bind_dropout,
-    heads_first,
-    one_head_each,
-    product,
-    quiet,
-    select,
-    sum_of_group,
-    sum_per_head,
-    swap,
-)  # fmt: skip
+from npattn._pairs import ALL, bind_dropout, group_sum, heads_first, one_head_each, product, quiet, select, sum_per_head, swap
 from npattn.biases import bind_bias
 from npattn.masks import bind_mask
 from npattn.softmax import normalize
@@ -139,7 +128,7 @@ def attention_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     dk = c.scale * product(swap(dscores), q, allowed_t)  # (1)
     dscale = (q * sums).sum(where=sums != 0)  # (1): sum_ij dscores_ij q_i . k_j
     return AttentionGrads(
-        dq.astype(c.q.dtype, copy=False), sum_of_group(dk, c.k), sum_of_group(dv, c.v), dbias, dsink, dscale
+        dq.astype(c.q.dtype, copy=False), group_sum(dk, c.k), group_sum(dv, c.v), dbias, dsink, dscale
     )
 
 

@@ -30,7 +30,7 @@ from npattn._checks import (
     check_other_dtype,
     kind,
 )
-from npattn._pairs import Bindable, Bound, Positions, heads_first, integers, sum_per_head
+from npattn._pairs import Bindable, Bound, Positions, heads_first, integers
 
 
 def bind_bias(op: str, bias: object, shape: Shape, dtype: np.dtype[Any], computing: np.dtype[Any]) -> Any:
@@ -140,6 +140,7 @@ class AlibiBound(ParameterBound):
         super().__init__(bias, bias.slopes, shape)
         positions = Positions.make("Alibi", bias.q_pos, bias.k_pos, bias.align, bias.offset)
         self.q, self.k = positions.bind(shape)
+        self.heads = np.broadcast_to(np.arange(len(self.value)) if len(shape) > 2 else 0, shape[:-2])
 
     def _distance(self, index: Shape, rows: slice, cols: slice) -> Array:
         distance = np.abs(self.q[index][..., rows, None] - self.k[index][..., None, cols])
@@ -155,10 +156,7 @@ class AlibiBound(ParameterBound):
 
     def add_gradient(self, total: Array, index: Shape, rows: slice, cols: slice, dscores: Array) -> None:
         terms = (dscores * self._distance(index, rows, cols)).sum((-2, -1))
-        if index:  # one head
-            total[index[-1]] -= terms
-        else:
-            total -= sum_per_head(terms[..., None, None], total.size)
+        np.subtract.at(total, self.heads[index], terms)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +185,7 @@ class RelativeTable:
         if not callable(self.buckets):
             if any(x is not None for x in (self.q_pos, self.k_pos, self.align, self.offset)):
                 raise ValueError("RelativeTable: got positions, expected none where buckets is an array")
-            self._check(integers("RelativeTable", "buckets", self.buckets))
+            object.__setattr__(self, "buckets", self._check(integers("RelativeTable", "buckets", self.buckets)))
 
     @property
     def parameter(self) -> Array:

@@ -1,0 +1,22 @@
+.PHONY: test deep peers lint type bench docs
+
+test:  ## what every change has to pass
+	python -m pytest
+
+deep:  ## all proofs, and Hypothesis with its deep profile
+	python -m pytest -m "slow or not slow" --hypothesis-profile=deep
+
+peers:  ## against installed libraries: pip install torch==2.13.0 '.[peers]'
+	python -m pytest tests/peers
+
+lint:
+	ruff check .
+
+type:
+	mypy --strict npattn
+
+bench:  ## how long a verification takes here
+	python -m benchmarks
+
+docs:  ## every example in the documents and docstrings
+	python -m pytest tests/test_docs.py

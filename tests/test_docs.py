@@ -1,0 +1,73 @@
+"""Every example in README.md, docs/ and the docstrings prints what it says, and every link leads somewhere."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import npattn
+from npattn.verify import CASES, load
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
+MODULES = sorted(m.name for m in pkgutil.walk_packages(npattn.__path__, "npattn.") if not m.name.endswith("__main__"))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name):
+    module = importlib.import_module(name)
+    module = sys.modules[name] if not isinstance(module, types.ModuleType) else module
+    assert doctest.testmod(module, extraglobs={"np": np}).failed == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_examples_of_a_page(page):
+    text = "\n".join(block for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S) if ">>>" in block)
+    test = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
+    runner = doctest.DocTestRunner()
+    runner.run(test)
+    assert runner.summarize(verbose=False).failed == 0
+    if page.name == "README.md":
+        assert test.examples
+
+
+def test_the_readers_own_test_in_the_readme(monkeypatch):
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "my_package" in b]
+    assert len([line for line in block.splitlines() if line.strip()]) <= 6
+    theirs = types.ModuleType("my_package")
+    blockwise = load("blockwise")
+    theirs.my_attention, theirs.my_attention_backward = blockwise.forward, blockwise.backward
+    monkeypatch.setitem(sys.modules, "my_package", theirs)
+    scope: dict = {}
+    exec(block, scope)
+    scope["test_my_attention"]()
+    theirs.my_attention = lambda q, k, v: v.mean(-2, keepdims=True) + 0 * q
+    exec(block, scope)
+    with pytest.raises(AssertionError, match="plain"):
+        scope["test_my_attention"]()
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+def test_links(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_readme_links_to_the_forward_and_the_backward():
+    lines = (ROOT / "npattn/attention.py").read_text().splitlines()
+    links = re.findall(r"\[(forward|backward)\]\(npattn/attention\.py#L(\d+)\)", (ROOT / "README.md").read_text())
+    assert len(links) == 2
+    for name, line in links:
+        assert lines[int(line) - 1].startswith(f"def attention_{name}(")
+
+
+def test_numbers_in_the_readme():
+    assert f"{len(CASES)} cases" in (ROOT / "README.md").read_text()

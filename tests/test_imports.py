@@ -1,0 +1,44 @@
+"""Imports point one way: each module imports only what stands before it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import npattn
+
+PACKAGE = Path(npattn.__file__).parent
+ORDER = [
+    "_checks", "_pairs", "masks", "biases", "softmax", "attention", "blockwise", "multihead", "rnn", "convert", "tolerances",
+    "gradcheck", "environment", "verify.cases", "verify.errors", "verify.candidates", "verify.judge", "verify", "cli", "__main__",
+]  # fmt: skip
+
+
+def test_imports_point_one_way():
+    found = {".".join(p.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__") for p in PACKAGE.rglob("*.py")}
+    assert found - {"__init__"} == set(ORDER)
+    for name in ORDER:
+        path = PACKAGE.joinpath(*name.split("."))
+        tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("npattn."):
+                assert ORDER.index(node.module.removeprefix("npattn.")) < ORDER.index(name), f"{name} imports {node.module}"
+
+
+def test_all_names_exist_and_are_documented():
+    for name in npattn.__all__:
+        thing = getattr(npattn, name)
+        assert thing.__doc__, name
+
+
+def test_attention_reads_as_one_page():
+    text = (PACKAGE / "attention.py").read_text()
+    assert len(text.splitlines()) <= 200
+    for function in ast.parse(text).body:
+        if isinstance(function, ast.FunctionDef) and function.name in ("attention_forward", "attention_backward"):
+            lines = text.splitlines()[function.body[1].lineno - 1 : function.end_lineno]
+            assert len([line for line in lines if line.strip()]) <= 60
+            numbers = [int(part[0]) for line in lines for part in line.split("# (")[1:]]
+            forward = function.name == "attention_forward"
+            assert numbers == sorted(numbers, reverse=not forward)
+            assert set(numbers) == set(range(1, 8))
