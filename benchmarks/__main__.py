@@ -1,7 +1,7 @@
 """``python -m benchmarks [TEXT]``: the long cases of `npattn.verify`, forward and forward + backward, for every rival.
 
-Rivals take turns within a round, so that a drift of the machine's speed hits all alike. What is printed is the median time of the
-dense reference, and the median over rounds of each rival's time over that of the dense reference in the same round.
+Rivals take turns within a round, so that a drift of the machine's speed hits all alike. What is printed is the median time
+of the dense reference, and the median over rounds of each rival's time over that of the dense reference in the same round.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def main(text: str = "") -> None:
             rounds = [[seconds(c, problem, backward) for c in candidates] for _ in range(ROUNDS + 1)][1:]
             if rounds[0][0] is None:
                 continue
-            line = f"{case.name:44} {'backward' if backward else 'forward':8} {1e3 * statistics.median(r[0] for r in rounds):6.2f} ms"
+            own = 1e3 * statistics.median(r[0] for r in rounds)
+            line = f"{case.name:44} {'backward' if backward else 'forward':8} {own:6.2f} ms"
             for i in range(1, len(candidates)):
                 ratios = sorted(r[i] / r[0] for r in rounds if r[i] is not None)
                 shown = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f})" if ratios else "not supported"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tracemalloc
 
@@ -73,7 +74,7 @@ def test_memory_does_not_grow_with_the_length(direction, mask):
         rng = np.random.default_rng(0)
         q, k, v, dout = (rng.standard_normal((n, 16), np.float32) for _ in range(4))
         options = {} if mask is None else {"mask": NeverWhole(mask)}
-        out, cache = blockwise_forward(q, k, v, **options)
+        _out, cache = blockwise_forward(q, k, v, **options)
         assert cache.weights is None
         if direction == "forward":
             peaks.append(peak_beyond_outputs(lambda q=q, k=k, v=v, o=options: forward_arrays(q, k, v, o)))
@@ -118,7 +119,7 @@ def parts(rng, *cuts, lead=(2, 3), L=4, S=7, D=5, E=6, **options):
     q, k, v = (rng.standard_normal((*lead, n, width)) for n, width in ((L, D), (S, D), (S, E)))
     ends = [0, *cuts, S]
     some = [
-        attention_forward(q, k[..., a:b, :], v[..., a:b, :], return_lse=True)[0] for a, b in zip(ends, ends[1:], strict=False)
+        attention_forward(q, k[..., a:b, :], v[..., a:b, :], return_lse=True)[0] for a, b in itertools.pairwise(ends)
     ]
     return some, attention_forward(q, k, v, return_lse=True)[0]
 
@@ -183,9 +184,11 @@ def test_merge_against_loops_with_parts_without_keys():
 @pytest.mark.parametrize("method", ["complex", "central"])
 def test_merge_gradients(method):
     rng = np.random.default_rng(0)
-    inputs = {n: rng.standard_normal((2, 3, 4) if n.startswith("out") else (2, 3)) for n in ("out_a", "lse_a", "out_b", "lse_b")}
+    inputs = {
+        n: rng.standard_normal((2, 3, 4) if n.startswith("out") else (2, 3)) for n in ("out_a", "lse_a", "out_b", "lse_b")
+    }
     gradcheck(merge_forward, lambda d, c: merge_backward(d[0], c, d[1]), inputs, method=method)
-    only_out = lambda **x: ((lambda o, c: (o[0], c))(*merge_forward(**x)))  # noqa: E731  # one output of two
+    only_out = lambda **x: (lambda o, c: (o[0], c))(*merge_forward(**x))  # noqa: E731  # one output of two
     gradcheck(only_out, merge_backward, inputs, method=method)
 
 

@@ -61,7 +61,9 @@ def test_one_wrong_element_among_many_is_found_by_its_direction(method):
 
     with pytest.raises(GradcheckError, match="gradient of k along a random direction"):
         gradcheck(attention_forward, sabotaged(one_off), INPUTS, method=method, elements=0)
-    with pytest.raises(GradcheckError, match=r"gradient of k\[1, 2, 3\]: backward gives .* gives .*; they differ by .*, allowed"):
+    with pytest.raises(
+        GradcheckError, match=r"gradient of k\[1, 2, 3\]: backward gives .* gives .*; they differ by .*, allowed"
+    ):
         gradcheck(attention_forward, sabotaged(one_off), INPUTS, method=method)
 
 
@@ -159,9 +161,11 @@ def test_lse_of_minus_infinity_takes_no_part(method):
     dead = np.ones((3, 5), bool)
     dead[1] = False
     gradcheck(
-        functools.partial(attention_forward, mask=dead, return_lse=True), lambda d, c: attention_backward(d[0], c, d[1]), INPUTS,
+        functools.partial(attention_forward, mask=dead, return_lse=True),
+        lambda d, c: attention_backward(d[0], c, d[1]),
+        INPUTS,
         method=method,
-    )  # fmt: skip
+    )
 
 
 def test_nested_inputs_scalars_and_bias_objects():
@@ -208,15 +212,17 @@ def test_hessian_is_symmetric_and_is_the_derivative_of_the_gradient():
     assert abs(dot(w, Hu)) > 1e-3 * size
 
     def gradient(**x):  # the gradient is a forward too, and its derivative along u is checked like any other
-        (out, lse), cache = forward(**x)
+        (out, _lse), cache = forward(**x)
         g = attention_backward(dout[0].astype(out.dtype), cache, dout[1].astype(out.dtype))
         return (g.q, g.k, g.v), x
 
     rows = gradcheck(
         gradient,
         lambda d, x: hessian_vector_product(forward, backward, x, dict(zip("qkv", d, strict=True)), dout),
-        INPUTS, method="central", elements=10,
-    )  # fmt: skip
+        INPUTS,
+        method="central",
+        elements=10,
+    )
     assert len(rows) == 3
 
 

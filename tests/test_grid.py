@@ -16,7 +16,7 @@ import pytest
 from npattn import attention_backward, attention_forward, blockwise_backward, blockwise_forward, gradcheck
 from npattn._pairs import ALL, swap
 from npattn.tolerances import TERMS_EPS
-from npattn.verify.cases import BIAS_FORMS, EXCLUSIONS, OPTIONS, compatible, draw
+from npattn.verify.cases import BIAS_FORMS, EXCLUSIONS, OPTIONS, SMALL, compatible, draw
 
 NAMES = sorted(OPTIONS)
 GRID = [(a,) for a in NAMES] + [pair for pair in itertools.combinations(NAMES, 2) if compatible(*pair)]
@@ -58,15 +58,22 @@ def sums_of_terms(cache, dout, dlse):
     mean = (p * dp).sum(-1, keepdims=True)
     dl = 0.0 if dlse is None else np.abs(dlse)[..., None]
     ds = p * (dp + mean + dl)
-    terms = {"q": abs(cache.scale) * ds @ k, "k": groups(abs(cache.scale) * swap(ds) @ q), "v": groups(swap(p * drop) @ np.abs(dout))}
+    terms = {
+        "q": abs(cache.scale) * ds @ k,
+        "k": groups(abs(cache.scale) * swap(ds) @ q),
+        "v": groups(swap(p * drop) @ np.abs(dout)),
+    }
     terms["scale"] = (ds * (q @ swap(k))).sum()
     if cache.bias is not None:
         total = cache.bias.new_gradient()
         cache.bias.add_gradient(total, (), ALL, ALL, ds)
         terms["bias"] = terms["bias.parameter"] = np.abs(total)
     if cache.sink is not None:
-        terms["sink"] = ((1 - p.sum(-1, keepdims=True)) * (mean + dl)).sum((*range(p.ndim - 3), -2, -1)) if p.ndim > 2 else (
-            (1 - p.sum(-1, keepdims=True)) * (mean + dl)).sum()
+        terms["sink"] = (
+            ((1 - p.sum(-1, keepdims=True)) * (mean + dl)).sum((*range(p.ndim - 3), -2, -1))
+            if p.ndim > 2
+            else ((1 - p.sum(-1, keepdims=True)) * (mean + dl)).sum()
+        )
     return terms
 
 
@@ -137,9 +144,9 @@ def test_gradients_of_random_subsets(part):
             check(options, seed=seed, elements=10, central=seed % 10 == 0)
 
 
-def leaves_two_keys(options, seed):
+def leaves_two_keys(options, seed, sizes=SMALL):
     try:
-        draw(options, seed)
+        draw(options, seed, sizes=sizes)
     except ValueError:
         return False
     return True
@@ -147,10 +154,33 @@ def leaves_two_keys(options, seed):
 
 def test_the_grid_is_complete():
     named = {
-        "mask array", "causal top_left", "causal bottom_right", "causal by positions", "window", "key_lengths", "query_lengths",
-        "keys", "segments", "packed", "blocks", "where", "Alibi", "RelativeTable", "negative scale", "softcap", "sink",
-        "dropout_mask", "G < H", "E != D", "dlse", "L > S", "L < S", "rank 2", "rank 5", *(f"bias {f}" for f in BIAS_FORMS),
-    }  # fmt: skip
+        "mask array",
+        "causal top_left",
+        "causal bottom_right",
+        "causal by positions",
+        "window",
+        "key_lengths",
+        "query_lengths",
+        "keys",
+        "segments",
+        "packed",
+        "blocks",
+        "where",
+        "Alibi",
+        "RelativeTable",
+        "negative scale",
+        "softcap",
+        "sink",
+        "dropout_mask",
+        "G < H",
+        "E != D",
+        "dlse",
+        "L > S",
+        "L < S",
+        "rank 2",
+        "rank 5",
+        *(f"bias {f}" for f in BIAS_FORMS),
+    }
     assert set(OPTIONS) == named
     pairs = set(itertools.combinations(NAMES, 2))
     excluded = pairs - set(GRID)

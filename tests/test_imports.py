@@ -9,9 +9,27 @@ import npattn
 
 PACKAGE = Path(npattn.__file__).parent
 ORDER = [
-    "_checks", "_pairs", "masks", "biases", "softmax", "attention", "blockwise", "multihead", "rnn", "convert", "tolerances",
-    "gradcheck", "environment", "verify.cases", "verify.errors", "verify.candidates", "verify.judge", "verify", "cli", "__main__",
-]  # fmt: skip
+    "_checks",
+    "_pairs",
+    "masks",
+    "biases",
+    "softmax",
+    "attention",
+    "blockwise",
+    "multihead",
+    "rnn",
+    "convert",
+    "tolerances",
+    "gradcheck",
+    "environment",
+    "verify.cases",
+    "verify.errors",
+    "verify.candidates",
+    "verify.judge",
+    "verify",
+    "cli",
+    "__main__",
+]
 
 
 def test_imports_point_one_way():

@@ -42,7 +42,9 @@ OPTIONS = {
     "sink": {"sink": np.random.default_rng(9).standard_normal(H)},
     "dropout": {"dropout_mask": (np.random.default_rng(10).random((B, H, L, S)) < 0.8) / 0.8},
 }
-COMBINATIONS = [(a,) for a in OPTIONS] + [p for p in itertools.combinations(OPTIONS, 2) if "plain" not in p and set(p) != {"bias", "alibi"}]
+COMBINATIONS = [(a,) for a in OPTIONS] + [
+    p for p in itertools.combinations(OPTIONS, 2) if "plain" not in p and set(p) != {"bias", "alibi"}
+]
 COMBINATIONS = [c for c in COMBINATIONS if len(c) == 1 or sum(n in ("mask", "causal", "keys") for n in c) < 2]
 
 
@@ -84,7 +86,9 @@ def test_gradients_with_some_biases_and_groups(groups, biases):
 def test_forward_is_that_of_explicit_heads(lead, groups, implementation):
     rng = np.random.default_rng(0)
     p, x = params(rng, G=groups), inputs(rng, lead)
-    out, cache = multi_head_forward(**x, params=p, num_heads=H, num_kv_heads=groups, mask=causal(offset=2), implementation=implementation)
+    out, cache = multi_head_forward(
+        **x, params=p, num_heads=H, num_kv_heads=groups, mask=causal(offset=2), implementation=implementation
+    )
     allowed = np.broadcast_to(np.arange(S) <= np.arange(L)[:, None] + 2, (*lead, H, L, S))
     expected = multi_head_loops(*x.values(), *p, num_heads=H, num_kv_heads=groups, allowed=allowed)
     expected = expected["out"] if isinstance(expected, dict) else expected
@@ -92,7 +96,9 @@ def test_forward_is_that_of_explicit_heads(lead, groups, implementation):
     assert np.abs(out - expected).max() <= TEST_EPS * np.finfo(float).eps * size
     assert out.shape == (*lead, L, OUT)
     assert cache.attention.lse.shape == (*lead, H, L)
-    assert np.array_equal(out, multi_head(**x, params=p, num_heads=H, num_kv_heads=groups, mask=causal(offset=2), implementation=implementation))
+    assert np.array_equal(
+        out, multi_head(**x, params=p, num_heads=H, num_kv_heads=groups, mask=causal(offset=2), implementation=implementation)
+    )
 
 
 def test_self_attention_adds_up():
@@ -151,17 +157,24 @@ def near(x, y):
 def test_dtypes(dtype):
     rng = np.random.default_rng(0)
     p, x = params(rng, dtype=dtype), inputs(rng, dtype=dtype)
-    bias, sink = rng.standard_normal((1, H, L, S)).astype(dtype), rng.standard_normal(H).astype(np.float32 if dtype is np.float16 else dtype)
+    bias, sink = (
+        rng.standard_normal((1, H, L, S)).astype(dtype),
+        rng.standard_normal(H).astype(np.float32 if dtype is np.float16 else dtype),
+    )
     out, cache = multi_head_forward(**x, params=p, num_heads=H, num_kv_heads=G, bias=bias, sink=sink)
     g = multi_head_backward(out, cache)
     assert {out.dtype, g.x_q.dtype, g.x_k.dtype, g.x_v.dtype, g.bias.dtype, *(w.dtype for w in g.params)} == {np.dtype(dtype)}
     assert g.sink.dtype == sink.dtype
     # rounded once: float16 inputs give what float32 gives, to the last bit of float16
     wide = [MultiHeadParams(*(w.astype(np.float64) for w in p)), {n: a.astype(np.float64) for n, a in x.items()}]
-    exact = multi_head(**wide[1], params=wide[0], num_heads=H, num_kv_heads=G, bias=bias.astype(np.float64), sink=sink.astype(np.float64))
+    exact = multi_head(
+        **wide[1], params=wide[0], num_heads=H, num_kv_heads=G, bias=bias.astype(np.float64), sink=sink.astype(np.float64)
+    )
     ulp = max(float(np.finfo(dtype).eps), float(np.finfo(np.float64).eps))  # exact is a float64
     # one rounding at the end, and those of the computing dtype before it
-    assert np.abs(out.astype(np.float64) - exact).max() <= (0.51 if dtype is np.float16 else 40) * ulp * np.abs(exact).max() * 1.01
+    assert (
+        np.abs(out.astype(np.float64) - exact).max() <= (0.51 if dtype is np.float16 else 40) * ulp * np.abs(exact).max() * 1.01
+    )
 
 
 def test_alibi_in_float16_keeps_its_class_and_dtype():

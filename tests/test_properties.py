@@ -6,14 +6,13 @@ import sys
 from unittest import mock
 
 import numpy as np
+from helpers import TEST_EPS
 from hypothesis import assume, event, given
 from hypothesis import strategies as st
-from helpers import TEST_EPS
 from test_grid import check, leaves_two_keys
 
 import npattn
 from npattn import (
-    masks,
     attention,
     attention_backward,
     attention_forward,
@@ -21,6 +20,7 @@ from npattn import (
     blockwise_forward,
     causal,
     key_lengths,
+    masks,
     merge,
     packed,
     segments,
@@ -105,12 +105,8 @@ def test_tiles_of_every_size_are_dense(options, seed, letters, tile):
 
 
 def draw_or_reject(options, seed, letters=SMALL):
-    try:
-        return draw(options, seed, sizes=letters)
-    except ValueError as error:
-        assert "leave no query two keys" in str(error)
-        assume(False)
-        raise
+    assume(leaves_two_keys(options, seed, letters))
+    return draw(options, seed, sizes=letters)
 
 
 @given(seeds, sizes(), implementations)
@@ -213,8 +209,12 @@ def test_constant_values_give_no_gradient_to_queries_and_keys(options, seed, imp
         close(g, np.zeros_like(g), size_of(problem))
 
 
-@given(seeds, st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), min_size=1, max_size=4), implementations,
-       st.sampled_from([None, "top_left", "bottom_right"]))  # fmt: skip
+@given(
+    seeds,
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), min_size=1, max_size=4),
+    implementations,
+    st.sampled_from([None, "top_left", "bottom_right"]),
+)
 def test_packed_sequences_are_attended_to_one_by_one(seed, lengths, implementation, align):
     rng = np.random.default_rng(seed)
     cu_q, cu_k = (np.cumsum([0, *ns]) for ns in zip(*lengths, strict=True))
@@ -254,7 +254,9 @@ def test_keys_that_are_split_and_merged_are_whole(seed, letters, implementation,
 @given(option_sets(), seeds, implementations)
 def test_a_second_call_gives_the_same_bits(options, seed, implementation):
     problem = draw_or_reject(options, seed)
-    arrays = [x for x in (problem.q, problem.k, problem.v, problem.dout, *problem.options.values()) if isinstance(x, np.ndarray)]
+    arrays = [
+        x for x in (problem.q, problem.k, problem.v, problem.dout, *problem.options.values()) if isinstance(x, np.ndarray)
+    ]
     before = [x.tobytes() for x in arrays]
     first, second = run(problem, implementation), run(problem, implementation)
     assert first[0].tobytes() == second[0].tobytes()
@@ -293,9 +295,18 @@ def test_laws_of_the_mask_algebra(seed, L, S):
         return mask.bind(shape).dense()
 
     for left, right in [
-        (~(a & b), ~a | ~b), (~(a | b), ~a & ~b), (~~a, a), (a & b, b & a), (a | b, b | a), (a & (b | c), (a & b) | (a & c)),
-        (a | (b & c), (a | b) & (a | c)), (a & (b & c), (a & b) & c), (a & a, a), (a | a, a), (a & (a | b), a),
-    ]:  # fmt: skip
+        (~(a & b), ~a | ~b),
+        (~(a | b), ~a & ~b),
+        (~~a, a),
+        (a & b, b & a),
+        (a | b, b | a),
+        (a & (b | c), (a & b) | (a & c)),
+        (a | (b & c), (a | b) & (a | c)),
+        (a & (b & c), (a & b) & c),
+        (a & a, a),
+        (a | a, a),
+        (a & (a | b), a),
+    ]:
         assert np.array_equal(dense(left), dense(right))
     assert not dense(a & ~a).any()
     assert dense(a | ~a).all()

@@ -45,7 +45,11 @@ def test_gradients_of_h_alone_and_of_h_last_alone():
     given = problem(1)
     forward, _ = both_outputs(LENGTHS["ragged"], "tanh")
     gradcheck(lambda **x: (lambda o, c: (o[0], c))(*forward(**x)), rnn_backward, given)
-    gradcheck(lambda **x: (lambda o, c: (o[1], c))(*forward(**x)), lambda d, c: rnn_backward(np.zeros_like(c.x @ c.params.w_x), c, d), given)
+    gradcheck(
+        lambda **x: (lambda o, c: (o[1], c))(*forward(**x)),
+        lambda d, c: rnn_backward(np.zeros_like(c.x @ c.params.w_x), c, d),
+        given,
+    )
 
 
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
@@ -91,7 +95,7 @@ def test_nan_at_one_step_reaches_that_step_and_later_ones_of_its_sequence():
     p = problem(2)
     p["x"][1, 3] = np.nan
     for nonlinearity in ("tanh", "relu"):
-        h, cache = rnn_forward(**p, nonlinearity=nonlinearity)
+        h, _cache = rnn_forward(**p, nonlinearity=nonlinearity)
         wrong = np.isnan(h).any(-1)
         assert wrong[1, 3:].all()
         assert wrong.sum() == T - 3
@@ -122,7 +126,10 @@ def test_dtypes(dtype):
     if dtype is np.float16:  # the weights and inputs were rounded, so compare with the same ones in float64
         wide = {n: (RNNParams(*(w.astype(float) for w in a)) if n == "params" else a.astype(float)) for n, a in p.items()}
         exact = rnn(**wide, lengths=LENGTHS["ragged"])
-    assert np.abs(h.astype(float) - exact).max() <= float(np.finfo(dtype).eps if dtype is not np.longdouble else np.finfo(float).eps) * 8
+    assert (
+        np.abs(h.astype(float) - exact).max()
+        <= float(np.finfo(dtype).eps if dtype is not np.longdouble else np.finfo(float).eps) * 8
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, T, M), (B, 0, M), (0, 0, M), (B, T, 0)], ids=str)
@@ -150,5 +157,7 @@ def test_inputs_stay_and_a_second_backward_gives_the_same_bits():
     dh = np.broadcast_to(np.float64(0.5), (B, T, N))
     _, cache = rnn_forward(**p)
     first, second = rnn_backward(dh, cache), rnn_backward(dh, cache)
-    assert [a.tobytes() for a in (first.x, first.h0, *first.params)] == [a.tobytes() for a in (second.x, second.h0, *second.params)]
+    assert [a.tobytes() for a in (first.x, first.h0, *first.params)] == [
+        a.tobytes() for a in (second.x, second.h0, *second.params)
+    ]
     assert [a.tobytes() for a in arrays] == before

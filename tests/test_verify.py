@@ -37,9 +37,9 @@ GOOD = '''
             z = e.sum(-1, keepdims=True) + (0 if sink is None else np.exp(sink[:, None, None] - top))
             p = np.where(allowed, e / np.where(z == 0, s.dtype.type(1), z), s.dtype.type(0))
             w = p if dropout_mask is None else p * dropout_mask
-            seen = allowed.any(-2)[..., None]
-            out = w @ np.where(seen, v, s.dtype.type(0))
-            out = np.where((allowed & ~np.isfinite(v).all(-1)[..., None, :]).any(-1)[..., None], v.dtype.type(np.nan), w @ np.where(np.isfinite(v), v, 0))
+            # A value that is not finite makes NaN of the queries that see it, and of no other.
+            spoilt = (allowed & ~np.isfinite(v).all(-1)[..., None, :]).any(-1)[..., None]
+            out = np.where(spoilt, v.dtype.type(np.nan), w @ np.where(np.isfinite(v), v, 0))
             return out, (top + np.log(z))[..., 0]
 
     def backward(dout, q, k, v, *, mask=None, bias=None, scale=None, softcap=None, sink=None, dropout_mask=None, dlse=None):
@@ -72,9 +72,10 @@ GOOD = '''
         return backward(dout, q, k, v, **options)
 
     def half_inside(q, k, v, **options):
-        halved = {n: x.astype(np.float16).astype(x.dtype) if getattr(x, "dtype", None) in ("f4", "f8") else x for n, x in options.items()}
-        q, k, v = (x.astype(np.float16).astype(x.dtype) for x in (q, k, v))
-        return forward(q, k, v, **halved)
+        def half(x):
+            return x.astype(np.float16).astype(x.dtype) if getattr(x, "dtype", None) in ("f4", "f8") else x
+
+        return forward(half(q), half(k), half(v), **{n: half(x) for n, x in options.items()})
 '''
 
 
@@ -137,7 +138,9 @@ def test_they_differ_in_where_they_are_wrong(run):
 
 
 def test_what_is_not_supported_is_read_off_the_signature(run, tmp_path):
-    (tmp_path / "plain.py").write_text("from mine import forward\n\ndef only(q, k, v, *, scale=None):\n    return forward(q, k, v, scale=scale)[0]\n")
+    (tmp_path / "plain.py").write_text(
+        "from mine import forward\n\ndef only(q, k, v, *, scale=None):\n    return forward(q, k, v, scale=scale)[0]\n"
+    )
     status, text = run("plain.py:only")
     assert status == 0
     coverage = next(line for line in text.splitlines() if line.startswith("tested "))
@@ -255,7 +258,9 @@ def test_built_in_names_and_modules_load():
 
 
 def test_module_runs_and_a_terminal_gets_a_progress_bar(monkeypatch, capsys):
-    done = subprocess.run([sys.executable, "-m", "npattn", "verify", "-k", "plain"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "npattn", "verify", "-k", "plain"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0
     assert "RIGHT" in done.stdout
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
