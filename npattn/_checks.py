@@ -24,7 +24,11 @@ _DTYPES = "float16, bfloat16, float32, float64, longdouble, complex128 or clongd
 
 def kind(x: object) -> str:
     """What x is, in the words of an error message."""
-    return f"an array of dtype {x.dtype}" if type(x) is np.ndarray else f"a {type(x).__module__}.{type(x).__qualname__}"
+    if type(x) is np.ndarray:
+        return f"an array of dtype {x.dtype}"
+    module, name = type(x).__module__, type(x).__qualname__
+    name = name if module == "builtins" else f"{module}.{name}"
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def check_array(op: str, name: str, x: object) -> Array:
@@ -32,6 +36,21 @@ def check_array(op: str, name: str, x: object) -> Array:
     if not isinstance(x, np.ndarray) or isinstance(x, (np.ma.MaskedArray, np.matrix)):
         raise TypeError(f"{op}: {name} is {kind(x)}, expected a numpy.ndarray")
     return x
+
+
+def as_array(op: str, name: str, x: object, expected: str) -> Array:
+    """An array of what may also be given as a list or number."""
+    if isinstance(x, np.ndarray):
+        return check_array(op, name, x)
+    try:
+        return np.asarray(x)
+    except ValueError:  # rows of unequal length
+        raise ValueError(f"{op}: {name} is {x}, expected {expected}") from None
+
+
+def check_class(op: str, name: str, x: object, cls: type, source: str = "") -> None:
+    if not isinstance(x, cls):
+        raise TypeError(f"{op}: {name} is {kind(x)}, expected npattn.{cls.__name__}{source}")
 
 
 def computing_dtype(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
@@ -84,6 +103,10 @@ def check_number(op: str, name: str, x: object, computing: np.dtype[Any], *, pos
         raise TypeError(f"{op}: {name} is {kind(x)}, expected a Python float or None")
     number: Any = x
     real = isinstance(x, numbers.Real)
+    try:
+        complex(number)
+    except OverflowError:  # an integer beyond every float
+        number = math.inf
     if positive and not (real and math.isfinite(number) and number > 0):
         raise ValueError(f"{op}: {name} is {x}, expected a positive finite number; {name}=None means none")
     if not np.isfinite(complex(number)):

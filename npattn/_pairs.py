@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from npattn._checks import Array, Shape, broadcast_pairs, check_one_of, check_other_dtype, kind
+from npattn._checks import Array, Shape, as_array, broadcast_pairs, check_one_of, check_other_dtype, kind
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 ALL = slice(None)
@@ -60,10 +60,22 @@ class Bindable(Protocol):
     def bind(self, shape: Shape) -> Any: ...
 
 
+def is_bindable(x: object) -> bool:
+    """An object of the protocol, and not its class."""
+    return isinstance(x, Bindable) and not isinstance(x, type)
+
+
+def is_bias(x: object) -> bool:
+    """A bias object of ours: it has a parameter with a gradient."""
+    return hasattr(x, "with_parameter")
+
+
 def bind_dropout(op: str, mask: object, shape: Shape, dtype: np.dtype[Any], computing: np.dtype[Any]) -> Any:
     """The dropout mask, checked against scores of this shape (None stays None)."""
-    if mask is None or isinstance(mask, Bindable):
-        return None if mask is None else mask.bind(shape)
+    if mask is None:
+        return None
+    if isinstance(mask, Bindable) and is_bindable(mask) and not (is_bias(mask) or hasattr(mask, "__invert__")):
+        return mask.bind(shape)
     expected = "expected an array that the caller drew, 0 or 1/(1-p) for each pair"
     if not isinstance(mask, np.ndarray):
         raise TypeError(f"{op}: dropout_mask is {kind(mask)}, {expected}: (rng.random(shape) >= p) / (1 - p)")
@@ -80,7 +92,7 @@ def bind_dropout(op: str, mask: object, shape: Shape, dtype: np.dtype[Any], comp
 
 def integers(op: str, name: str, x: object) -> Array:
     """A copy as int64."""
-    a = np.asarray(x)
+    a = as_array(op, name, x, "integers")
     if a.dtype.kind not in "iu":
         raise TypeError(f"{op}: {name} has dtype {a.dtype}, expected integers")
     if a.size and not (int(a.min()) > -FAR and int(a.max()) < FAR):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npattn._checks import Array, Dims, Shape, check_cotangent, check_dtype, check_number, check_other_dtype
+from npattn._checks import Array, Dims, Shape, check_class, check_cotangent, check_dtype, check_number, check_other_dtype
 from npattn._pairs import ALL, bind_dropout, group_sum, heads_first, one_head_each, product, quiet, select, sum_per_head, swap
 from npattn.biases import bind_bias
 from npattn.masks import bind_mask
@@ -171,6 +171,9 @@ def bind(op: str, q: Any, k: Any, v: Any, mask: Any, bias: Any, scale: Any, soft
 
 
 def check_cotangents(op: str, c: AttentionCache, dout: Any, dlse: Any) -> None:
+    check_class(op, "cache", c, AttentionCache, f", from {op}_forward")
+    if op == "attention" and c.weights is None:
+        raise ValueError(f"{op}: cache holds no weights, so it is for blockwise_backward; expected that of attention_forward")
     check_cotangent(op, "dout", dout, (*c.q.shape[:-1], c.v.shape[-1]), c.q.dtype, c.computing)
     if dlse is not None:
         check_cotangent(op, "dlse", dlse, c.lse.shape, c.computing, c.computing)

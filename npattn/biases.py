@@ -30,7 +30,7 @@ from npattn._checks import (
     check_other_dtype,
     kind,
 )
-from npattn._pairs import Bindable, Bound, Positions, heads_first, integers
+from npattn._pairs import Bound, Positions, heads_first, integers, is_bias, is_bindable
 
 
 def bind_bias(op: str, bias: object, shape: Shape, dtype: np.dtype[Any], computing: np.dtype[Any]) -> Any:
@@ -39,11 +39,12 @@ def bind_bias(op: str, bias: object, shape: Shape, dtype: np.dtype[Any], computi
         return None
     if isinstance(bias, np.ndarray):
         return ArrayBound(op, check_other_dtype(op, "bias", bias, dtype, computing), shape)
-    if not isinstance(bias, Bindable):
+    if not is_bindable(bias) or hasattr(bias, "__invert__"):
         raise TypeError(f"{op}: bias is {kind(bias)}, expected an array, Alibi or RelativeTable")
-    if isinstance(bias, (Alibi, RelativeTable)):
-        check_other_dtype(op, "bias", bias.parameter, dtype, computing)
-    return bias.bind(shape)
+    given: Any = bias
+    if is_bias(given):
+        check_other_dtype(op, "bias", given.parameter, dtype, computing)
+    return given.bind(shape)
 
 
 class ParameterBound(Bound):

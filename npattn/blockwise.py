@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npattn._checks import Array, Dims, Shape, check_cotangent, check_dtype, check_other_dtype
+from npattn._checks import Array, Dims, Shape, check_class, check_cotangent, check_dtype, check_other_dtype
 from npattn._pairs import EMPTY, product, quiet, select, swap
 from npattn.attention import AttentionCache, AttentionGrads, bind, check_cotangents, live, visible
 
@@ -236,6 +236,7 @@ def merge_forward(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tup
 @quiet
 def merge_backward(dout: Array, cache: MergeCache, dlse: Array | None = None) -> MergeGrads:
     """The gradients of sum(dout * out) + sum(dlse * lse), both ignored in rows whose lse is -inf. (2) is a softmax of two."""
+    check_class("merge", "cache", cache, MergeCache, ", from merge_forward")
     c, computing = cache, cache.lse.dtype
     alive = c.lse[..., None] != -np.inf
     dout = select(alive, check_cotangent("merge", "dout", dout, c.out_a.shape, c.dtype, computing))

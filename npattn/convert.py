@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from npattn._checks import Array, check_integer
+from npattn._checks import Array, check_class, check_integer, kind
 from npattn.multihead import MultiHeadParams
 from npattn.rnn import RNNParams
 
 
 def _array(op: str, state: Mapping[str, Any], name: str, shape: tuple[int | None, ...]) -> Array:
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{op}: state is {kind(state)}, expected a mapping of names to tensors")
     if name not in state:
         raise ValueError(f"{op}: {name} is missing, got {sorted(state)}")
     tensor = state[name]
@@ -29,7 +31,7 @@ def _array(op: str, state: Mapping[str, Any], name: str, shape: tuple[int | None
 
 
 def _has(state: Mapping[str, Any], name: str) -> bool:
-    return state.get(name) is not None
+    return isinstance(state, Mapping) and state.get(name) is not None
 
 
 def multi_head_from_torch(state: Mapping[str, Any]) -> MultiHeadParams:
@@ -42,6 +44,7 @@ def multi_head_from_torch(state: Mapping[str, Any]) -> MultiHeadParams:
         raise ValueError(f"{op}: got bias_k and bias_v (add_bias_kv=True), expected none: append them to k and v yourself")
     w_o = _array(op, state, "out_proj.weight", (None, None))
     E = w_o.shape[0]
+    _array(op, state, "out_proj.weight", (E, E))
     if _has(state, "in_proj_weight"):
         weights = np.split(_array(op, state, "in_proj_weight", (3 * E, None)), 3)
     else:
@@ -61,7 +64,9 @@ def multi_head_to_torch(params: MultiHeadParams, *, packed: bool | None = None) 
     packed : in_proj_weight (True) or q_proj_weight, k_proj_weight and v_proj_weight (False); None: what torch itself does,
     which is packed where x_q, x_k and x_v have one width.
     """
-    op, E = "multi_head_to_torch", params.w_o.shape[1]
+    op = "multi_head_to_torch"
+    check_class(op, "params", params, MultiHeadParams)
+    E = params.w_o.shape[1]
     for name in ("w_q", "w_k", "w_v", "w_o"):
         w = getattr(params, name)
         if (w.shape[0] if name == "w_o" else w.shape[1]) != E:
@@ -106,6 +111,7 @@ def rnn_to_torch(
     params: RNNParams, *, layer: int = 0, reverse: bool = False, gradients: bool = False
 ) -> dict[str, Array]:
     """One layer and direction of a torch.nn.RNN's state dict: bias_hh is 0, or for gradients the same as bias_ih."""
+    check_class("rnn_to_torch", "params", params, RNNParams)
     end = _suffix("rnn_to_torch", layer, reverse)
     state = {f"weight_ih{end}": params.w_x.T, f"weight_hh{end}": params.w_h.T}
     if params.b is not None:
@@ -131,6 +137,7 @@ def rnn_from_onnx(W: Any, R: Any, B: Any = None, *, direction: int = 0) -> RNNPa
 
 def rnn_to_onnx(params: RNNParams, *, gradients: bool = False) -> dict[str, Array]:
     """W, R and B of an ONNX RNN of one direction: Rb is 0, or for gradients the same as Wb. B is left out without biases."""
+    check_class("rnn_to_onnx", "params", params, RNNParams)
     state = {"W": params.w_x.T[None], "R": params.w_h.T[None]}
     if params.b is not None:
         state["B"] = np.concatenate([params.b, params.b if gradients else np.zeros_like(params.b)])[None]

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from npattn._checks import Array, check_one_of
+from npattn._checks import Array, check_one_of, kind
 from npattn.tolerances import CENTRAL_GOAL, COMPLEX_STEP, GRADCHECK_EPS, TERMS_EPS, WORST_CENTRAL_ERROR, romberg_step
 
 
@@ -118,8 +118,11 @@ class _Pair:
         """Outputs, cache, and the outputs as the forward gave them."""
         given = [x.item() if scalar else x for x, scalar in zip(values, self.scalars, strict=True)]
         inputs = _rebuild(self.inputs, given)
-        out, cache = self.forward(**inputs) if isinstance(inputs, Mapping) else self.forward(*inputs)
-        return _as_outputs(out), cache, out
+        returned = self.forward(**inputs) if isinstance(inputs, Mapping) else self.forward(*inputs)
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            what = f"{len(returned)} values" if isinstance(returned, tuple) else kind(returned)
+            raise TypeError(f"gradcheck: forward returns {what}, expected (out, cache)")
+        return _as_outputs(returned[0]), returned[1], returned[0]
 
     def outputs(self, values: Sequence[Array]) -> list[Array]:
         return self.run(values)[0]
@@ -254,6 +257,10 @@ def gradcheck(
     unknown = [name for name in zero if not any(_is(name, leaf) for leaf in pair.names)]
     if unknown:
         raise ValueError(f"gradcheck: zero names {unknown}, expected names out of {pair.names}")
+
+    unknown = [name for name in pair.names if terms is not None and name not in terms]
+    if unknown:
+        raise ValueError(f"gradcheck: terms names {list(terms or ())}, expected {unknown} too")
 
     found = []
     for at, (name, x, g) in enumerate(zip(pair.names, pair.values, grads, strict=True)):

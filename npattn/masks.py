@@ -14,17 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from npattn._checks import Array, Shape, broadcast_pairs, check_array, check_integer, check_one_of, kind
+from npattn._checks import Array, Shape, as_array, broadcast_pairs, check_array, check_integer, check_one_of, kind
 from npattn._pairs import (
     EMPTY,
     FAR,
     FULL,
     PARTIAL,
-    Bindable,
     Bound,
     DenseBound,
     Positions,
     integers,
+    is_bias,
+    is_bindable,
     per_sequence,
     per_token,
 )
@@ -59,7 +60,7 @@ class Mask:
 
 def as_mask(op: str, mask: object) -> Any:
     """A mask of the algebra, made from a boolean array where it is one."""
-    if isinstance(mask, Bindable):
+    if is_bindable(mask) and not is_bias(mask):
         return mask
     if isinstance(mask, np.ndarray):
         check_array(op, "mask", mask)
@@ -277,7 +278,7 @@ class Keys(Mask):
 
 def keys(allowed: object) -> Mask:
     """The keys that are True in ``allowed``, (S,) or one row a sequence, (..., S): the mask that a tokenizer gives."""
-    a = np.asarray(allowed)
+    a = as_array("keys", "allowed", allowed, "(S,) or one row a sequence")
     if a.dtype != np.bool_:
         raise TypeError(f"keys: allowed has dtype {a.dtype}, expected bool (True = may attend): allowed.astype(bool)")
     return Keys(a.copy())
@@ -346,7 +347,7 @@ def blocks(array: object, size: int | tuple[int, int]) -> Mask:
 
     ``array`` is boolean, of rank 2, (ceil(L / rows), ceil(S / cols)), or with the leading dims (..., H) before it.
     """
-    a = np.asarray(array)
+    a = as_array("blocks", "array", array, "booleans, one a block")
     if a.dtype != np.bool_:
         raise TypeError(f"blocks: array has dtype {a.dtype}, expected bool (True = may attend)")
     pair = size if isinstance(size, tuple) else (size, size)
@@ -377,7 +378,7 @@ class WhereBound(Bound):
         pairs = (i.size, j.size)
         if tile.dtype != np.bool_:
             raise TypeError(f"where: function returns dtype {tile.dtype}, expected bool (True = may attend)")
-        if tile.ndim > 2 or np.broadcast_shapes(tile.shape, pairs) != pairs:
+        if tile.ndim > 2 or any(n not in (1, full) for n, full in zip(tile.shape[::-1], pairs[::-1], strict=False)):
             raise ValueError(f"where: function returns shape {tile.shape} for i {i.shape} and j {j.shape}, expected {pairs}")
         return np.broadcast_to(tile, pairs)
 

@@ -18,7 +18,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npattn._checks import Array, Dims, check_cotangent, check_dtype, check_integer, check_one_of, check_other_dtype
+from npattn._checks import (
+    Array,
+    Dims,
+    check_class,
+    check_cotangent,
+    check_dtype,
+    check_integer,
+    check_one_of,
+    check_other_dtype,
+)
 from npattn._pairs import quiet, swap, weight_gradient
 from npattn.attention import AttentionCache, attention_backward, attention_forward
 from npattn.blockwise import blockwise_backward, blockwise_forward
@@ -79,8 +88,7 @@ def _check(x_q: Any, x_k: Any, x_v: Any, params: Any, num_heads: Any, num_kv_hea
     G = H if num_kv_heads is None else check_integer(op, "num_kv_heads", num_kv_heads, least=1)
     if H % G:
         raise ValueError(f"{op}: num_kv_heads is {G}, expected a number that divides num_heads={H}")
-    if not isinstance(params, MultiHeadParams):
-        raise TypeError(f"{op}: params is a {type(params).__name__}, expected npattn.MultiHeadParams")
+    check_class(op, "params", params, MultiHeadParams)
     dtype, dims = check_dtype(op, x_q=x_q, x_k=x_k, x_v=x_v), Dims(op)
     for name, x, spec in (("x_q", x_q, "... L M"), ("x_k", x_k, "... S Mk"), ("x_v", x_v, "... S Mv")):
         dims.fit(name, x, spec)
@@ -153,6 +161,7 @@ def multi_head_forward(
 @quiet
 def multi_head_backward(dout: Array, cache: MultiHeadCache) -> MultiHeadGrads:
     """The gradients of sum(dout * out) for every input and parameter, from (6) to (1). dout : (..., L, M_out)."""
+    check_class("multi_head", "cache", cache, MultiHeadCache, ", from multi_head_forward")
     params, heads, computing = cache.params, cache.attention, cache.concat.dtype
     shape = (*cache.x_q.shape[:-1], params.w_o.shape[1])
     dout = check_cotangent("multi_head", "dout", dout, shape, cache.x_q.dtype, computing)

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npattn._checks import Array, Dims, check_cotangent, check_dtype, check_one_of, check_other_dtype
-from npattn._pairs import quiet, select, swap, weight_gradient
+from npattn._checks import Array, Dims, check_class, check_cotangent, check_dtype, check_one_of, check_other_dtype
+from npattn._pairs import integers, quiet, select, swap, weight_gradient
 
 
 class RNNParams(NamedTuple):
@@ -76,6 +76,7 @@ def rnn_backward(dh: Array, cache: RNNCache, dh_last: Array | None = None) -> RN
 
     ``carry`` is the gradient of h_t through all later steps; steps after a sequence's length hand it on untouched.
     """
+    check_class("rnn", "cache", cache, RNNCache, ", from rnn_forward")
     c, params, h, computing = cache, cache.params, cache.states, cache.states.dtype
     dh = check_cotangent("rnn", "dh", dh, h.shape, c.x.dtype, computing)
     B, T, N = h.shape
@@ -103,8 +104,7 @@ def rnn_backward(dh: Array, cache: RNNCache, dh_last: Array | None = None) -> RN
 
 def _check(x: Any, h0: Any, params: Any, lengths: Any) -> tuple[Array | None, np.dtype[Any]]:
     op = "rnn"
-    if not isinstance(params, RNNParams):
-        raise TypeError(f"{op}: params is a {type(params).__name__}, expected npattn.RNNParams")
+    check_class(op, "params", params, RNNParams)
     computing, dims = check_dtype(op, x=x), Dims(op)
     dims.fit("x", x, "B T M")
     for name, spec in (("w_x", "M N"), ("w_h", "N N"), ("b", "N")):
@@ -116,10 +116,7 @@ def _check(x: Any, h0: Any, params: Any, lengths: Any) -> tuple[Array | None, np
         check_dtype(op, x=x, h0=h0)
     if lengths is None:
         return None, computing
-    n = np.asarray(lengths)
-    if n.dtype.kind not in "iu":
-        raise TypeError(f"{op}: lengths has dtype {n.dtype}, expected integers")
-    dims.fit("lengths", n, "B")
+    n = dims.fit("lengths", integers(op, "lengths", lengths), "B")
     if n.size and not (n.min() >= 0 and n.max() <= dims["T"]):
         raise ValueError(f"{op}: lengths reaches from {n.min()} to {n.max()}, expected 0 to T={dims['T']}: fixed by x")
     return (np.arange(dims["T"]) < n[:, None])[..., None], computing

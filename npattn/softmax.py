@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npattn._checks import Array, Dims, check_array, check_cotangent, check_dtype, check_one_of
+from npattn._checks import Array, Dims, check_array, check_class, check_cotangent, check_dtype, check_one_of
 from npattn._pairs import quiet, select
 from npattn.masks import bind_mask
 
@@ -71,6 +71,7 @@ def softmax_forward(scores: Array, *, mask: Any = None) -> tuple[Array, SoftmaxC
 @quiet
 def softmax_backward(dweights: Array, cache: SoftmaxCache) -> SoftmaxGrads:
     """ds_j = p_j (dp_j - sum_l p_l dp_l): dp_j less its mean under p. It is what is left of the Jacobian diag(p) - p p^T."""
+    check_class("softmax", "cache", cache, SoftmaxCache, ", from softmax_forward")
     dp = check_cotangent("softmax", "dweights", dweights, cache.weights.shape, cache.dtype, cache.weights.dtype)
     dp = select(cache.allowed, dp)
     mean = (cache.weights * dp).sum(-1, keepdims=True)
@@ -103,6 +104,7 @@ def log_sum_exp_forward(scores: Array, *, mask: Any = None) -> tuple[Array, Soft
 @quiet
 def log_sum_exp_backward(dlse: Array, cache: SoftmaxCache) -> LogSumExpGrads:
     """ds_j = p_j dlse: the derivative of lse is the softmax. dlse is ignored in rows without an allowed score."""
+    check_class("log_sum_exp", "cache", cache, SoftmaxCache, ", from log_sum_exp_forward")
     weights = cache.weights
     dlse = check_cotangent("log_sum_exp", "dlse", dlse, weights.shape[:-1], weights.dtype, weights.dtype)
     dscores = select(weights != 0, weights * dlse[..., None])  # (1)
@@ -173,6 +175,7 @@ def _divisor(cache: CrossEntropyCache) -> int:
 @quiet
 def cross_entropy_backward(dloss: Array, cache: CrossEntropyCache) -> CrossEntropyGrads:
     """dlogits = (p - onehot(target)) dloss, over the number of positions that count where the loss is their mean."""
+    check_class("cross_entropy", "cache", cache, CrossEntropyCache, ", from cross_entropy_forward")
     weights = cache.weights
     shape = cache.targets.shape if cache.reduction == "none" else ()
     dloss = check_cotangent("cross_entropy", "dloss", np.asarray(dloss), shape, weights.dtype, weights.dtype)

@@ -1,5 +1,9 @@
 """Hypothesis is quick by default; ``pytest --hypothesis-profile=deep`` looks longer, and anew each time."""
 
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy is imported: these arrays are too small to share
+
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(

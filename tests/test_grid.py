@@ -15,6 +15,7 @@ import pytest
 
 from npattn import attention_backward, attention_forward, blockwise_backward, blockwise_forward, gradcheck
 from npattn._pairs import ALL, swap
+from npattn.masks import as_mask
 from npattn.tolerances import TERMS_EPS
 from npattn.verify.cases import BIAS_FORMS, EXCLUSIONS, OPTIONS, SMALL, compatible, draw
 
@@ -77,15 +78,21 @@ def sums_of_terms(cache, dout, dlse):
     return terms
 
 
-def zero_by_mathematics(options):
-    """A bias that is the same for a whole row shifts it, and softmax does not see shifts; lse and a sink do."""
-    shifts = any(f"bias {form}" in options for form in BIAS_FORMS if "S" not in form)
-    return ("bias",) if shifts and not {"sink", "dlse"} & set(options) else ()
+def zero_by_mathematics(problem):
+    """A bias that is the same for all keys that a query may see shifts its row: softmax does not see that, lse and a sink do."""
+    bias = problem.options.get("bias")
+    if bias is None or problem.dlse is not None or "sink" in problem.options:
+        return ()
+    values = np.broadcast_to(bias if isinstance(bias, np.ndarray) else bias.bind(problem.shape).dense(), problem.shape)
+    mask = problem.mask
+    allowed = np.ones(problem.shape, bool) if mask is None else as_mask("mask", mask).bind(problem.shape).dense()
+    top, least = (f(values, axis=-1, where=allowed, initial=i) for f, i in ((np.max, -np.inf), (np.min, np.inf)))
+    return ("bias",) if (top <= least).all() else ()
 
 
 def check(options, seed, *, elements, blockwise=True, central=True):
     problem = draw(options, seed)
-    inputs, zero = inputs_of(problem), zero_by_mathematics(options)
+    inputs, zero = inputs_of(problem), zero_by_mathematics(problem)
     forward, backward = functions(problem, attention_forward, attention_backward)
     _, cache = forward(**inputs)
     terms = sums_of_terms(cache, problem.dout, problem.dlse)

@@ -66,7 +66,8 @@ class _Kind:
     def _chain(self, n: int, magnitude: Any, root: Any, total: Any) -> Any:
         """The rounding of a sum of n products, from the sum of their |.|, the root of that of their squares, and itself.
 
-        In sequence, the partial sums of terms with mean and spread have E sum_m s_m^2 = (n / 2) sum t^2 + (n / 3) (sum t)^2.
+        In sequence each partial sum s_m is rounded. For n terms of mean mu and deviation sd, E sum_m s_m^2 is
+        (n^2 / 2) sd^2 + (n^3 / 3) mu^2, taken for (n / 2) sum t^2 + (n / 3) (sum t)^2: up to 5/3 too large.
         """
         if self.rigorous:
             gamma = (n + 2) * self.unit / (1 - min((n + 2) * self.unit, 0.5))
@@ -118,16 +119,22 @@ def predict(
     o = np.asarray(out, np.float64)
     allowed, bias = visible(c)
     a, (L, S) = abs(float(c.scale)), p.shape[-2:]
+    # det: exp and log are off by EXP_ULPS units in the last place, 2 u each; an online softmax in tiles of 64 keys or more
+    # rescales its sums once a tile, by an exp and two roundings.
+    exp = (2 if rigorous else 1) * EXP_ULPS * unit
+    rescale = 2 * (max(S - 1, 0) // 64) * (exp + 2 * unit) if rigorous else 0.0
 
     # (1) to (3): eta, the error of a score
     s = a * (q @ swap(k))
     eta = kind.add(a * kind.product(q, swap(k)), 2 * unit * s)
     slope: Any = 1.0
     t: Any = 0.0
+    e_t: Any = 0.0
     if c.softcap is not None:
         t = np.tanh(math.copysign(1, c.scale) * s / c.softcap)
         slope = 1 - t * t
-        eta = kind.add(eta * slope, 4 * unit * c.softcap * t)
+        e_t = kind.add(eta * slope / c.softcap, 4 * unit * t)
+        eta = c.softcap * e_t
         s = c.softcap * t * math.copysign(1, c.scale)
     z = s * math.copysign(1, c.scale)
     if bias is not None:
@@ -144,13 +151,18 @@ def predict(
         p_sink = select(sink != -np.inf, np.exp(sink - lse[..., None]))
     top = select(np.isfinite(top), top)
     below = select(p != 0, top - z)
-    rho = kind.add(eta, unit * below, EXP_ULPS * unit)
-    rho_sink = kind.add(unit * (top - sink), EXP_ULPS * unit) if c.sink is not None else 0.0
+    rho = kind.add(eta, unit * below, exp, rescale)
+    rho_sink: Any = 0.0
+    terms = p  # of z, over z
+    if c.sink is not None:
+        rho_sink = kind.add(unit * select(p_sink != 0, top - sink), exp, rescale)
+        terms = np.concatenate([np.broadcast_to(p_sink, (*p.shape[:-1], 1)), p], -1)
     if rigorous:
         rho = np.expm1(np.minimum(rho, 700.0))
     mean_rho = kind.add(kind.sum(p * rho, -1), p_sink * rho_sink)  # of the sum of exp ...
-    total = kind.add(mean_rho, kind.rounding_of_sum(p, -1), 4 * unit)  # ... and of its own summation
-    left = np.maximum(1 - kind.sum(p * rho, -1), 2.0**-20) if rigorous else 1.0
+    of_z = kind.rounding_of_sum(terms, -1)  # ... and of its own summation
+    total = kind.add(mean_rho, of_z, 4 * unit)
+    left = np.maximum(1 - mean_rho, 2.0**-20) if rigorous else 1.0
 
     # (6), (7): the error of a weight multiplies the centred value, that of the sums the plain one
     drop = 1.0 if c.dropout is None else np.asarray(c.dropout.dense(), np.float64)
@@ -167,9 +179,10 @@ def predict(
         spread = (squares * np.square(drop)) @ np.square(v) - 2 * o * ((squares * drop) @ v)
         spread = spread + np.square(o) * (squares.sum(-1, keepdims=True) + np.square(p_sink * rho_sink))
         pulled = np.sqrt(np.maximum(spread, 0.0))
-    sums = kind.add(kind.product(w, v), kind.rounding_of_sum(p, -1) * o, 5 * unit * o)
+    sums = kind.add(kind.product(w, v), of_z * o, 5 * unit * o)
     e_out = kind.add(pulled, sums) + S * tiny * (1 + hull)
-    e_lse = kind.add(total, unit * lse[..., None], unit * (lse[..., None] - top), unit * top)[..., 0]
+    log = (exp if rigorous else unit) * (lse[..., None] - top)
+    e_lse = kind.add(total, unit * lse[..., None], log, unit * top)[..., 0]
     if dout is None or grads is None:
         return Errors(_dead(c, e_out), _dead(c, e_lse[..., None])[..., 0])
 
@@ -182,11 +195,15 @@ def predict(
     dp = select(allowed, do @ swap(v)) * drop
     zeta = select(allowed, kind.product(do, swap(v))) * drop
     mean = (p * dp).sum(-1, keepdims=True)
-    by_weights = kind.add(
-        kind.sum(p * pi * np.abs(dp - mean), -1), kind.sum(p * zeta, -1), kind.rounding_of_sum(p * dp, -1)
-    )
-    by_output = kind.add(kind.sum(np.abs(do) * e_out, -1), kind.rounding_of_sum(do * o, -1))
+    # exp(s - lse) does not sum to 1, and then dp counts that is not less its mean (sigma takes it that it does).
+    unnormalized = kind.sum(p * pi, -1) * mean if rigorous else 0.0
+    of_mean = kind.rounding_of_sum(p * dp, -1)
+    by_weights = kind.add(kind.sum(p * pi * np.abs(dp - mean), -1), kind.sum(p * zeta, -1), of_mean, unnormalized)
+    of_output = kind.rounding_of_sum(do * o, -1)
+    by_output = kind.add(kind.sum(np.abs(do) * e_out, -1), of_output)
     delta = np.maximum(by_weights, by_output)
+    # What of it is one number for all keys of a row: in sums over them it adds up, where sigma takes e_s for independent.
+    common = 0.0 if rigorous else np.maximum(of_mean, kind.add(kind.sum(np.abs(do) * sums, -1), of_output))
 
     # (5): dscores, and with it bias (3), softcap (2), q and k (1)
     pull = dp - mean + dl
@@ -194,11 +211,11 @@ def predict(
     e_s = kind.add(
         p * pi * np.abs(pull), p * zeta, p * delta, DELTA_ROUNDING * unit * p * (np.abs(dp - mean) + np.abs(dl)),
         unit * ds,
-    ) + tiny  # fmt: skip
+    ) + tiny * (1 + np.abs(pull))  # fmt: skip
     e_s = select(allowed, e_s)
     e_bias = None
     if c.bias is not None:
-        e_bias = _reduced(kind, ds, e_s, grads.bias)
+        e_bias = _reduced(kind, ds, e_s, p * common, grads.bias)
     e_sink = None
     if c.sink is not None:
         row = p_sink * (dl - mean)
@@ -206,15 +223,15 @@ def predict(
         axes = tuple(x for x in range(row.ndim) if x != row.ndim - 3)
         e_sink = kind.add(kind.sum(e_row, axes), kind.rounding_of_sum(row, axes)).reshape(c.sink.shape)
     if c.softcap is not None:
-        before = select(c.scale != 0, np.asarray(eta / np.maximum(slope, 1e-300)))
-        bend = 2 * np.abs(t) * kind.add(slope * before / c.softcap, 4 * unit * t)
+        bend = 2 * np.abs(t) * kind.add(e_t, 4 * unit * t)
         e_s = kind.add(e_s * slope, ds * bend, 2 * unit * ds)
         ds = ds * slope
         e_s = select(allowed, e_s)
-    e_q = a * kind.add(kind.through(e_s, k), kind.product(ds, k)) + 2 * unit * np.abs(_f64(grads.q)) + S * tiny
+    e_q = a * kind.add(kind.through(e_s, k), kind.product(ds, k), common * ((p * slope) @ k))
+    e_q = e_q + 2 * unit * np.abs(_f64(grads.q)) + S * tiny
     e_k = a * kind.add(kind.through(swap(e_s), q), kind.product(swap(ds), q)) + L * tiny
     e_k = _grouped(kind, e_k, a * (swap(ds) @ q), c.k.shape)
-    e_v = _grouped(kind, e_v + L * tiny, dv, c.v.shape)
+    e_v = _grouped(kind, e_v + tiny * (L + np.abs(do).sum(-2, keepdims=True)), dv, c.v.shape)
     return Errors(_dead(c, e_out), _dead(c, e_lse[..., None])[..., 0], e_q, e_k, e_v, e_bias, e_sink)
 
 
@@ -242,10 +259,13 @@ def _grouped(kind: _Kind, error: Array, terms: Array, shape: tuple[int, ...]) ->
     return both[..., 0, :, :]
 
 
-def _reduced(kind: _Kind, terms: Array, error: Array, like: Any) -> Any:
+def _reduced(kind: _Kind, terms: Array, error: Array, common: Array, like: Any) -> Any:
     """The error of a bias array's gradient: a sum over the axes along which it does not vary."""
     if not isinstance(like, np.ndarray):
         return None
     full = (1,) * (terms.ndim - like.ndim) + like.shape
     axes = tuple(x for x in range(terms.ndim) if full[x] == 1)
-    return kind.add(kind.sum(error, axes), kind.rounding_of_sum(terms, axes)).reshape(like.shape)
+    of_rows: Any = 0.0
+    if terms.ndim - 1 in axes:  # what is common to a row adds up along it, and is independent from row to row
+        of_rows = kind.sum(common.sum(-1, keepdims=True), axes)
+    return kind.add(kind.sum(error, axes), kind.rounding_of_sum(terms, axes), of_rows).reshape(like.shape)

@@ -1,0 +1,306 @@
+"""The tests of the tests: every seeded bug of `mutants` is rejected, and passes once its one bad line is undone."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from collections import Counter
+from pathlib import Path
+
+import mutants
+import numpy as np
+import pytest
+from helpers import assert_close
+from mutants import (
+    BY_NAME,
+    EQUIVALENT,
+    MULTI_HEAD_MUTANTS,
+    MUTANTS,
+    PROPOSED,
+    REPEATS,
+    RNN_MUTANTS,
+    bad_calls,
+    candidate,
+    make,
+)
+
+import npattn
+from npattn import GradcheckError, MultiHeadParams, RNNParams, gradcheck, multi_head_forward, rnn_forward
+from npattn.verify import verify
+
+FORWARD = ("out", "lse")
+BACKWARD_ONLY = [name for name, m in MUTANTS.items() if m.where == "backward"]
+
+
+def run(tested, names):
+    return list(verify(tested, [BY_NAME[name] for name in names], stop=True))
+
+
+def wrong(result):
+    return {c.tensor: c.text for c in result.checks if c.status == "wrong"}
+
+
+@functools.cache
+def results(name):
+    return run(make(name), MUTANTS[name].cases)
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_rejected(name):
+    mutant, found = MUTANTS[name], results(name)
+    assert [r.status for r in found] == ["ok"] * (len(mutant.cases) - 1) + ["wrong"]
+    named, expected = wrong(found[-1]), set(mutant.tensors.split())
+    assert expected
+    # A bug of the backward alone is found in the gradients that it spoils, and in no other.
+    assert set(named) == expected if mutant.where == "backward" else set(named) >= expected
+    # An exception would be found without any comparison.
+    assert not [text for tensor, text in named.items() if tensor in expected and "raises" in text]
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_accepted_once_its_line_is_undone(name):
+    found = run(make(name, undone=True), MUTANTS[name].cases)
+    assert [wrong(r) for r in found] == [{}] * len(MUTANTS[name].cases)
+    assert all(r.tested for r in found)
+
+
+@pytest.mark.parametrize("name", BACKWARD_ONLY)
+def test_a_forward_that_is_right_is_not_blamed_for_its_backward(name):
+    for result in results(name):
+        assert [c.status for c in result.checks if c.tensor in FORWARD] == ["ok", "ok"]
+
+
+@pytest.mark.parametrize("align", ["top_left", "bottom_right"])
+@pytest.mark.parametrize("implementation", ["dense", "tiles"])
+def test_the_honest_ones_hold_in_all_cases(implementation, align):
+    aligned = align == {"dense": "top_left", "tiles": "bottom_right"}[implementation]
+    # With the other alignment only what is aligned can be different.
+    cases = [c for c in BY_NAME.values() if aligned or ({"causal", "window"} & set(c.features) and "long" not in c.features)]
+    found = list(verify(candidate(implementation, align=align), cases))
+    assert len(found) == len(cases) >= 15
+    assert {r.case: wrong(r) for r in found if r.status != "ok"} == {}
+    assert {c.status for r in found for c in r.checks} == {"ok"}
+
+
+def test_there_are_enough_of_each_kind():
+    kinds = Counter(m.kind for table in (MUTANTS, RNN_MUTANTS, MULTI_HEAD_MUTANTS) for m in table.values())
+    kinds += Counter({"9": len(REPEATS), "11": len(bad_calls())})
+    assert set(kinds) == {*map(str, range(1, 12)), "own"}
+    assert min(kinds.values()) >= 5
+    assert len(MUTANTS) >= 70
+    assert len(BACKWARD_ONLY) >= 30
+    assert kinds["own"] >= 30
+    assert min(len(RNN_MUTANTS), len(MULTI_HEAD_MUTANTS)) >= 10
+    for table in (RNN_MUTANTS, MULTI_HEAD_MUTANTS):
+        assert min(Counter(m.where for m in table.values()).values()) >= 5
+
+
+def test_every_bad_line_is_in_a_table():
+    source = Path(mutants.__file__).read_text()
+    lines = set(re.findall(r'bug [!=]= f?"([^"]*)"', source)) | set(re.findall(r'"([^"]*)"', "".join(
+        re.findall(r"bug not in \(([^)]*)\)", source))))  # fmt: skip
+    lines = {line.replace("{name}", n) for line in lines for n in ("dk", "dv")}
+    tables = (MUTANTS, RNN_MUTANTS, MULTI_HEAD_MUTANTS, REPEATS, bad_calls())
+    named = {name for table in tables for name in table} | {m.bug for m in MUTANTS.values()}
+    named |= {e.bug for e in EQUIVALENT.values()} | {"b_k forgotten", "b_k without a gradient"}
+    either = {line for line in lines if line.endswith((" in dk", " in dv"))}  # one of the two is enough
+    assert {line for line in lines - either if line not in named} == set()
+    assert {line[:-2] for line in either} == {line[:-2] for line in either & named}
+
+
+# --- what verify cannot see -------------------------------------------------------------------------------------------
+
+
+def check_repeatable(tested):
+    """Calls in another order than verify's: the backward twice, and another forward before its third time."""
+    problems = [BY_NAME["plain"].problem(seed) for seed in (0, 1)]
+    (q, k, v, dout), other = ((p.q, p.k, p.v, p.dout) for p in problems)
+    out, lse = tested.forward(q, k, v)
+    saved = out.tobytes(), lse.tobytes()
+    first = copy.deepcopy(tested.backward(dout, q, k, v, out=out, lse=lse))
+    second = copy.deepcopy(tested.backward(dout, q, k, v, out=out, lse=lse))
+    tested.forward(*other[:3])
+    assert (out.tobytes(), lse.tobytes()) == saved, "a second forward overwrites what the first returned"
+    third = tested.backward(dout, q, k, v, out=out, lse=lse)
+    for grads, when in ((second, "a second backward"), (third, "a backward after another forward")):
+        for name in ("dq", "dk", "dv"):
+            assert np.array_equal(first[name], grads[name]), f"{name} of {when} differs"
+
+
+@pytest.mark.parametrize("name", REPEATS)
+def test_rejected_when_called_again(name):
+    where = {"forward": name} if name.startswith("out") else {"backward": name}
+    with pytest.raises(AssertionError, match=r"overwrites|differs"):
+        check_repeatable(candidate(**where))
+    check_repeatable(candidate())
+
+
+def refuses(forward, backward, call):
+    """Whether the call raises TypeError or ValueError."""
+    try:
+        result = forward(call.q, call.k, call.v, **call.options)
+        if call.cotangents is not None:
+            backward(call, result)
+    except (TypeError, ValueError):
+        return True
+    return False
+
+
+def of_candidate(tested):
+    def backward(call, result):
+        (dout, dlse), (out, lse) = call.cotangents, result
+        return tested.backward(dout, call.q, call.k, call.v, out=out, lse=lse, dlse=dlse)
+
+    return tested.forward, backward
+
+
+def of_package():
+    def forward(q, k, v, *, window=None, key_lengths=None, **options):
+        mask = npattn.window(*window, align="top_left") if window is not None else options.pop("mask", None)
+        mask = npattn.key_lengths(key_lengths) if key_lengths is not None else mask
+        return npattn.attention_forward(q, k, v, mask=mask, **options)
+
+    return forward, lambda call, result: npattn.attention_backward(call.cotangents[0], result[1], call.cotangents[1])
+
+
+@pytest.mark.parametrize("name", bad_calls())
+def test_bad_input_has_to_be_refused(name):
+    call = bad_calls()[name]
+    assert refuses(*of_package(), call)
+    assert refuses(*of_candidate(candidate()), call)
+    assert not refuses(*of_candidate(candidate(forward=name, backward=name)), call)
+
+
+# --- what no test can kill --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EQUIVALENT)
+def test_equivalent_ones_pass_and_near_misses_do_not(name):
+    e = EQUIVALENT[name]
+    bugs = {"backward": e.bug} | ({"forward": e.bug} if e.where == "forward" else {})
+    align = "bottom_right" if "shift" in e.bug else "top_left"
+    tested = candidate("tiles" if e.tiles else "dense", align=align, lse=e.lse, **bugs)
+    found = run(tested, e.passes)
+    assert {r.case: wrong(r) for r in found if r.status != "ok"} == {}
+    assert len(found) == len(e.passes)
+    if e.rejected:
+        assert wrong(run(tested, [e.rejected])[0])
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+LENGTHS = np.array([4, 0, 5])
+
+
+def rnn_inputs():
+    rng, B, T, M, N = np.random.default_rng(0), 3, 5, 4, 2
+    shapes = {"x": (B, T, M), "h0": (B, N), "w_x": (M, N), "w_h": (N, N), "b": (N,)}
+    return {name: 0.7 * rng.standard_normal(shape) for name, shape in shapes.items()}
+
+
+def rnn_pair(forward=None, backward=None):
+    return (
+        functools.partial(mutants.rnn_forward, lengths=LENGTHS, bug=forward),
+        functools.partial(mutants.rnn_backward, bug=backward),
+    )
+
+
+def check_rnn_forward(forward):
+    given = rnn_inputs()
+    got = dict(zip(("h", "h_last"), forward(**given)[0], strict=True))
+    h, cache = rnn_forward(given["x"], given["h0"], RNNParams(given["w_x"], given["w_h"], given["b"]), lengths=LENGTHS)
+    # The sum of |terms| of a step is that of its products, and through w_h that of the step before; tanh makes it no larger.
+    x, h0, w_x, w_h, b = map(np.abs, given.values())
+    steps, before = [], 1 + h0
+    for t in range(x.shape[1]):
+        before = 1 + x[:, t] @ w_x + b + before @ w_h
+        steps.append(before)
+    terms = {"h": np.stack(steps, 1), "h_last": np.maximum.reduce(steps)}
+    for name, expected in (("h", h), ("h_last", cache.h_last)):
+        assert_close(got[name], expected, terms[name], name=name)
+
+
+SIZES = {"heads": 6, "groups": 2}
+
+
+def multi_head_inputs():
+    # M_out = H E and M_k = M_v, so that a transposed weight and exchanged inputs fit. H / G is not G: see the heads' mapping.
+    rng, (B, L, S, M, M_k, H, G, D, E) = np.random.default_rng(0), (3, 5, 4, 7, 8, 6, 2, 3, 2)
+    shapes = {
+        "x_q": (B, L, M), "x_k": (B, S, M_k), "x_v": (B, S, M_k), "w_q": (M, H * D), "w_k": (M_k, G * D),
+        "w_v": (M_k, G * E), "w_o": (H * E, H * E), "b_q": (H * D,), "b_k": (G * D,), "b_v": (G * E,), "b_o": (H * E,),
+    }  # fmt: skip
+    return {name: 0.7 * rng.standard_normal(shape) for name, shape in shapes.items()}
+
+
+def multi_head_mask():
+    """With holes, and one query that sees nothing."""
+    mask = np.random.default_rng(1).random((3, 1, 5, 4)) < 0.7
+    mask[:, :, 1] = False
+    return mask
+
+
+def multi_head_pair(forward=None, backward=None):
+    return (
+        functools.partial(mutants.multi_head_forward, **SIZES, mask=multi_head_mask(), bug=forward),
+        functools.partial(mutants.multi_head_backward, bug=backward),
+    )
+
+
+def check_multi_head_forward(forward):
+    given, mask = multi_head_inputs(), multi_head_mask()
+    weights = MultiHeadParams(*(given[name] for name in MultiHeadParams._fields))
+    inputs = [given[name] for name in ("x_q", "x_k", "x_v")]
+    expected, cache = multi_head_forward(*inputs, weights, SIZES["heads"], num_kv_heads=SIZES["groups"], mask=mask)
+    # The same equations with |x| for x give the sums of |terms|; a weight rounds by eps * p (1 + its score).
+    x_q, x_k, x_v, w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o = map(np.abs, given.values())
+    repeat = SIZES["heads"] // SIZES["groups"]
+    q = mutants.split(x_q @ w_q + b_q, SIZES["heads"])
+    k, v = (np.repeat(mutants.split(x, SIZES["groups"]), repeat, 1) for x in (x_k @ w_k + b_k, x_v @ w_v + b_v))
+    s = (q @ mutants.swap(k)).max(-1, keepdims=True) * q.shape[-1] ** -0.5
+    terms = mutants.merge((cache.attention.weights * (1 + s)) @ v) @ w_o + b_o
+    assert_close(forward(**given)[0], expected, terms, name="out")
+
+
+LAYERS = {
+    "rnn": (RNN_MUTANTS, rnn_pair, rnn_inputs, check_rnn_forward, ()),
+    # What is the same for all keys of a row is not seen.
+    "multi_head": (MULTI_HEAD_MUTANTS, multi_head_pair, multi_head_inputs, check_multi_head_forward, ("b_k",)),
+}
+ROWS = [(layer, name) for layer, (table, *_) in LAYERS.items() for name in table]
+
+
+@pytest.mark.parametrize(("layer", "name"), ROWS)
+def test_layer_rejected(layer, name):
+    table, pair, inputs, check_forward, zero = LAYERS[layer]
+    mutant = table[name]
+    if mutant.where == "forward":
+        with pytest.raises(AssertionError, match=rf"^{mutant.tensor}\["):
+            check_forward(pair(forward=name)[0])
+    else:
+        forward, backward = pair(backward=name)
+        check_forward(forward)
+        with pytest.raises(GradcheckError, match=rf"gradient of {mutant.tensor}(\[| along| is)"):
+            gradcheck(forward, backward, inputs(), zero=zero)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layer_accepted_once_its_line_is_undone(layer):
+    _, pair, inputs, check_forward, zero = LAYERS[layer]
+    check_forward(pair()[0])
+    rows = gradcheck(*pair(), inputs(), zero=zero)
+    assert [row.name for row in rows] == list(inputs())
+
+
+def test_nothing_sees_a_key_bias():
+    check_multi_head_forward(multi_head_pair(forward="b_k forgotten")[0])
+    gradcheck(*multi_head_pair(backward="b_k without a gradient"), multi_head_inputs(), zero=("b_k",))
+
+
+def test_cases_that_are_only_proposed_are_fair_to_the_package():
+    found = list(verify(npattn.verify.load("blockwise"), PROPOSED))
+    assert {r.case: wrong(r) for r in found if r.status != "ok"} == {}
