@@ -6,7 +6,8 @@ Shape legend, the same letters in code, docs, errors and tests:
     L queries          S keys            D head width          E value head width
     M model width      F feed-forward    V vocabulary          T time steps          N hidden units of the RNN
 
-Layout is (..., H, L, D) inside the attention ops and (..., L, M) between layers. Rank 2, (L, D), means one head.
+Layout is (..., H, L, D) inside the attention ops and (..., L, M) between layers. Rank 2, (L, D), means one head: lse is then
+(L,) and a sink (1,). In multi-head attention Mk, Mv and M_out are the widths of keys, values and output.
 
 Rules that hold everywhere:
 
@@ -19,7 +20,9 @@ Rules that hold everywhere:
    in float32 and rounded once; complex inputs give the analytic continuation (for complex-step derivatives).
 5. Everything is checked once at the public edge, and nothing is guessed.
 
-Read on in this order: softmax, attention, masks, biases, blockwise, multihead, rnn; then gradcheck, tolerances, verify.
+6. Tolerances are derived, in ``npattn.tolerances``. 7. A comparison raises, and refuses to pass where nothing was tested.
+
+Read on in this order: masks, biases, softmax, attention, blockwise, multihead, rnn; then gradcheck, tolerances, verify.
 """
 
 from npattn.attention import AttentionCache, AttentionGrads, attention, attention_backward, attention_forward

@@ -1,7 +1,7 @@
 """Checks of shapes, dtypes and numbers at the public edge, and the messages they give.
 
 Every message says the operation, the argument, what was got, what was expected and where that comes from:
-``attention: k has shape (2, 3, 5, 16), expected (B=2, G, S, D=8): B and D are fixed by q``.
+``attention: k has shape (2, 3, 5, 16), expected (B=2, G, S, D=8): D is fixed by q``.
 TypeError is for a kind (dtype, class), ValueError for a shape or a value.
 """
 
@@ -107,10 +107,14 @@ def check_number(op: str, name: str, x: object, computing: np.dtype[Any], *, pos
         complex(number)
     except OverflowError:  # an integer beyond every float
         number = math.inf
-    if positive and not (real and math.isfinite(number) and number > 0):
-        raise ValueError(f"{op}: {name} is {x}, expected a positive finite number; {name}=None means none")
-    if not np.isfinite(complex(number)):
-        raise ValueError(f"{op}: {name} is {x}, expected a finite number")
+    computed = computing.type(number)  # what is finite as a Python float may not be in float32
+    shown = str(x) if len(str(x)) < 50 else f"{str(x)[:20]}..."
+    where = f" in {computing}" if math.isfinite(abs(number)) and not np.isfinite(computed) else ""
+    if positive and not (real and np.isfinite(computed) and computed.real > 0):
+        expected = f"a positive finite number{where}; {name}=None means none"
+        raise ValueError(f"{op}: {name} is {shown}, expected {expected}")
+    if not np.isfinite(computed):
+        raise ValueError(f"{op}: {name} is {shown}, expected a finite number{where}")
     # A NumPy float64 scalar would turn float32 arrays into float64 ones; a Python float leaves them alone.
     if type(x) in (np.longdouble, np.clongdouble) and computing.char in "gG":
         return x
@@ -127,7 +131,7 @@ def check_integer(op: str, name: str, x: object, *, least: int) -> int:
 
 def check_one_of(op: str, name: str, x: object, choices: Iterable[object]) -> None:
     choices = list(choices)
-    if x not in choices:
+    if not (x is None or isinstance(x, str)) or x not in choices:
         raise ValueError(f"{op}: {name} is {x!r}, expected one of {', '.join(map(repr, choices))}")
 
 

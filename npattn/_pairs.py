@@ -53,6 +53,29 @@ class DenseBound(Bound):
         return result
 
 
+class ForeignMask(Bound):
+    """A bound mask of somebody else's: it needs a tile, and what else it has is used."""
+
+    def __init__(self, op: str, mask: Any, shape: Shape) -> None:
+        if not hasattr(mask, "tile"):
+            raise TypeError(f"{op}: mask.bind returns {kind(mask)}, expected an object with tile(index, rows, cols)")
+        self.op, self.mask, self.shape = op, mask, shape
+
+    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+        tile = np.asarray(self.mask.tile(index, rows, cols))
+        if tile.dtype != np.bool_:
+            raise TypeError(f"{self.op}: mask.tile returns dtype {tile.dtype}, expected bool (True = may attend)")
+        return tile
+
+    def dense(self) -> Array:
+        return np.asarray(self.mask.dense()) if hasattr(self.mask, "dense") else super().dense()
+
+    def state(self, index: Shape, rows: slice, cols: slice) -> int:
+        if hasattr(self.mask, "state"):
+            return int(self.mask.state(index, rows, cols))
+        return super().state(index, rows, cols)
+
+
 @runtime_checkable
 class Bindable(Protocol):
     """Anything that can be bound to the shape of the scores."""
@@ -80,7 +103,8 @@ def bind_dropout(op: str, mask: object, shape: Shape, dtype: np.dtype[Any], comp
     if not isinstance(mask, np.ndarray):
         raise TypeError(f"{op}: dropout_mask is {kind(mask)}, {expected}: (rng.random(shape) >= p) / (1 - p)")
     real = np.empty(0, computing).real.dtype
-    view = broadcast_pairs(op, "dropout_mask", check_other_dtype(op, "dropout_mask", mask, dtype, real), shape)
+    mask = check_other_dtype(op, "dropout_mask", mask, real if dtype.kind == "c" else dtype, real)
+    view = broadcast_pairs(op, "dropout_mask", mask, shape)
     if mask.size and not (mask.real.min() >= 0 and np.isfinite(mask).all()):
         raise ValueError(f"{op}: dropout_mask reaches from {mask.min()} to {mask.max()}, {expected}")
     return DenseBound(view)
@@ -93,6 +117,8 @@ def bind_dropout(op: str, mask: object, shape: Shape, dtype: np.dtype[Any], comp
 def integers(op: str, name: str, x: object) -> Array:
     """A copy as int64."""
     a = as_array(op, name, x, "integers")
+    if a.size == 0 and not isinstance(x, np.ndarray):
+        a = a.astype(np.int64)  # an empty list has no dtype of its own
     if a.dtype.kind not in "iu":
         raise TypeError(f"{op}: {name} has dtype {a.dtype}, expected integers")
     if a.size and not (int(a.min()) > -FAR and int(a.max()) < FAR):
@@ -194,14 +220,18 @@ def swap(x: Array) -> Array:
     return result
 
 
-def weight_gradient(x: Array, dy: Array) -> Array:
+def weight_gradient(x: Array, dy: Array, heads: int = 1, axis: int = 1) -> Array:
     """x^T dy summed over all tokens, (..., M) and (..., N) -> (M, N), where tokens of zeros count as nothing.
 
-    A token that nobody sees has dy = 0 exactly, and a query without keys x = 0: what stands beside it may be NaN.
+    A token that nobody sees has dy = 0 exactly, and a query without keys x = 0: what stands beside it may be NaN. Heads see
+    for themselves: they own equal parts of the rows (axis 0) or columns (axis 1) of the result.
     """
     tokens = math.prod(x.shape[:-1])
     a, b = x.astype(dy.dtype, copy=False).reshape(tokens, x.shape[-1]), dy.reshape(tokens, dy.shape[-1])
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        if heads > 1:
+            parts = [(a, part) for part in np.split(b, heads, 1)] if axis else [(part, b) for part in np.split(a, heads, 1)]
+            return np.concatenate([weight_gradient(*part) for part in parts], axis)
         counts: Any = a.any(-1, keepdims=True) & b.any(-1, keepdims=True)
         a, b = select(counts, a), select(counts, b)
     return swap(a) @ b

@@ -8,8 +8,10 @@
     dropped = weights * dropout_mask                                (6)
     out = dropped v                             (..., H, L, E)      (7)
 
-The backward takes the same lines from (7) to (1). Its only step that is not a product rule is (5), see
-docs/attention-backward.md. Vaswani et al. 2017, "Attention is all you need", section 3.2.1.
+The backward takes the same lines from (7) to (1). Only (5) mixes the elements of a row: with p the weights,
+dscores_j = sum_i dp_i p_i ([i = j] - p_j) = p_j (dp_j - sum_i p_i dp_i), and p_sink = exp(sink - lse) is the sink's weight.
+docs/attention-backward.md derives all of it. What may not be seen is selected away (`select`, `product`), never multiplied by
+0: 0 * NaN = NaN. Vaswani et al. 2017, "Attention is all you need", section 3.2.1.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class AttentionGrads(NamedTuple):
     v: Array
     bias: Any  # as the bias was given: an array of its shape, or an object that holds its parameters' gradients
     sink: Array | None
-    scale: Any
+    scale: Any  # a NumPy scalar in the computing dtype
 
 
 @quiet
@@ -126,7 +128,7 @@ def attention_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     sums = product(dscores, k, allowed)
     dq = c.scale * sums  # (1)
     dk = c.scale * product(swap(dscores), q, allowed_t)  # (1)
-    dscale = (q * sums).sum(where=sums != 0)  # (1): sum_ij dscores_ij q_i . k_j
+    dscale = (q * sums).sum(where=sums != 0)  # (1): sum_ij dscores_ij q_i . k_j; a query without keys may be NaN
     return AttentionGrads(
         dq.astype(c.q.dtype, copy=False), group_sum(dk, c.k), group_sum(dv, c.v), dbias, dsink, dscale
     )

@@ -13,7 +13,6 @@ The gradient of an object is an object of the same class that holds the gradient
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +27,7 @@ from npattn._checks import (
     check_dtype,
     check_integer,
     check_other_dtype,
+    computing_dtype,
     kind,
 )
 from npattn._pairs import Bound, Positions, heads_first, integers, is_bias, is_bindable
@@ -44,7 +44,11 @@ def bind_bias(op: str, bias: object, shape: Shape, dtype: np.dtype[Any], computi
     given: Any = bias
     if is_bias(given):
         check_other_dtype(op, "bias", given.parameter, dtype, computing)
-    return given.bind(shape)
+    bound = given.bind(shape)
+    missing = [name for name in ("tile", "new_gradient", "add_gradient", "finish") if not hasattr(bound, name)]
+    if missing:
+        raise TypeError(f"{op}: bias.bind returns {kind(bound)} without {', '.join(missing)}, expected these four methods")
+    return bound
 
 
 class ParameterBound(Bound):
@@ -101,8 +105,10 @@ def alibi_slopes(num_heads: int, dtype: Any = np.float64) -> Array:
     array([0.25      , 0.0625    , 0.015625  , 0.00390625])
     """
     H = check_integer("alibi_slopes", "num_heads", num_heads, least=1)
-    whole = 2 ** int(math.log2(H))
+    whole = 1 << (H.bit_length() - 1)
     exponents = [8 * h / whole for h in range(1, whole + 1)] + [4 * h / whole for h in range(1, 2 * whole, 2)]
+    if computing_dtype(np.dtype(dtype)) is None:
+        raise TypeError(f"alibi_slopes: dtype is {np.dtype(dtype)}, expected a floating dtype")
     return np.array([2.0**-e for e in exponents[:H]], dtype)
 
 

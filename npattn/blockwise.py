@@ -6,7 +6,7 @@ For a tile of queries the keys are visited a tile at a time. With the top score 
     z' = r z + sum_j e_j               a' = r a + sum_j e_j v_j      (5b)
     out = a / z                        lse = m + log z               (5c)   after the last tile
 
-(1) to (4) and (6) are those of `npattn.attention`, tile by tile. The backward visits the keys twice: once for m, z and
+(1) to (4), (6) and (7) are those of `npattn.attention`, tile by tile. The backward visits the keys twice: once for m, z and
 the mean of dp under p, once for the gradients with p_j = exp(s_j - m) / z, which is as accurate as the dense weights
 (exp(s_j - lse) would lose u |lse|). Milakov and Gimelshein 2018; Dao et al. 2022.
 
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npattn._checks import Array, Dims, Shape, check_class, check_cotangent, check_dtype, check_other_dtype
-from npattn._pairs import EMPTY, product, quiet, select, swap
+from npattn._pairs import EMPTY, FULL, product, quiet, select, swap
 from npattn.attention import AttentionCache, AttentionGrads, bind, check_cotangents, live, visible
 
 TILE = (256, 512)  # queries, keys
@@ -55,10 +55,11 @@ def _tiles(c: AttentionCache, index: Shape, group: Shape, rows: slice) -> Iterat
     """The tiles of scores of one head and its queries ``rows``, those without an allowed pair left out."""
     q = c.q[index][rows].astype(c.computing, copy=False)
     for cols in _slices(c.k.shape[-2], TILE[1]):
-        if c.mask is not None and c.mask.state(index, rows, cols) == EMPTY:
+        state = FULL if c.mask is None else c.mask.state(index, rows, cols)
+        if state == EMPTY:
             continue
         k, v = (x[group][cols].astype(c.computing, copy=False) for x in (c.k, c.v))
-        allowed, bias = visible(c, index, rows, cols)
+        allowed, bias = visible(c if state != FULL else c._replace(mask=None), index, rows, cols)
         scores, capped = c.scale * (q @ swap(k)), None  # (1)
         if c.softcap is not None:
             capped = np.tanh(scores / c.softcap)
@@ -71,33 +72,38 @@ def _tiles(c: AttentionCache, index: Shape, group: Shape, rows: slice) -> Iterat
 
 
 class _Sums:
-    """m, z and one more sum of e_j times something, for a tile of queries: the online softmax."""
+    """m, z and a of (5a) to (5c) for a tile of queries: the online softmax."""
 
     def __init__(self, c: AttentionCache, rows: int, width: int, head: int) -> None:
-        self.top = np.full((rows, 1), -np.inf, np.empty(0, c.computing).real.dtype)
-        self.total = np.zeros((rows, 1), c.computing)
-        self.sum = np.zeros((rows, width), c.computing)
+        self.m = np.full((rows, 1), -np.inf, np.empty(0, c.computing).real.dtype)
+        self.z = np.zeros((rows, 1), c.computing)
+        self.a = np.zeros((rows, width), c.computing)
+        self.seen = np.zeros((rows, 1), bool)  # a query without keys has output 0, whatever the sink is
         if c.sink is not None:  # one more logit, without a value
-            self.top = np.maximum(self.top, c.sink[head].real)
-            self.total = np.exp(c.sink[head].astype(c.computing) - self.shift()) + self.total
+            self.m = np.maximum(self.m, c.sink[head].real)
+            self.z = np.exp(c.sink[head].astype(c.computing) - self.shift()) + self.z
 
     def shift(self) -> Array:
         """m, and 0 in rows that have no logit yet."""
-        return select(self.top != -np.inf, self.top)
+        return select(self.m != -np.inf, self.m)
 
-    def add(self, scores: Array) -> Array:
-        """(5a), (5b): rescale to the new top, count the scores, and return their e_j."""
-        old, self.top = self.top, np.maximum(self.top, scores.real.max(-1, keepdims=True, initial=-np.inf))
+    def add(self, scores: Array, allowed: Array | None) -> Array:
+        """(5a), and z' of (5b): rescale to the new top, count the scores, return their e_j, which the caller adds to a."""
+        old, self.m = self.m, np.maximum(self.m, scores.real.max(-1, keepdims=True, initial=-np.inf))
         rescale = np.exp(old - self.shift())
-        e = np.exp(scores - self.shift())
-        self.total = rescale * self.total + e.sum(-1, keepdims=True)
-        self.sum *= rescale
-        result: Array = e
-        return result
+        e: Array = np.exp(scores - self.shift())
+        self.z = rescale * self.z + e.sum(-1, keepdims=True)
+        self.a = rescale * self.a
+        self.seen = self.seen | (True if allowed is None else np.asarray(allowed.any(-1, keepdims=True)))
+        return e
 
     def divisor(self) -> Array:
         """z, and 1 in rows without a key or sink."""
-        return select(self.total != 0, self.total, 1.0)
+        return select(self.z != 0, self.z, 1.0)
+
+    def mean(self) -> Array:
+        """(5c): a / z, and 0 in rows without a key."""
+        return select(self.seen, self.a / self.divisor())
 
 
 @quiet
@@ -117,11 +123,11 @@ def blockwise_forward(
         for rows in _slices(q.shape[-2], TILE[0]):
             sums = _Sums(c, rows.stop - rows.start, v.shape[-1], head)
             for tile in _tiles(c, index, group, rows):
-                e = sums.add(tile.scores)
+                e = sums.add(tile.scores, tile.allowed)
                 dropped = e if tile.drop is None else e * tile.drop  # (6)
-                sums.sum += product(dropped, tile.v, tile.allowed)  # (7)
-            out[index][rows] = sums.sum / sums.divisor()  # (5c)
-            lse[index][rows] = (sums.shift() + np.log(sums.total))[:, 0]  # (5c)
+                sums.a += product(dropped, tile.v, tile.allowed)  # (7), (5b)
+            out[index][rows] = sums.mean()  # (5c)
+            lse[index][rows] = (sums.shift() + np.log(sums.z))[:, 0]  # (5c)
     return (out, lse) if return_lse else out, c._replace(lse=lse)
 
 
@@ -139,8 +145,9 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
             q, (do, dl) = c.q[index][rows].astype(c.computing, copy=False), live(c, dout, dlse, index, rows)
             sums = _Sums(c, rows.stop - rows.start, 1, head)
             for tile in _tiles(c, index, group, rows):
-                sums.sum += (sums.add(tile.scores) * _dweights(do, tile)).sum(-1, keepdims=True)
-            mean = sums.sum / sums.divisor()  # sum_j p_j dp_j
+                e = sums.add(tile.scores, tile.allowed)
+                sums.a += (e * _dweights(do, tile)).sum(-1, keepdims=True)
+            mean = sums.mean()  # sum_j p_j dp_j
             for tile in _tiles(c, index, group, rows):
                 allowed_t = None if tile.allowed is None else swap(tile.allowed)
                 weights = select(tile.allowed, np.exp(tile.scores - sums.shift()) / sums.divisor())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 import npattn
 from npattn import environment
 from npattn.verify import CASES, CandidateError, Case, Report, Result, load, verify
+from npattn.verify.candidates import CANONICAL, OWN_KEYWORDS
 from npattn.verify.judge import GRADIENTS
 
 OK, WRONG, USAGE = 0, 1, 2
@@ -62,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def verify_command(given: argparse.Namespace) -> int:
     cases = [case for case in CASES if given.text.lower() in case.name.lower()]
-    features = {f for case in CASES for f in case.features} | {"lse", "backward"}
+    features = {f for case in CASES for f in case.features} | {"lse", "backward", "dbias", "dsink"}
     unknown = [f for f in given.require if f not in features]
     if unknown:
         raise CandidateError(f"--require {unknown[0]}: no such feature, expected one of {', '.join(sorted(features))}")
@@ -73,6 +75,11 @@ def verify_command(given: argparse.Namespace) -> int:
             print(f"{case.name:40} {', '.join(case.features)}")
         return OK
     candidate = load(given.candidate, given.backward, given.causal)
+    if given.json:
+        try:
+            given.json.touch()
+        except OSError as error:
+            raise CandidateError(f"--json {given.json}: {error.strerror}") from None
     started, results = time.perf_counter(), []
     with _lines(len(cases)) as line:
         for result in verify(candidate, cases, stop=given.stop):
@@ -81,8 +88,11 @@ def verify_command(given: argparse.Namespace) -> int:
                 line(text)
     report = Report(candidate.name, results)
     if given.json:
-        given.json.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+        given.json.write_text(json.dumps(report.as_json(), indent=1, allow_nan=False) + "\n")
     print("\n".join(summary(report, cases)))
+    if candidate.strangers:
+        names = ", ".join((*CANONICAL, *OWN_KEYWORDS))
+        print(f"{candidate.name} also takes {', '.join(candidate.strangers)}, which verify never gives: its names are {names}")
     untested = report.untested(given.require)
     verdict, status = _verdict(report, untested)
     print(f"\n{verdict} ({time.perf_counter() - started:.1f} s)")
@@ -97,7 +107,7 @@ def _verdict(report: Report, untested: list[str]) -> tuple[str, int]:
         return f"WRONG: {report.candidate} falls short in {len(report.wrong)} of {len(report.results)} cases: {names}", WRONG
     if untested:
         return f"NOT TESTED: {', '.join(untested)}, which --require asks for", WRONG
-    return f"RIGHT: {report.candidate} holds in all that was tested", OK
+    return f"RIGHT: {report.candidate} holds in all that was tested, {report.tested} of {report.total}", OK
 
 
 def describe(result: Result) -> Iterator[str]:
@@ -109,7 +119,8 @@ def describe(result: Result) -> Iterator[str]:
         return
     mark = "WRONG " if result.status == "wrong" else "ok    "
     tensors = ", ".join(c.tensor for c in result.tested)
-    yield f"  {mark} {result.case:40} {worst.worst:9.3g} sigma in {worst.tensor:5} of {tensors}"
+    units = f"{worst.worst:9.3g}" if worst.worst < math.inf else f"{'-':>9}"
+    yield f"  {mark} {result.case:40} {units} sigma in {worst.tensor:5} of {tensors}"
     for check in result.checks:
         if check.status == "wrong":
             text = check.text if check.text.startswith(check.tensor) else f"{check.tensor} {check.text}"
@@ -123,13 +134,14 @@ def summary(report: Report, cases: list[Case]) -> Iterator[str]:
         checks = [(r.case, c) for r in results for c in r.checks]
         tested = [(name, c) for name, c in checks if c.status in ("ok", "wrong")]
         if not tested:
-            reasons = dict.fromkeys(c.text for _, c in checks)
+            reasons = dict.fromkeys(name for _, c in checks for name in c.text.split(", "))
             yield f"{feature:18} {f'0 of {len(checks)}':>11}  {'':9}  {', '.join(reasons)}"
             continue
         name, worst = max(tested, key=lambda pair: (pair[1].status == "wrong", pair[1].worst))
         where = f"{worst.tensor}[{', '.join(map(str, worst.index))}] in {name}" if worst.index else name
         note = "  WRONG" if worst.status == "wrong" else ""
-        yield f"{feature:18} {f'{len(tested)} of {len(checks)}':>11}  {worst.worst:9.3g}  {where}{note}"
+        units = f"{worst.worst:9.3g}" if worst.worst < math.inf else f"{'-':>9}"
+        yield f"{feature:18} {f'{len(tested)} of {len(checks)}':>11}  {units}  {where}{note}"
     unsupported = dict.fromkeys(
         c.text for r in report.results for c in r.checks if c.status == "not supported"
     )

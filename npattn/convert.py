@@ -43,16 +43,16 @@ def multi_head_from_torch(state: Mapping[str, Any]) -> MultiHeadParams:
     if _has(state, "bias_k") or _has(state, "bias_v"):
         raise ValueError(f"{op}: got bias_k and bias_v (add_bias_kv=True), expected none: append them to k and v yourself")
     w_o = _array(op, state, "out_proj.weight", (None, None))
-    E = w_o.shape[0]
-    _array(op, state, "out_proj.weight", (E, E))
+    M = w_o.shape[0]
+    _array(op, state, "out_proj.weight", (M, M))
     if _has(state, "in_proj_weight"):
-        weights = np.split(_array(op, state, "in_proj_weight", (3 * E, None)), 3)
+        weights = np.split(_array(op, state, "in_proj_weight", (3 * M, None)), 3)
     else:
-        weights = [_array(op, state, f"{x}_proj_weight", (E, None)) for x in "qkv"]
+        weights = [_array(op, state, f"{x}_proj_weight", (M, None)) for x in "qkv"]
     biases: list[Any] = [None] * 3
     if _has(state, "in_proj_bias"):
-        biases = np.split(_array(op, state, "in_proj_bias", (3 * E,)), 3)
-    b_o = _array(op, state, "out_proj.bias", (E,)) if _has(state, "out_proj.bias") else None
+        biases = np.split(_array(op, state, "in_proj_bias", (3 * M,)), 3)
+    b_o = _array(op, state, "out_proj.bias", (M,)) if _has(state, "out_proj.bias") else None
     w_q, w_k, w_v = (w.T for w in weights)
     b_q, b_k, b_v = biases
     return MultiHeadParams(w_q, w_k, w_v, w_o.T, b_q, b_k, b_v, b_o)
@@ -66,11 +66,11 @@ def multi_head_to_torch(params: MultiHeadParams, *, packed: bool | None = None) 
     """
     op = "multi_head_to_torch"
     check_class(op, "params", params, MultiHeadParams)
-    E = params.w_o.shape[1]
+    M = params.w_o.shape[1]
     for name in ("w_q", "w_k", "w_v", "w_o"):
         w = getattr(params, name)
-        if (w.shape[0] if name == "w_o" else w.shape[1]) != E:
-            raise ValueError(f"{op}: {name} has shape {w.shape}, expected width {E} for all heads: torch has one embed_dim")
+        if (w.shape[0] if name == "w_o" else w.shape[1]) != M:
+            raise ValueError(f"{op}: {name} has shape {w.shape}, expected width {M} for all heads: torch has one embed_dim")
     weights, biases = [w.T for w in params[:3]], params[4:7]
     same = len({w.shape for w in weights}) == 1
     if packed and not same:

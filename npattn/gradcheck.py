@@ -18,12 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from npattn._checks import Array, check_one_of, kind
 from npattn.tolerances import CENTRAL_GOAL, COMPLEX_STEP, GRADCHECK_EPS, TERMS_EPS, WORST_CENTRAL_ERROR, romberg_step
+
+STREAM = int.from_bytes(b"gradcheck", "big") % 2**32
 
 
 class GradcheckError(AssertionError):
@@ -92,6 +94,17 @@ def _as_outputs(out: Any) -> list[Array]:
     return [np.asarray(x) for x in (out if isinstance(out, (tuple, list)) else (out,))]
 
 
+class Derivative(NamedTuple):
+    """One derivative, from both sides."""
+
+    place: Any  # the index of an element, or "along" a random direction
+    analytic: float
+    numeric: float
+    doubt: float  # the estimated error of numeric
+    step: float
+    weight: float  # sum of |u|: so many elements' errors add up
+
+
 def _real(x: Any) -> Any:
     return np.float64(x) if isinstance(x, (int, float)) else x
 
@@ -128,8 +141,12 @@ class _Pair:
         return self.run(values)[0]
 
     def gradients(self, dout: list[Array], out: Any, cache: Any) -> list[Array]:
-        shaped = dout[0] if not isinstance(out, (tuple, list)) else tuple(dout)
+        shaped: Any = dout[0] if not isinstance(out, (tuple, list)) else tuple(dout)
+        if hasattr(out, "_fields"):
+            shaped = type(out)(*dout)
         grads = self.backward(shaped, cache)
+        if not hasattr(self.inputs, "_fields") and isinstance(self.inputs, (tuple, list)) and hasattr(grads, "_fields"):
+            grads = tuple(grads)  # gradients in the order of the inputs
         if isinstance(grads, tuple) and not hasattr(grads, "_fields") and isinstance(self.inputs, Mapping):
             grads = dict(zip(self.inputs, grads, strict=False))
         elif not isinstance(grads, (tuple, list, Mapping)):
@@ -170,7 +187,7 @@ def central_difference(
     Where the estimate is poor, because a kink or a fast change lies within the step, smaller steps are tried.
     """
     x, eps = values[at], float(np.finfo(values[at].dtype).eps)
-    touched = float(np.abs(np.where(u != 0, x, 0)).max())
+    touched = float(np.abs(np.where(u != 0, x, 0)).max())  # u is 0 where x is not finite
     h = romberg_step(eps) * max(1.0, touched) / float(np.abs(u).max())
     best = (0.0, np.inf, h)
     for _ in range(4):
@@ -196,7 +213,9 @@ def _romberg(
             moved[at] = values[at] + sign * step * u
             ends.append(outputs(moved))
         for c, a, b, m in zip(dout, *ends, middle, strict=True):
-            ok = np.isfinite(a) & np.isfinite(b)  # an lse of -inf stays what it is
+            ok = np.isfinite(m)  # an lse of -inf stays what it is
+            if not (np.isfinite(a) == ok).all() or not (np.isfinite(b) == ok).all():
+                return 0.0, np.inf, 0.0
             slope += float((c[ok] * (a[ok] - b[ok])).sum())
             bend += float((c[ok] * ((a[ok] - m[ok]) + (b[ok] - m[ok]))).sum())
             size += float(np.abs(c[ok] * a[ok]).sum())
@@ -207,7 +226,8 @@ def _romberg(
     value = (16 * second - first) / 15
     # The slopes to both sides differ by O(h) where f is smooth; a kink at the point itself keeps them apart.
     kink = bends[2] if bends[2] > 0.5 * bends[0] and bends[2] > 8 * rounding else 0.0
-    return value, abs(first - second) + abs(second - value) + kink, rounding
+    # The extrapolations lie about as far apart as the value is off; 4 covers what oscillates within the step.
+    return value, 4 * (abs(first - second) + abs(second - value)) + kink, rounding
 
 
 def gradcheck(
@@ -241,7 +261,8 @@ def gradcheck(
     [('0', 10), ('1', 7)]
     """
     check_one_of("gradcheck", "method", method, ("complex", "central"))
-    rng, pair = np.random.default_rng(seed), _Pair(forward, backward, inputs)
+    # A stream of our own: with default_rng(seed) the cotangent could be the very numbers that the caller drew as inputs.
+    rng, pair = np.random.default_rng([STREAM, seed]), _Pair(forward, backward, inputs)
     before = [x.copy() for x in pair.values]
     outs, cache, out = pair.run(pair.values)
     if any(np.isnan(x).any() for x in outs):
@@ -266,53 +287,78 @@ def gradcheck(
     for at, (name, x, g) in enumerate(zip(pair.names, pair.values, grads, strict=True)):
         if g.shape != x.shape:
             raise GradcheckError(f"gradcheck: the gradient of {name} has shape {g.shape}, expected {x.shape}")
+        if g.dtype.kind not in "fiu":
+            raise GradcheckError(f"gradcheck: the gradient of {name} has dtype {g.dtype}, expected {x.dtype}")
         if not np.isfinite(g).all():
             raise GradcheckError(f"gradcheck: the gradient of {name} holds NaN or inf")
-        rows = []
+        rows: list[Derivative] = []
         for place, u in _directions(rng, x, elements, directions):
             if method == "complex":
                 slopes = complex_step(pair.outputs, pair.values, at, u)
                 numeric, doubt, h = sum(float((c * s).sum()) for c, s in zip(dout, slopes, strict=True)), 0.0, COMPLEX_STEP
+                if place == "along":
+                    _agree(name, numeric, central_difference(pair.outputs, pair.values, at, u, dout))
             else:
                 numeric, doubt, h = central_difference(pair.outputs, pair.values, at, u, dout)
-            rows.append((place, float((g * u).sum()), numeric, doubt, h, float(np.abs(u).sum())))
+            rows.append(Derivative(place, float((g * u).sum()), numeric, doubt, h, max(1.0, float(np.abs(u).sum()))))
         found.append((name, x, rows))
 
-    # Rounding is judged against what was summed up, or, where that is not known, against the largest derivative.
-    overall = max((abs(r[2]) / max(r[5], 1.0) for _, _, rows in found for r in rows), default=0.0)
-    report = []
-    for name, x, rows in found:
-        eps, largest = float(np.finfo(x.dtype).eps), max((abs(r[2]) for r in rows), default=0.0)
-        known = None if terms is None else float(np.max(terms[name], initial=0.0))
-        named = any(_is(z, name) for z in zero)
-        sizes = (abs(r[2]) / max(r[5], 1.0) for r in rows)
-        guess = overall if named else max(sizes, default=0.0)
-        bound = eps * (GRADCHECK_EPS * guess if known is None else TERMS_EPS * known)
-        for place, _, numeric, doubt, h, weight in rows:
-            if doubt > WORST_CENTRAL_ERROR * max(abs(numeric), overall * max(weight, 1.0)):
-                raise GradcheckError(
-                    f"gradcheck: the central difference of {_at(name, place)} is {numeric:.6g} with an estimated error of "
-                    f"{doubt:.1g} (step {h:.1g}): nothing can be tested at a kink or jump"
-                )
-        ratio, smallest = 0.0, eps * (GRADCHECK_EPS * overall if known is None else TERMS_EPS * known)
-        if x.size and not named and all(max(abs(r[1]), abs(r[2])) <= smallest * max(r[5], 1.0) + r[3] for r in rows):
+    if not any(rows for _, _, rows in found):
+        raise GradcheckError("gradcheck: no derivative was taken, so nothing was tested")
+    overall = max((abs(r.numeric) / r.weight for _, _, rows in found for r in rows), default=0.0)
+    return [
+        _judge(name, x, rows, method, overall, None if terms is None else terms[name], any(_is(z, name) for z in zero))
+        for name, x, rows in found
+    ]
+
+
+def _judge(name: str, x: Array, rows: list[Derivative], method: str, overall: float, terms: Any, zero: bool) -> Checked:
+    """Raises where one input's gradient is wrong, or where its derivatives test nothing.
+
+    Rounding is judged against the sum of |terms|, or, where that is not known, against the largest derivative.
+    """
+    eps = float(np.finfo(x.dtype).eps)
+    largest = max((abs(r.numeric) / r.weight for r in rows), default=0.0)
+    known = None if terms is None else eps * TERMS_EPS * float(np.max(terms, initial=0.0))
+    bound = eps * GRADCHECK_EPS * (overall if zero else largest) if known is None else known
+    nothing = eps * GRADCHECK_EPS * overall if known is None else known
+    for r in rows:
+        if r.doubt > WORST_CENTRAL_ERROR * max(abs(r.numeric), overall * r.weight):
             raise GradcheckError(
-                f"gradcheck: the gradient of {name} is zero everywhere, so nothing was tested; if it has to be, name it: "
-                f'zero=("{name}",)'
+                f"gradcheck: the central difference of {_at(name, r.place)} is {r.numeric:.6g} with an estimated error of "
+                f"{r.doubt:.1g} (step {r.step:.1g}): nothing can be tested at a kink or jump"
             )
-        for place, analytic, numeric, doubt, h, weight in rows:
-            allowed = bound * max(weight, 1.0) + doubt
-            where = _at(name, place)
-            if not abs(analytic - numeric) <= allowed:
-                raise GradcheckError(
-                    f"gradcheck: gradient of {where}: backward gives {analytic:.17g}, {method} step h = {h:.1g} gives "
-                    f"{numeric:.17g}; they differ by {abs(analytic - numeric):.2g}, allowed {allowed:.2g}"
-                )
-            if named and not max(abs(analytic), abs(numeric)) <= allowed:
-                raise GradcheckError(f"gradcheck: the gradient of {where} is {numeric:.6g}, but zero names {name}")
-            ratio = max(ratio, abs(analytic - numeric) / allowed if allowed else 0.0)
-        report.append(Checked(name, method, len(rows), ratio, largest))
-    return report
+    if x.size and not zero and all(max(abs(r.analytic), abs(r.numeric)) <= nothing * r.weight + r.doubt for r in rows):
+        raise GradcheckError(
+            f"gradcheck: the gradient of {name} is zero everywhere, so nothing was tested; if it has to be, name it: "
+            f'zero=("{name}",)'
+        )
+    ratio = 0.0
+    for r in rows:
+        allowed, error = bound * r.weight + r.doubt, abs(r.analytic - r.numeric)
+        if not error <= allowed:
+            raise GradcheckError(
+                f"gradcheck: gradient of {_at(name, r.place)}: backward gives {r.analytic:.17g}, {method} step "
+                f"h = {r.step:.1g} gives {r.numeric:.17g}; they differ by {error:.2g}, allowed {allowed:.2g}"
+                + ("" if terms is not None else " (of the largest derivative; where larger terms cancel, give terms)")
+            )
+        if zero and not max(abs(r.analytic), abs(r.numeric)) <= allowed:
+            raise GradcheckError(
+                f"gradcheck: the gradient of {_at(name, r.place)} is {r.numeric:.6g}, but zero names {name}"
+            )
+        ratio = max(ratio, error / allowed if allowed else 0.0)
+    return Checked(name, method, len(rows), ratio, max((abs(r.numeric) for r in rows), default=0.0))
+
+
+def _agree(name: str, complex_step: float, central: tuple[float, float, float]) -> None:
+    """Whether a part of the forward stops the complex step: then it does not see what a central difference sees."""
+    value, doubt, _ = central
+    known = WORST_CENTRAL_ERROR * abs(value)
+    if doubt <= known and abs(complex_step - value) > known:
+        raise TypeError(
+            f"gradcheck: along {name} the complex step gives {complex_step:.6g} and a central difference {value:.6g}: a cast "
+            f'or abs in the forward stops the complex step in part; use method="central"'
+        )
 
 
 def _at(name: str, place: Any) -> str:
@@ -327,13 +373,16 @@ def _directions(rng: np.random.Generator, x: Array, elements: int, directions: i
     """Unit vectors of (some of) the elements, with their index, and random directions over all."""
     if not x.size:
         return []
-    chosen = range(x.size) if x.size <= elements else np.sort(rng.choice(x.size, elements, replace=False))
+    finite = np.flatnonzero(np.isfinite(x))  # a bias of -inf has no derivative
+    if not finite.size:
+        return []
+    chosen = finite if finite.size <= elements else np.sort(rng.choice(finite, elements, replace=False))
     result: list[tuple[Any, Array]] = []
     for i in chosen:
         u = np.zeros_like(x)
         u.flat[i] = 1
         result.append((list(map(int, np.unravel_index(i, x.shape))), u))
-    return result + [("along", _random_like(rng, x)) for _ in range(directions)]
+    return result + [("along", np.where(np.isfinite(x), _random_like(rng, x), 0)) for _ in range(directions)]
 
 
 def hessian_vector_product(

@@ -1,6 +1,6 @@
 """Which keys a query may see: an algebra (``&``, ``|``, ``~``) over positions, True = may attend.
 
-    (key_lengths(4) | window(1024, 0)) & causal()      # streaming: 4 keys that stay, and the last 1024
+    (key_lengths(4) | window(1024, 0)) & causal()      # streaming: 4 keys that stay, a query's own, and 1024 before it
 
 A mask is a value: what it is made of is copied, so that an offset that is counted up later does not change it.
 An object of your own with ``bind(shape)`` that returns something with ``dense``, ``tile`` and ``state`` is a mask too.
@@ -22,6 +22,7 @@ from npattn._pairs import (
     PARTIAL,
     Bound,
     DenseBound,
+    ForeignMask,
     Positions,
     integers,
     is_bias,
@@ -80,7 +81,13 @@ def _operand(op: str, other: object) -> Any:
 
 def bind_mask(op: str, mask: object, shape: Shape) -> Any:
     """The mask, checked against scores of this shape (None stays None)."""
-    return None if mask is None else as_mask(op, mask).bind(shape)
+    return None if mask is None else bound_mask(as_mask(op, mask), shape, op)
+
+
+def bound_mask(mask: Any, shape: Shape, op: str = "mask") -> Bound:
+    """A mask of ours or of somebody else's, bound."""
+    bound = mask.bind(shape)
+    return bound if isinstance(bound, Bound) else ForeignMask(op, bound, shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +105,7 @@ class Both(Mask):
     b: Mask
 
     def bind(self, shape: Shape) -> Bound:
-        return BothBound(self.a.bind(shape), self.b.bind(shape), shape)
+        return BothBound(bound_mask(self.a, shape), bound_mask(self.b, shape), shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +115,9 @@ class Either(Mask):
 
     def bind(self, shape: Shape) -> Bound:
         # a | b = ~(~a & ~b)
-        return InverseBound(BothBound(InverseBound(self.a.bind(shape)), InverseBound(self.b.bind(shape)), shape))
+        return InverseBound(
+            BothBound(InverseBound(bound_mask(self.a, shape)), InverseBound(bound_mask(self.b, shape)), shape)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +125,7 @@ class Inverse(Mask):
     a: Mask
 
     def bind(self, shape: Shape) -> Bound:
-        return InverseBound(self.a.bind(shape))
+        return InverseBound(bound_mask(self.a, shape))
 
 
 @dataclass(eq=False)
@@ -229,7 +238,7 @@ def window(
             if isinstance(x, (int, np.integer)) and not isinstance(x, bool) and x < 0:
                 raise ValueError(f"window: {name} is {x}, expected an integer of at least 0, or None for no limit")
             check_integer("window", name, x, least=0)
-    sides = (None if x is None else min(int(x), FAR) for x in (left, right))
+    sides = (None if x is None else min(int(x), 2 * FAR) for x in (left, right))
     return Window(Positions.make("window", q_pos, k_pos, align, offset), *sides)
 
 
@@ -384,7 +393,9 @@ class WhereBound(Bound):
 
 
 def where(function: Callable[[Array, Array], Array]) -> Mask:
-    """Pairs for which ``function(i, j)`` holds, with i (L, 1) and j (1, S) the indices of queries and keys.
+    """Pairs for which ``function(i, j)`` holds, with i (L, 1) and j (1, S) the indices of queries and keys, or parts of them.
+
+    The function looks at each pair by itself: blockwise asks for one tile after the other.
 
     >>> where(lambda i, j: (i + j) % 2 == 0).bind((2, 3)).dense().astype(int)
     array([[1, 0, 1],

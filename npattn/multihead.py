@@ -27,8 +27,9 @@ from npattn._checks import (
     check_integer,
     check_one_of,
     check_other_dtype,
+    computing_dtype,
 )
-from npattn._pairs import quiet, swap, weight_gradient
+from npattn._pairs import is_bias, quiet, swap, weight_gradient
 from npattn.attention import AttentionCache, attention_backward, attention_forward
 from npattn.blockwise import blockwise_backward, blockwise_forward
 
@@ -113,17 +114,18 @@ def _project(x: Array, w: Array, b: Array | None, computing: np.dtype[Any]) -> A
     return result
 
 
-def _computed(option: Any, computing: np.dtype[Any]) -> Any:
+def _computed(name: str, option: Any, dtype: np.dtype[Any], computing: np.dtype[Any]) -> Any:
     """An option of the inputs' dtype in the computing dtype, in which the heads are attended to."""
-    if hasattr(option, "with_parameter"):
-        return option.with_parameter(_computed(option.parameter, computing))
-    half = isinstance(option, np.ndarray) and option.dtype.itemsize == 2 and computing == np.float32
-    return option.astype(computing) if half else option
+    if is_bias(option):
+        return option.with_parameter(_computed(name, option.parameter, dtype, computing))
+    if isinstance(option, np.ndarray) and computing.kind != "c":  # a dropout mask of complex inputs is real
+        check_other_dtype("multi_head", name, option, dtype, computing)
+    return option.astype(computing) if isinstance(option, np.ndarray) and computing_dtype(option.dtype) == computing else option
 
 
 def _as_given(grad: Any, given: Any) -> Any:
     """The gradient of an option in the dtype in which it was given."""
-    if hasattr(given, "with_parameter"):
+    if is_bias(given):
         return grad.with_parameter(_as_given(grad.parameter, given.parameter))
     return grad.astype(given.dtype, copy=False) if isinstance(grad, np.ndarray) else grad
 
@@ -150,7 +152,7 @@ def multi_head_forward(
     v = split_heads(_project(x_v, params.w_v, params.b_v, computing), G)  # (3)
     forward, _ = IMPLEMENTATIONS[implementation]
     options = {"bias": bias, "sink": sink, "dropout_mask": dropout_mask}
-    options = {name: _computed(x, computing) for name, x in options.items()}
+    options = {name: _computed(name, x, x_q.dtype, computing) for name, x in options.items()}
     o, attention_cache = forward(q, k, v, mask=mask, scale=scale, softcap=softcap, **options)  # (4)
     concat = merge_heads(o)  # (5)
     out = _project(concat, params.w_o, params.b_o, computing)  # (6)
@@ -167,22 +169,25 @@ def multi_head_backward(dout: Array, cache: MultiHeadCache) -> MultiHeadGrads:
     dout = check_cotangent("multi_head", "dout", dout, shape, cache.x_q.dtype, computing)
     _, backward = IMPLEMENTATIONS[cache.implementation]
 
-    dconcat, dw_o, db_o = _project_backward(dout, cache.concat, params.w_o, params.b_o)  # (6)
-    do = split_heads(dconcat, heads.q.shape[-3])  # (5)
+    H, G = heads.q.shape[-3], heads.k.shape[-3]
+    dconcat, dw_o, db_o = _project_backward(dout, cache.concat, params.w_o, params.b_o, H, axis=0)  # (6)
+    do = split_heads(dconcat, H)  # (5)
     grads = backward(do, heads)  # (4)
-    dx_v, dw_v, db_v = _project_backward(merge_heads(grads.v), cache.x_v, params.w_v, params.b_v)  # (3)
-    dx_k, dw_k, db_k = _project_backward(merge_heads(grads.k), cache.x_k, params.w_k, params.b_k)  # (2)
-    dx_q, dw_q, db_q = _project_backward(merge_heads(grads.q), cache.x_q, params.w_q, params.b_q)  # (1)
+    dx_v, dw_v, db_v = _project_backward(merge_heads(grads.v), cache.x_v, params.w_v, params.b_v, G)  # (3)
+    dx_k, dw_k, db_k = _project_backward(merge_heads(grads.k), cache.x_k, params.w_k, params.b_k, G)  # (2)
+    dx_q, dw_q, db_q = _project_backward(merge_heads(grads.q), cache.x_q, params.w_q, params.b_q, H)  # (1)
     dbias, dsink = (_as_given(g, x) for g, x in zip((grads.bias, grads.sink), cache.options, strict=True))
     return MultiHeadGrads(
         dx_q, dx_k, dx_v, MultiHeadParams(dw_q, dw_k, dw_v, dw_o, db_q, db_k, db_v, db_o), dbias, dsink
     )
 
 
-def _project_backward(dy: Array, x: Array, w: Array, b: Array | None) -> tuple[Array, Array, Array | None]:
+def _project_backward(
+    dy: Array, x: Array, w: Array, b: Array | None, heads: int, axis: int = 1
+) -> tuple[Array, Array, Array | None]:
     """Through y = x w + b: dx = dy w^T, dw = x^T dy and db = dy, each summed over all tokens."""
     dx = (dy @ swap(w.astype(dy.dtype, copy=False))).astype(x.dtype, copy=False)
-    dw = weight_gradient(x, dy).astype(w.dtype, copy=False)
+    dw = weight_gradient(x, dy, heads, axis).astype(w.dtype, copy=False)
     db = None if b is None else dy.sum(tuple(range(dy.ndim - 1))).astype(b.dtype, copy=False)
     return dx, dw, db
 

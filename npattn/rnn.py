@@ -58,7 +58,7 @@ def rnn_forward(
     a = x.astype(computing, copy=False) @ w_x  # (1)
     a = a if b is None else a + b  # (1)
     states = np.zeros((B, T, params.w_h.shape[0]), computing)
-    h = np.zeros_like(states, shape=(B, states.shape[2])) if h0 is None else h0.astype(computing, copy=False)
+    h = np.zeros_like(states, shape=(B, states.shape[2])) if h0 is None else h0.astype(computing)
     for t in range(T):
         z = a[:, t] + h @ w_h  # (2)
         new = np.tanh(z) if nonlinearity == "tanh" else select(~(z.real <= 0), z)  # (3); a NaN is passed on
@@ -82,9 +82,9 @@ def rnn_backward(dh: Array, cache: RNNCache, dh_last: Array | None = None) -> RN
     B, T, N = h.shape
     carry = np.zeros((B, N), computing)
     if dh_last is not None:
-        carry = check_cotangent("rnn", "dh_last", dh_last, (B, N), c.x.dtype, computing)
+        carry = check_cotangent("rnn", "dh_last", dh_last, (B, N), c.x.dtype, computing).copy()
     w_x, w_h = (p.astype(computing, copy=False) for p in params[:2])
-    slope = 1 - h * h if c.nonlinearity == "tanh" else (h.real > 0).astype(computing)  # (3)
+    slope = 1 - h * h if c.nonlinearity == "tanh" else np.where(h.real > 0, computing.type(1), 0 * h)  # (3); NaN is passed on
     dz = np.zeros_like(h)
     for t in reversed(range(T)):
         now = None if c.valid is None else c.valid[:, t]

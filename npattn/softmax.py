@@ -41,6 +41,8 @@ def _scores(op: str, name: str, scores: object, mask: object) -> tuple[Array, Ar
         raise ValueError(f"{op}: {name} has shape {x.shape}, expected (..., L, S): a mask over positions has two axes")
     bound = bind_mask(op, mask, x.shape)
     allowed = None if bound is None else bound.dense()
+    if (masked := x.real == -np.inf).any():  # a score of -inf is a mask in every respect
+        allowed = ~masked if allowed is None else allowed & ~masked
     return select(allowed, x, -np.inf), allowed
 
 
@@ -107,7 +109,8 @@ def log_sum_exp_backward(dlse: Array, cache: SoftmaxCache) -> LogSumExpGrads:
     check_class("log_sum_exp", "cache", cache, SoftmaxCache, ", from log_sum_exp_forward")
     weights = cache.weights
     dlse = check_cotangent("log_sum_exp", "dlse", dlse, weights.shape[:-1], weights.dtype, weights.dtype)
-    dscores = select(weights != 0, weights * dlse[..., None])  # (1)
+    some = None if cache.allowed is None else np.asarray(cache.allowed.any(-1, keepdims=True))
+    dscores = select(cache.allowed, weights * select(some, dlse[..., None]))  # (1)
     return LogSumExpGrads(dscores.astype(cache.dtype, copy=False))
 
 
@@ -147,7 +150,9 @@ def cross_entropy_forward(
     check_one_of(op, "reduction", reduction, ("mean", "sum", "none"))
     dims = Dims(op)
     x, _ = _scores(op, "logits", logits, None)
-    dims.lead, dims.source["..."], dims.source["B"] = x.shape[:-1], "logits", "logits"
+    dims.fit("logits", logits, "... V")
+    top = x.real.max(-1, keepdims=True, initial=-np.inf)
+    x = x - select(top != -np.inf, top)  # lse - logits[target] of logits near 1e6 would lose all that is below 0.1
     if dims.fit("targets", targets, "...").dtype.kind not in "iu":
         raise TypeError(f"{op}: targets has dtype {targets.dtype}, expected integers")
     if mask is not None and dims.fit("mask", mask, "...").dtype != np.bool_:

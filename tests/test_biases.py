@@ -429,7 +429,7 @@ def test_gradients_are_new_arrays():
 SHAPE4 = (2, 6, 4, 5)
 ZEROS = np.zeros((BUCKETS, 6))
 REFUSED = {
-    "slopes list": (lambda: Alibi([0.5] * 6), TypeError, "Alibi: slopes is a builtins.list"),
+    "slopes list": (lambda: Alibi([0.5] * 6), TypeError, "Alibi: slopes is a list"),
     "slopes rank": (lambda: Alibi(np.ones((6, 1))), ValueError, r"slopes has shape \(6, 1\), expected \(H,\)"),
     "slopes count": (
         lambda: Alibi(np.ones(5), align="top_left"),
@@ -505,7 +505,7 @@ REFUSED = {
         ValueError,
         "buckets returns shape",
     ),
-    "number": (lambda: 0.5, TypeError, "bias is a builtins.float, expected an array, Alibi or RelativeTable"),
+    "number": (lambda: 0.5, TypeError, "bias is a float, expected an array, Alibi or RelativeTable"),
 }
 
 

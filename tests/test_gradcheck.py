@@ -191,6 +191,71 @@ def test_longdouble_is_checked_in_longdouble():
         gradcheck(attention_forward, wrong, wide)
 
 
+def test_the_cotangent_is_not_what_the_caller_drew():
+    """With default_rng(0) on both sides the cotangent would be the input itself, and this gradient 0."""
+    x = np.random.default_rng(0).standard_normal((3, 4))
+
+    def forward(x):
+        norm = np.sqrt((x * x).sum(-1, keepdims=True))
+        return x / norm, (x, norm)
+
+    def backward(dout, cache):
+        x, norm = cache
+        return {"x": (dout - x * (dout * x).sum(-1, keepdims=True) / norm**2) / norm}
+
+    for method in METHODS:
+        gradcheck(forward, backward, {"x": x}, method=method)
+
+
+def test_a_fast_oscillation_is_right_or_refused_but_not_called_wrong():
+    for w in (1.0, 30.0, 300.0):
+        for seed in range(5):
+            x = np.random.default_rng(100 + seed).standard_normal(4)
+            forward = lambda x, w=w: (np.sin(w * x), x)  # noqa: E731
+            gradcheck(forward, lambda d, x, w=w: {"x": w * d * np.cos(w * x)}, {"x": x}, method="central", seed=seed)
+
+
+def test_nothing_tested_is_refused():
+    pair = (lambda x: (x * x, x), lambda d, x: {"x": 77 * d})
+    with pytest.raises(GradcheckError, match="no derivative was taken"):
+        gradcheck(*pair, {"x": np.zeros((0, 3))})
+    with pytest.raises(GradcheckError, match="no derivative was taken"):
+        gradcheck(*pair, {"x": np.ones(3)}, elements=0, directions=0, zero=("x",))
+
+
+def test_a_forward_that_stops_part_of_the_complex_step_is_found_out():
+    with pytest.raises(TypeError, match="stops the complex step in part"):
+        gradcheck(lambda x: (2 * x + x.real**2, x), lambda d, x: {"x": 2 * d}, {"x": np.array([1.0, 2.0])})
+
+
+def test_outputs_that_stop_being_finite_are_not_left_out():
+    x0 = np.array([0.5])
+
+    def forward(x):
+        return (2 * x, np.where(x == x0, 5 * x, np.nan)), x
+
+    with pytest.raises(GradcheckError, match="kink or jump"):
+        gradcheck(forward, lambda d, x: {"x": 2 * d[0]}, {"x": x0}, method="central")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bias_of_minus_infinity_is_left_where_it_is(method):
+    bias = np.zeros((3, 5))
+    bias[0, 1] = bias[2, 4] = -np.inf
+    rows = gradcheck(attention_forward, attention_backward, {**INPUTS, "bias": bias}, method=method)
+    assert rows[-1].derivatives == 13 + 1
+
+
+def test_gradients_by_position_and_outputs_by_name():
+    from npattn import merge_backward, merge_forward, softmax_backward, softmax_forward
+
+    gradcheck(softmax_forward, softmax_backward, [rng.standard_normal((2, 5))])
+    parts = [rng.standard_normal(s) for s in ((2, 3), (2,), (2, 3), (2,))]
+    gradcheck(merge_forward, lambda d, c: merge_backward(d[0], c, d[1]), parts)
+    with pytest.raises(GradcheckError, match="dtype complex128"):
+        gradcheck(lambda x: (x * x, x), lambda d, x: {"x": 2 * x * d + 0j}, {"x": np.ones(2)})
+
+
 # --- Hessian-vector products ----------------------------------------------------------------------------------------------
 
 

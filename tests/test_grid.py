@@ -79,7 +79,7 @@ def sums_of_terms(cache, dout, dlse):
 
 
 def zero_by_mathematics(problem):
-    """A bias that is the same for all keys that a query may see shifts its row: softmax does not see that, lse and a sink do."""
+    """A bias that is the same for all keys that a query sees shifts its row: softmax does not see that, lse and a sink do."""
     bias = problem.options.get("bias")
     if bias is None or problem.dlse is not None or "sink" in problem.options:
         return ()

@@ -423,8 +423,8 @@ REFUSED = {
         "window: left is -1, expected an integer of at least 0, or None for no limit",
     ),
     "right": (lambda: window(0, -1), ValueError, "window: right is -1"),
-    "left float": (lambda: window(1.0, 0), TypeError, "left is a builtins.float, expected an integer"),
-    "left boolean": (lambda: window(True, 0), TypeError, "left is a builtins.bool"),
+    "left float": (lambda: window(1.0, 0), TypeError, "left is a float, expected an integer"),
+    "left boolean": (lambda: window(True, 0), TypeError, "left is a bool"),
     "length too long": (lambda: key_lengths(6), ValueError, "key_lengths: n reaches from 6 to 6, expected 0 to S=5"),
     "length negative": (
         lambda: query_lengths([-1, 2]),

@@ -37,9 +37,11 @@ GOOD = '''
             z = e.sum(-1, keepdims=True) + (0 if sink is None else np.exp(sink[:, None, None] - top))
             p = np.where(allowed, e / np.where(z == 0, s.dtype.type(1), z), s.dtype.type(0))
             w = p if dropout_mask is None else p * dropout_mask
-            # A value that is not finite makes NaN of the queries that see it, and of no other.
-            spoilt = (allowed & ~np.isfinite(v).all(-1)[..., None, :]).any(-1)[..., None]
-            out = np.where(spoilt, v.dtype.type(np.nan), w @ np.where(np.isfinite(v), v, 0))
+            # A value that is not finite reaches the queries that see it, and no other.
+            finite = np.isfinite(v).all((0, 1, 3))
+            out = w @ np.where(finite[:, None], v, v.dtype.type(0))
+            for j in np.flatnonzero(~finite):
+                out += np.where(allowed[..., j : j + 1], w[..., j : j + 1] * v[:, :, j : j + 1], v.dtype.type(0))
             return out, (top + np.log(z))[..., 0]
 
     def backward(dout, q, k, v, *, mask=None, bias=None, scale=None, softcap=None, sink=None, dropout_mask=None, dlse=None):
@@ -219,8 +221,17 @@ def test_stop_list_json_and_usage(run, tmp_path, capsys):
     assert found["candidate"] == "blockwise"
     assert found["tested"] == found["total"] > 20
     assert {"case", "features", "checks", "status"} <= set(found["results"][0])
-    for arguments in (["nothing"], ["mine.py:absent"], ["absent.py:f"], ["no_such_package:f"], ["-k", "no such case"],
-                      ["--require", "telepathy"], ["blockwise", "--backward", "f"], ["mine.py:np"]):  # fmt: skip
+    for arguments in (
+        ["-k", "plain", "--json", "no/such/folder.json"],
+        ["nothing"],
+        ["mine.py:absent"],
+        ["absent.py:f"],
+        ["no_such_package:f"],
+        ["-k", "no such case"],
+        ["--require", "telepathy"],
+        ["blockwise", "--backward", "f"],
+        ["mine.py:np"],
+    ):
         assert cli.main(["verify", *arguments]) == 2, arguments
         assert capsys.readouterr().err.startswith("npattn verify: ")
     with pytest.raises(SystemExit, match="2"):
@@ -250,6 +261,51 @@ def test_a_candidate_takes_causal_window_and_key_lengths_its_own_way():
     (r,) = verify(Candidate("own", forward), [c for c in CASES if c.name == "causal bottom_right"])
     assert r.status == "not supported"
     assert "causal bottom_right" in r.checks[0].text
+
+
+@pytest.mark.parametrize(
+    ("case", "line"),
+    [
+        ("scale 0", "scale = q.shape[-1] ** -0.5 if not scale else scale"),
+        ("NaN in values that are seen", "v = np.nan_to_num(v)"),
+        ("NaN in a key that is seen", "k = np.nan_to_num(k)"),
+        ("sink of -inf", "sink = None if sink is None else np.where(sink == -np.inf, np.float32(np.nan), sink)"),
+        (
+            "mask of one row",
+            "mask = None if mask is None else np.broadcast_to(mask[..., :1, :] & (mask.shape[-2] > 1), mask.shape)",
+        ),
+    ],
+)
+def test_small_lies_are_seen(case, line):
+    scope: dict = {}
+    text = textwrap.dedent(GOOD).replace("group = q.shape[1]", f"{line}\n    group = q.shape[1]", 1)
+    exec(text, scope)
+    (case,) = [c for c in CASES if c.name == case]
+    assert examine(Candidate("lie", scope["forward"]), case).status == "wrong"
+    exec(textwrap.dedent(GOOD), scope)
+    assert examine(Candidate("honest", scope["forward"]), case).status == "ok"
+
+
+def test_a_keyword_by_another_name_is_pointed_out(run, tmp_path):
+    (tmp_path / "named.py").write_text(
+        "from mine import forward\n\ndef f(q, k, v, *, is_causal=False):\n    return forward(q, k, v)\n"
+    )
+    _, text = run("named.py:f", "-k", "plain")
+    assert "also takes is_causal, which verify never gives" in text
+
+
+def test_places_are_named_by_the_tensor():
+    from npattn.verify.judge import compare
+
+    want, sigma = np.zeros((2, 3, 4), np.float32), np.full((2, 3, 4), 1e-7)
+    got = want.copy()
+    got[1] = 1
+    assert "batch 1" in compare("lse", got, want, sigma, np.float32).text
+    got = np.zeros((2, 3, 4, 5), np.float32)
+    got[:, :, 2] = 1
+    text = compare("dk", got, np.zeros_like(got), np.full(got.shape, 1e-7), np.float32).text
+    assert "keys 2" in text
+    assert "batch" not in text
 
 
 def test_built_in_names_and_modules_load():

@@ -2,7 +2,7 @@
 
 from npattn.verify.candidates import Candidate, CandidateError, load
 from npattn.verify.cases import CASES, OPTIONS, Case, Problem, draw
-from npattn.verify.judge import Check, Report, Result, examine, verify
+from npattn.verify.judge import Check, Report, Result, check, examine, verify
 
 __all__ = [
     "CASES",
@@ -14,6 +14,7 @@ __all__ = [
     "Problem",
     "Report",
     "Result",
+    "check",
     "draw",
     "examine",
     "load",

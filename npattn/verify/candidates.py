@@ -51,6 +51,12 @@ class Candidate:
     backward: Callable[..., Any] | None = None
     align: str = "top_left"
 
+    @property
+    def strangers(self) -> list[str]:
+        """Optional parameters of the forward that verify gives no value: perhaps a keyword by another name."""
+        known = {*CANONICAL, *OWN_KEYWORDS, "args", "kwargs", "options"}
+        return sorted(keywords(self.forward) - known - {"q", "k", "v", "query", "key", "value"})
+
     def arguments(self, problem: Problem, function: Callable[..., Any]) -> tuple[dict[str, Any], list[str]]:
         """The keyword arguments of this problem in canonical form, and those that the function does not take."""
         takes, given = keywords(function), dict(problem.options)
@@ -82,7 +88,7 @@ def canonical(problem: Problem) -> Problem:
 
 
 def _dense_mask(problem: Problem, parts: list[Any]) -> Array:
-    whole = Problem(*(problem.q, problem.k, problem.v, problem.dout, None), [], {}).shape
+    whole = problem.shape
     if len(parts) == 1 and isinstance(parts[0], np.ndarray):
         array: Array = parts[0].reshape((1,) * (len(whole) - parts[0].ndim) + parts[0].shape)
         result: Array = array.copy()
@@ -105,13 +111,13 @@ def _function(name: str, like: str | None = None) -> Callable[..., Any]:
     where, colon, attribute = name.rpartition(":")
     if not colon:
         where, attribute = ("" if like is None else like.rpartition(":")[0]), name
-    if not where:
+    if not where or not attribute:
         raise CandidateError(
             f"{name!r} is no candidate; expected {', '.join(BUILT_IN)}, package.module:function or path/to/file.py:function"
         )
     try:
         module = _module(where)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise CandidateError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
     for part in attribute.split("."):
         if not hasattr(module, part):
@@ -138,11 +144,12 @@ def _module(where: str) -> Any:
         if spec is None or spec.loader is None:
             raise ImportError(f"{where} is not a Python file")
         module = importlib.util.module_from_spec(spec)
-        sys.path.insert(0, str(path.parent))
-        try:
-            spec.loader.exec_module(module)
-        finally:
-            sys.path.remove(str(path.parent))
+        # Registered, as dataclasses ask for; and its folder stays on the path, for imports inside its functions.
+        name = path.stem if path.stem not in sys.modules else f"npattn candidate {path}"
+        sys.modules[name] = module
+        if str(path.parent) not in sys.path:
+            sys.path.insert(0, str(path.parent))
+        spec.loader.exec_module(module)
         _LOADED[str(path)] = module
     return _LOADED[str(path)]
 

@@ -294,21 +294,21 @@ FAMILIES: dict[str, Callable[[Rng, Array, Array, Array], tuple[Array, Array, Arr
     "x30": lambda rng, q, k, v: (30 * q, 30 * k, 30 * v),  # and of 900: one key has all the weight
     "tiny": lambda rng, q, k, v: (1e-3 * q, 1e-3 * k, 1e-3 * v),  # near-uniform weights
     "tiniest": lambda rng, q, k, v: (1e-20 * q, 1e-20 * k, 1e-20 * v),  # products underflow in float32
-    "one-hot": lambda rng, q, k, v: (40 * _spread(k, q.shape), 40 * k, v),
+    "one-hot": lambda rng, q, k, v: (40 * _own_keys(k, q.shape), 40 * k, v),
     "V mean": lambda rng, q, k, v: (q, k, v + 1e4),
     "K mean": lambda rng, q, k, v: (q, k + 100, v),
-    "near-tie": lambda rng, q, k, v: (100 * q, 10 * _pairs(rng, k), v),
+    "near-tie": lambda rng, q, k, v: (100 * q, 10 * _near_ties(rng, k), v),
     "constant V": lambda rng, q, k, v: (q, k, np.full_like(v, 1 / 3)),
 }
 
 
-def _spread(k: Array, shape: tuple[int, ...]) -> Array:
+def _own_keys(k: Array, shape: tuple[int, ...]) -> Array:
     """Queries that are keys themselves: query i of head h is key i (mod S) of its group."""
     rows = np.take(k, np.arange(shape[-2]) % k.shape[-2], axis=-2)
     return np.repeat(rows, shape[-3] // k.shape[-3], axis=-3) if len(shape) > 2 else rows
 
 
-def _pairs(rng: Rng, k: Array) -> Array:
+def _near_ties(rng: Rng, k: Array) -> Array:
     """Every second key is its neighbour, moved by 1e-3."""
     k, half = k.copy(), k.shape[-2] // 2
     k[..., 1 : 2 * half : 2, :] = k[..., : 2 * half : 2, :] + 1e-3 * rng.standard_normal((*k.shape[:-2], half, k.shape[-1]))
@@ -424,6 +424,85 @@ def _far_below(p: Problem) -> Problem:
     return p
 
 
+def _nan_seen(p: Problem) -> Problem:
+    """NaN in one value and inf in another, which the queries may see that do not stand before them; the keys are finite."""
+    p.parts.append(Part(masks.causal(align="bottom_right"), "causal", True, "bottom_right"))
+    S = p.shape[-1]
+    p.v[..., S - 2, :] = np.nan
+    p.v[..., S - 5, 0] = np.inf
+    return p
+
+
+def _key_of_nan(p: Problem) -> Problem:
+    """NaN in one key, which every second query may see; the values are finite."""
+    i, j = np.arange(p.shape[-2])[:, None], np.arange(p.shape[-1])
+    p.parts.append(Part((i % 2 == 0) | (j != 3)))
+    p.k[..., 3, :] = np.nan
+    return p
+
+
+def _no_sink(p: Problem) -> Problem:
+    """A sink of -inf is none; that of the other heads is finite."""
+    p.options["sink"] = np.where(np.arange(p.shape[-3]) == 1, -np.inf, p.options["sink"]).astype(p.q.dtype)
+    return p
+
+
+def _lengths_from_zero(p: Problem) -> Problem:
+    """One sequence without keys, and one with all of them."""
+    n = np.array([0, p.shape[-1]])
+    p.parts.append(Part(masks.key_lengths(n), "key_lengths", n))
+    return p
+
+
+def _query_lengths_from_zero(p: Problem) -> Problem:
+    """One sequence without queries, and one with all of them."""
+    p.parts.append(Part(masks.query_lengths(np.array([0, p.shape[-2]]))))
+    return p
+
+
+def _narrow_masks(p: Problem) -> Problem:
+    """A mask of one row for all queries, as a tokenizer gives it, and its axes of size 1 left to the candidate."""
+    allowed = np.arange(p.shape[-1]) % 4 != 1
+    p.parts.append(Part(allowed.reshape((1,) * (len(p.shape) - 1) + (-1,))))
+    return p
+
+
+def _column_mask(p: Problem) -> Problem:
+    """A mask of one column for all keys: whole queries see nothing."""
+    p.parts.append(Part((np.arange(p.shape[-2]) % 4 != 1)[:, None]))
+    return p
+
+
+def _sides(left: int | None, right: int | None) -> Callable[[Problem], Problem]:
+    def twist(p: Problem) -> Problem:
+        p.parts.append(Part(masks.window(left, right, align="top_left"), "window", (left, right), "top_left"))
+        return p
+
+    return twist
+
+
+def _far_below_mask(p: Problem) -> Problem:
+    """Scores of -1e5 beside what is masked: a sentinel of -1e4 would outweigh them."""
+    p.options["bias"] = np.full((1,) * len(p.shape), -1e5, p.q.dtype)
+    p.parts.append(Part(masks.causal(align="top_left"), "causal", True, "top_left"))
+    return p
+
+
+def _farther_below_mask(p: Problem) -> Problem:
+    """Scores of -1e10 beside what is masked: so would -1e9. Only float64 can tell such scores apart."""
+    p.options["bias"] = np.full((1,) * len(p.shape), -1e10, p.q.dtype)
+    p.parts.append(Part(np.arange(p.shape[-1]) + 0 * np.arange(p.shape[-2])[:, None] != 2))
+    return p
+
+
+def _option(name: str, value: float) -> Callable[[Problem], Problem]:
+    def twist(p: Problem) -> Problem:
+        p.options[name] = value
+        return p
+
+    return twist
+
+
 def _strided(p: Problem) -> Problem:
     """Read-only views with strides: transposed, every second element, one element for all."""
 
@@ -444,9 +523,27 @@ TWISTS: dict[str, Callable[[Problem], Problem]] = {
     "NaN behind the mask": _nan_behind_mask,
     "NaN seen later": _nan_later,
     "NaN in a dead query": _nan_in_dead_query,
+    "NaN in values that are seen": _nan_seen,
+    "NaN in a key that is seen": _key_of_nan,
     "bias of -inf": _minus_infinity,
     "scores of -1e5": _far_below,
     "strided": _strided,
+    "scores of -1e5 and a mask": _far_below_mask,
+    "scores of -1e10 and a mask": _farther_below_mask,
+    "scale 0": _option("scale", 0.0),
+    "scale 0.6": _option("scale", 0.6),
+    "softcap 0.7": _option("softcap", 0.7),
+    "softcap 30": _option("softcap", 30.0),
+    "sink of -inf": _no_sink,
+    "key_lengths 0 and S": _lengths_from_zero,
+    "query_lengths 0 and L": _query_lengths_from_zero,
+    "mask of one row": _narrow_masks,
+    "mask of one column": _column_mask,
+    "window (5, 0)": _sides(5, 0),
+    "window (0, 5)": _sides(0, 5),
+    "window (None, 2)": _sides(None, 2),
+    "window (2, None)": _sides(2, None),
+    "window (0, 0)": _sides(0, 0),
 }
 
 
@@ -476,10 +573,12 @@ def _cases() -> list[Case]:
     for family in FAMILIES:
         if family != "normal":
             cases.append(Case(f"inputs {family}", family=family, feature="hard inputs"))
+    features = {"every row dead": "dead rows", "scores of -1e5": "hard inputs", "strided": "layout", "dead rows": "dead rows"}
     for twist in TWISTS:
-        feature = "NaN containment" if "NaN" in twist else "layout" if twist == "strided" else twist.split(" of")[0]
-        feature = {"every row dead": "dead rows", "scores": "hard inputs"}.get(feature, feature)
-        cases.append(Case(twist, twist=twist, feature=feature))
+        feature = features.get(twist, "NaN containment" if "NaN" in twist else twist.split()[0])
+        feature = "hard inputs" if feature == "scores" else feature
+        options = ("sink",) if twist == "sink of -inf" else ()
+        cases.append(Case(twist, options, twist=twist, feature=feature, dtype="float64" if "-1e10" in twist else "float32"))
     cases += [
         Case("dead rows + dlse", ("dlse",), twist="dead rows", feature="dead rows"),
         Case("dead rows + sink", ("sink", "dlse"), twist="dead rows", feature="dead rows"),
@@ -493,6 +592,10 @@ def _cases() -> list[Case]:
         cases.append(Case(f"{letter} = 0", sizes=_sized(**{letter: 0}), feature="empty"))
     cases.append(Case("B = 0", lead=(0,), feature="empty"))
     cases.append(Case("B = 1, H = 1", lead=(1,), sizes=_sized(H=1, G=1), feature="small sizes"))
+    cases.append(Case("B = 3", lead=(3,), feature="small sizes"))
+    cases.append(Case("G = 1", sizes=_sized(G=1), feature="grouped heads"))
+    cases.append(Case("D = 64", sizes=_sized(D=64, E=64), feature="head widths"))
+    cases.append(Case("D = 128", sizes=_sized(D=128, E=128), feature="head widths"))
     cases.append(Case("D = 17", sizes=_sized(D=17, E=17), feature="small sizes"))
     cases.append(Case("H = L", sizes=_sized(H=4, G=4, L=4), feature="small sizes"))
     for name in ((), ("causal bottom_right",), ("mask array", "G < H"), ("bias BHLS", "softcap", "dlse"), ("window",)):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from npattn._checks import Array
+from npattn._checks import Array, kind
 from npattn._pairs import quiet
 from npattn.attention import attention_backward, attention_forward
 from npattn.tolerances import GOOD_MAX, GOOD_RMS
@@ -84,11 +85,11 @@ def truth(problem: Problem, dtype: Any = None) -> Truth:
 def compare(tensor: str, got: Any, want: Array, sigma: Array, dtype: Any) -> Check:
     """One tensor against the truth, in units of sigma. NaN and inf have to be where the truth has them."""
     if not isinstance(got, np.ndarray):
-        return Check(tensor, "wrong", f"is a {type(got).__module__}.{type(got).__name__}, expected a numpy.ndarray")
+        return Check(tensor, "wrong", f"is {kind(got)}, expected a numpy.ndarray: np.asarray(x)", worst=math.inf)
     if got.shape != want.shape:
-        return Check(tensor, "wrong", f"has shape {got.shape}, expected {want.shape}")
+        return Check(tensor, "wrong", f"has shape {got.shape}, expected {want.shape}", worst=math.inf)
     if got.dtype != dtype:
-        return Check(tensor, "wrong", f"has dtype {got.dtype}, expected {dtype}")
+        return Check(tensor, "wrong", f"has dtype {got.dtype}, expected {dtype}", worst=math.inf)
     x, y = np.asarray(got, want.dtype), want
     same = (x == y) | (np.isnan(x) & np.isnan(y))
     finite = np.isfinite(x) & np.isfinite(y)
@@ -100,22 +101,25 @@ def compare(tensor: str, got: Any, want: Array, sigma: Array, dtype: Any) -> Che
     if worst <= GOOD_MAX and rms <= GOOD_RMS:
         return Check(tensor, "ok", "", rms, worst, index)
     where = f"[{', '.join(map(str, index))}]"
-    off = np.isinf(units) if np.isinf(worst) else units > GOOD_MAX
+    off = np.isinf(units) if np.isinf(worst) else units > (GOOD_MAX if worst > GOOD_MAX else GOOD_RMS)
     if np.isinf(worst) and not finite[index]:
         text = f"{tensor}{where} is {x[index]:.6g}, expected {y[index]:.6g}"
     else:
         text = f"{tensor}{where} is {x[index]:.9g}, expected {y[index]:.9g}, off by {worst:.3g} sigma (rms {rms:.3g})"
-    return Check(tensor, "wrong", f"{text}; {_places(off)}", rms, worst, index)
+    return Check(tensor, "wrong", f"{text}; {_places(tensor, off)}", rms, worst, index)
 
 
-def _places(off: Array) -> str:
+LETTERS = {"out": "BHLE", "lse": "BHL", "dq": "BHLD", "dk": "BGSD", "dv": "BGSE", "dbias": "BHLS", "dsink": "H"}
+WORDS = {"B": "batch", "H": "heads", "G": "key heads", "L": "queries", "S": "keys"}
+
+
+def _places(tensor: str, off: Array) -> str:
     """Where in a tensor the elements lie that are off."""
-    names = {1: "H", 2: "HL", 3: "HLE", 4: "BHLE"}.get(off.ndim, "")
     parts = [f"{off.sum()} of {off.size} elements"]
-    for axis, letter in enumerate(names):
+    for axis, letter in enumerate(LETTERS[tensor][-off.ndim :]):
         hit = np.flatnonzero(off.any(tuple(a for a in range(off.ndim) if a != axis)))
-        if 0 < len(hit) < off.shape[axis] and letter in "BHL":
-            word = {"B": "batch", "H": "heads", "L": "rows"}[letter]
+        if 0 < len(hit) < off.shape[axis] and letter in WORDS:
+            word = WORDS[letter]
             shown = ", ".join(map(str, hit[:6])) + (", ..." if len(hit) > 6 else "")
             parts.append(f"{word} {shown}")
     return "in " + "; ".join(parts)
@@ -141,11 +145,11 @@ def examine(candidate: Candidate, case: Case, seed: int = 0) -> Result:
         returned = candidate.forward(problem.q, problem.k, problem.v, **given)
     except NotImplementedError as error:
         return rest("not supported", str(error) or ", ".join(case.features))
-    except Exception as error:
-        result.checks.append(Check("out", "wrong", f"raises {type(error).__name__}: {_line(error)}"))
+    except (Exception, SystemExit) as error:
+        result.checks.append(Check("out", "wrong", f"raises {type(error).__name__}: {_line(error)}", worst=math.inf))
         return rest("not given", "the forward raises", 1)
     if _bytes(problem, given) != before:
-        result.checks.append(Check("out", "wrong", "an input was modified"))
+        result.checks.append(Check("out", "wrong", "an input was modified", worst=math.inf))
         return rest("not given", "the forward modifies its inputs", 1)
     want, dtype = truth(problem), problem.q.dtype
     both = isinstance(returned, tuple) and len(returned) == 2
@@ -178,14 +182,14 @@ def _examine_backward(
         returned = backward(problem.dout, problem.q, problem.k, problem.v, **given)
     except NotImplementedError as error:
         return [Check(t, "not supported", str(error) or "backward") for t in wanted]
-    except Exception as error:
-        return [Check("dq", "wrong", f"backward raises {type(error).__name__}: {_line(error)}")]
+    except (Exception, SystemExit) as error:
+        return _all(wanted, f"the backward raises {type(error).__name__}: {_line(error)}")
     if _bytes(problem, given) != before:
-        return [Check("dq", "wrong", "the backward modifies an input")]
+        return _all(wanted, "the backward modifies an input")
     try:
         named = _named(returned)
     except TypeError as error:
-        return [Check("dq", "wrong", str(error))]
+        return _all(wanted, str(error))
     checks = []
     for tensor in wanted:
         if named.get(tensor) is None:
@@ -195,6 +199,11 @@ def _examine_backward(
             sigma = getattr(want.sigma, tensor[1:])
             checks.append(compare(tensor, named[tensor], want.grads[tensor], sigma, problem.q.dtype))
     return checks
+
+
+def _all(wanted: list[str], text: str) -> list[Check]:
+    """The first of the gradients is wrong for a reason that is all of theirs."""
+    return [Check(wanted[0], "wrong", text, worst=math.inf)] + [Check(t, "not given", text) for t in wanted[1:]]
 
 
 def _named(returned: Any) -> dict[str, Any]:
@@ -213,7 +222,7 @@ def _bytes(problem: Problem, given: dict[str, Any]) -> list[bytes]:
     return [x.tobytes() for x in arrays if isinstance(x, np.ndarray)]
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else ""
 
 
@@ -242,9 +251,10 @@ class Report:
         for r in self.results:
             for feature in r.features:
                 found.setdefault(feature, []).append(r)
-            for name, tensors in (("lse", ("lse",)), ("backward", GRADIENTS)):
+            for name, tensors in {"lse": ["lse"], "backward": GRADIENTS, "dbias": ["dbias"], "dsink": ["dsink"]}.items():
                 own = [c for c in r.checks if c.tensor in tensors]
-                found.setdefault(name, []).append(Result(r.case, [name], own))
+                if own:
+                    found.setdefault(name, []).append(Result(r.case, [name], own))
         return found
 
     def untested(self, features: Iterable[str]) -> list[str]:
@@ -253,7 +263,16 @@ class Report:
         return [f for f in features if not any(r.tested for r in found.get(f, []))]
 
     def as_json(self) -> dict[str, Any]:
-        results = [{**asdict(r), "status": r.status} for r in self.results]
+        """Plain values; what is not finite is null."""
+
+        def plain(x: Any) -> Any:
+            if isinstance(x, dict):
+                return {name: plain(y) for name, y in x.items()}
+            if isinstance(x, (list, tuple)):
+                return [plain(y) for y in x]
+            return None if isinstance(x, float) and not math.isfinite(x) else x
+
+        results = [{**plain(asdict(r)), "status": r.status} for r in self.results]
         return {"candidate": self.candidate, "tested": self.tested, "total": self.total, "results": results}
 
 
@@ -264,3 +283,27 @@ def verify(candidate: Candidate, cases: Iterable[Case] = CASES, *, stop: bool = 
         yield result
         if stop and result.status == "wrong":
             return
+
+
+def check(
+    forward: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    *,
+    require: Iterable[str] = (),
+    align: str = "top_left",
+) -> Report:
+    """Verify a function of yours; raises AssertionError with what is wrong, or where nothing (of ``require``) was tested.
+
+    >>> from npattn import attention
+    >>> check(attention, require=["causal", "grouped heads"]).wrong
+    []
+    """
+    report = Report(getattr(forward, "__name__", str(forward)), list(verify(Candidate("candidate", forward, backward, align))))
+    lines = [f"{r.case}: {c.tensor}: {c.text}" for r in report.wrong for c in r.checks if c.status == "wrong"]
+    if lines:
+        more = [f"... and {len(lines) - 10} more"] if len(lines) > 10 else []
+        raise AssertionError("\n".join([f"{report.candidate} falls short in {len(report.wrong)} cases:", *lines[:10], *more]))
+    untested = report.untested(require) if report.tested else ["anything"]
+    if untested:
+        raise AssertionError(f"{report.candidate}: not tested: {', '.join(untested)}")
+    return report
