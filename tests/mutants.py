@@ -9,15 +9,12 @@ has to reject it. A bug given to the backward alone leaves the forward right, wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from npattn import masks
-from npattn.verify import CASES, Candidate, Case, Problem
-from npattn.verify.cases import MEDIUM, Part
+from npattn.verify import CASES, Candidate
 
 QUIET = {"divide": "ignore", "over": "ignore", "under": "ignore", "invalid": "ignore"}
 ROWS, COLS = 32, 16  # a tile: the 37 queries and 53 keys of most cases need several, and the last ones are cut short
@@ -1563,50 +1560,4 @@ MULTI_HEAD_MUTANTS = _layer("8", {
 })  # fmt: skip
 
 
-# --- cases that the table of npattn.verify does not have yet --------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Proposed(Case):
-    """A case with an edit of its own in place of a twist."""
-
-    edit: Callable[[Problem], None] | None = None
-
-    def problem(self, seed=0):
-        p = super().problem(seed)
-        if self.edit is not None:
-            self.edit(p)
-        return p
-
-
-def _mask_of_each_head(p):
-    p.parts.append(Part(np.random.default_rng(1).random((1, *p.shape[1:])) < 0.7))
-
-
-def _window_at_the_end(p):
-    p.parts.append(Part(masks.window(17, 10, align="bottom_right"), "window", (17, 10), "bottom_right"))
-
-
-def _no_dout(p):
-    p.dout[...] = 0
-
-
-def _sinks_far_off(p):
-    p.options["sink"] = np.array([200, -200, 0.5], p.q.dtype)
-
-
-PROPOSED = [
-    Case("mask array, L = S", ("mask array",), sizes={**MEDIUM, "L": MEDIUM["S"]}),
-    Case("E < D", sizes={**MEDIUM, "E": MEDIUM["D"] - 5}),
-    Case("whole tiles", sizes={**MEDIUM, "L": 64, "S": 128}),
-    Case("one more than a tile", sizes={**MEDIUM, "L": 65, "S": 129}),
-    Case("inputs x30 + mask array", ("mask array",), family="x30"),
-    Case("inputs x30 + negative scale", ("negative scale",), family="x30"),
-    Case("inputs x30 + softcap", ("softcap",), family="x30"),
-    Proposed("sinks far off", ("sink", "dlse"), edit=_sinks_far_off),
-    Proposed("dlse alone", ("dlse",), edit=_no_dout),
-    Proposed("mask HLS", edit=_mask_of_each_head),
-    Proposed("window bottom_right", edit=_window_at_the_end),
-]
-"""Cases that reject what no case of the table rejects."""
-BY_NAME = {case.name: case for case in [*PROPOSED, *CASES]}  # those of the table go first
+BY_NAME = {case.name: case for case in CASES}

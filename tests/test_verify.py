@@ -110,9 +110,9 @@ def test_a_good_candidate_passes(run):
 @pytest.mark.parametrize(
     ("arguments", "case", "line"),
     [
-        (["mine.py:causal_wrong"], "causal top_left + L > S", "out["),
-        (["mine.py:forward", "--backward", "group_forgotten"], "G < H", "dk["),
-        (["mine.py:forward", "--backward", "dlse_ignored"], "dlse", "dq["),
+        (["mine.py:causal_wrong", "-k", "causal"], "causal top_left + L > S", "out["),
+        (["mine.py:forward", "--backward", "group_forgotten", "-k", "G < H"], "G < H", "dk["),
+        (["mine.py:forward", "--backward", "dlse_ignored", "-k", "dlse"], "dlse", "dq["),
         (["mine.py:half_inside", "--backward", "backward"], "plain", "out["),
     ],
     ids=["causal alignment", "group sum", "dlse ignored", "float16 inside"],

@@ -503,6 +503,29 @@ def _option(name: str, value: float) -> Callable[[Problem], Problem]:
     return twist
 
 
+def _mask_of_each_head(p: Problem) -> Problem:
+    p.parts.append(Part(np.random.default_rng(1).random((1, *p.shape[1:])) < 0.7))
+    return p
+
+
+def _window_at_the_end(p: Problem) -> Problem:
+    """A window that ends with the last query at the last key."""
+    p.parts.append(Part(masks.window(17, 10, align="bottom_right"), "window", (17, 10), "bottom_right"))
+    return p
+
+
+def _sinks_far_off(p: Problem) -> Problem:
+    """A sink far above all scores, and one far below."""
+    p.options["sink"] = np.resize([200.0, -200.0, 0.5], p.shape[-3]).astype(p.q.dtype)
+    return p
+
+
+def _dlse_alone(p: Problem) -> Problem:
+    """No gradient from above but that of lse."""
+    p.dout[...] = 0
+    return p
+
+
 def _strided(p: Problem) -> Problem:
     """Read-only views with strides: transposed, every second element, one element for all."""
 
@@ -530,6 +553,10 @@ TWISTS: dict[str, Callable[[Problem], Problem]] = {
     "strided": _strided,
     "scores of -1e5 and a mask": _far_below_mask,
     "scores of -1e10 and a mask": _farther_below_mask,
+    "mask HLS": _mask_of_each_head,
+    "window bottom_right": _window_at_the_end,
+    "sinks far off": _sinks_far_off,
+    "dlse alone": _dlse_alone,
     "scale 0": _option("scale", 0.0),
     "scale 0.6": _option("scale", 0.6),
     "softcap 0.7": _option("softcap", 0.7),
@@ -577,7 +604,8 @@ def _cases() -> list[Case]:
     for twist in TWISTS:
         feature = features.get(twist, "NaN containment" if "NaN" in twist else twist.split()[0])
         feature = "hard inputs" if feature == "scores" else feature
-        options = ("sink",) if twist == "sink of -inf" else ()
+        feature = "sink" if feature == "sinks" else feature
+        options = {"sink of -inf": ("sink",), "sinks far off": ("sink", "dlse"), "dlse alone": ("dlse",)}.get(twist, ())
         cases.append(Case(twist, options, twist=twist, feature=feature, dtype="float64" if "-1e10" in twist else "float32"))
     cases += [
         Case("dead rows + dlse", ("dlse",), twist="dead rows", feature="dead rows"),
@@ -594,6 +622,12 @@ def _cases() -> list[Case]:
     cases.append(Case("B = 1, H = 1", lead=(1,), sizes=_sized(H=1, G=1), feature="small sizes"))
     cases.append(Case("B = 3", lead=(3,), feature="small sizes"))
     cases.append(Case("G = 1", sizes=_sized(G=1), feature="grouped heads"))
+    cases += [Case(f"inputs x30 + {name}", (name,), family="x30", feature="hard inputs")
+              for name in ("mask array", "negative scale", "softcap")]  # fmt: skip
+    cases.append(Case("E < D", sizes=_sized(E=11), feature="E != D"))
+    cases.append(Case("mask array, L = S", ("mask array",), sizes=_sized(L=53), feature="small sizes"))
+    cases.append(Case("whole tiles", sizes=_sized(L=64, S=128), feature="long"))
+    cases.append(Case("one more than a tile", sizes=_sized(L=65, S=129), feature="long"))
     cases.append(Case("D = 64", sizes=_sized(D=64, E=64), feature="head widths"))
     cases.append(Case("D = 128", sizes=_sized(D=128, E=128), feature="head widths"))
     cases.append(Case("D = 17", sizes=_sized(D=17, E=17), feature="small sizes"))

@@ -93,6 +93,8 @@ def compare(tensor: str, got: Any, want: Array, sigma: Array, dtype: Any) -> Che
     x, y = np.asarray(got, want.dtype), want
     same = (x == y) | (np.isnan(x) & np.isnan(y))
     finite = np.isfinite(x) & np.isfinite(y)
+    if np.isnan(np.where(finite, sigma, 1.0)).any():
+        raise ArithmeticError(f"{tensor}: the predicted error is NaN where the truth is finite: a fault of npattn's own")
     units = np.where(same, 0.0, np.where(finite, np.abs(x - y) / sigma, np.inf)).astype(np.float64)
     if not units.size:
         return Check(tensor, "ok", "empty")
