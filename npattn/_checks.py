@@ -116,8 +116,8 @@ def check_number(op: str, name: str, x: object, computing: np.dtype[Any], *, pos
     if not np.isfinite(computed):
         raise ValueError(f"{op}: {name} is {shown}, expected a finite number{where}")
     # A NumPy float64 scalar would turn float32 arrays into float64 ones; a Python float leaves them alone.
-    if type(x) in (np.longdouble, np.clongdouble) and computing.char in "gG":
-        return x
+    if isinstance(number, (np.longdouble, np.clongdouble)) and computing.char in "gG":
+        return number
     return float(number) if real else complex(number)
 
 

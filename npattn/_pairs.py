@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -81,6 +81,10 @@ class Bindable(Protocol):
     """Anything that can be bound to the shape of the scores."""
 
     def bind(self, shape: Shape) -> Any: ...
+
+
+Pairs: TypeAlias = Array | Bindable | None
+"""What is known of each pair, as an argument: an array, an object of the protocol, or nothing."""
 
 
 def is_bindable(x: object) -> bool:
@@ -234,13 +238,14 @@ def weight_gradient(x: Array, dy: Array, heads: int = 1, axis: int = 1) -> Array
             return np.concatenate([weight_gradient(*part) for part in parts], axis)
         counts: Any = a.any(-1, keepdims=True) & b.any(-1, keepdims=True)
         a, b = select(counts, a), select(counts, b)
-    return swap(a) @ b
+    result: Array = swap(a) @ b
+    return result
 
 
 # --- heads ----------------------------------------------------------------------------------------------------------------
 
 
-def one_head_each(x: Array, heads: int, computing: np.dtype[Any]) -> Array:
+def each_head(x: Array, heads: int, computing: np.dtype[Any]) -> Array:
     """(..., G, S, D) -> (..., H, S, D): head h reads group h // (H // G)."""
     x = x.astype(computing, copy=False)
     return x if x.ndim == 2 or x.shape[-3] == heads else np.repeat(x, heads // x.shape[-3], axis=-3)
@@ -258,7 +263,7 @@ def heads_first(x: Array, shape: Shape) -> Array:
     return x.reshape((*shape[-3:-2], 1, 1))
 
 
-def sum_per_head(x: Array, heads: int) -> Array:
+def head_sum(x: Array, heads: int) -> Array:
     """(..., H, L, S) or (L, S) -> (H,), summed over everything else."""
     total: Array = x.sum(tuple(a for a in range(x.ndim) if a != x.ndim - 3))
     return total.reshape(heads)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npattn._checks import Array, Dims, Shape, check_class, check_cotangent, check_dtype, check_number, check_other_dtype
-from npattn._pairs import ALL, bind_dropout, group_sum, heads_first, one_head_each, product, quiet, select, sum_per_head, swap
+from npattn._pairs import ALL, Pairs, bind_dropout, each_head, group_sum, head_sum, heads_first, product, quiet, select, swap
 from npattn.biases import bind_bias
 from npattn.masks import bind_mask
 from npattn.softmax import normalize
@@ -55,8 +55,8 @@ class AttentionGrads(NamedTuple):
 
 @quiet
 def attention_forward(
-    q: Array, k: Array, v: Array, *, mask: Any = None, bias: Any = None, scale: Any = None, softcap: Any = None,
-    sink: Array | None = None, dropout_mask: Any = None, return_lse: bool = False,
+    q: Array, k: Array, v: Array, *, mask: Pairs = None, bias: Pairs = None, scale: float | None = None,
+    softcap: float | None = None, sink: Array | None = None, dropout_mask: Pairs = None, return_lse: bool = False,
 ) -> tuple[Any, AttentionCache]:  # fmt: skip
     """Scaled dot-product attention, equations (1) to (7) of this page.
 
@@ -76,7 +76,7 @@ def attention_forward(
     """
     c = bind("attention", q, k, v, mask, bias, scale, softcap, sink, dropout_mask)
     heads = q.shape[-3] if q.ndim > 2 else 1
-    q_, k_, v_ = (one_head_each(x, heads, c.computing) for x in (q, k, v))
+    q_, k_, v_ = (each_head(x, heads, c.computing) for x in (q, k, v))
     allowed, b = visible(c)
     scores = c.scale * (q_ @ swap(k_))  # (1)
     if softcap is not None:
@@ -98,7 +98,7 @@ def attention_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     """
     check_cotangents("attention", cache, dout, dlse)
     c, heads = cache, cache.q.shape[-3] if cache.q.ndim > 2 else 1
-    q, k, v = (one_head_each(x, heads, c.computing) for x in (c.q, c.k, c.v))
+    q, k, v = (each_head(x, heads, c.computing) for x in (c.q, c.k, c.v))
     dout, dl = live(c, dout, dlse)
     allowed, b = visible(c)
     allowed_t = None if allowed is None else swap(allowed)
@@ -116,7 +116,7 @@ def attention_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     if c.sink is not None:
         sink = heads_first(c.sink, dscores.shape)
         p_sink = select(sink != -np.inf, np.exp(sink - c.lse[..., None]))
-        dsink = sum_per_head(p_sink * (dl - mean), heads).astype(c.sink.dtype, copy=False)  # (5)
+        dsink = head_sum(p_sink * (dl - mean), heads).astype(c.sink.dtype, copy=False)  # (5)
     dscores = select(allowed, dscores)  # (4)
     if b is not None:
         total = c.bias.new_gradient()
@@ -135,8 +135,8 @@ def attention_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
 
 
 def attention(
-    q: Array, k: Array, v: Array, *, mask: Any = None, bias: Any = None, scale: Any = None, softcap: Any = None,
-    sink: Array | None = None, dropout_mask: Any = None, return_lse: bool = False,
+    q: Array, k: Array, v: Array, *, mask: Pairs = None, bias: Pairs = None, scale: float | None = None,
+    softcap: float | None = None, sink: Array | None = None, dropout_mask: Pairs = None, return_lse: bool = False,
 ) -> Any:  # fmt: skip
     """`attention_forward` without its cache: out, or (out, lse) with ``return_lse=True``."""
     return attention_forward(

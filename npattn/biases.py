@@ -14,7 +14,7 @@ The gradient of an object is an object of the same class that holds the gradient
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -112,6 +112,12 @@ def alibi_slopes(num_heads: int, dtype: Any = np.float64) -> Array:
     return np.array([2.0**-e for e in exponents[:H]], dtype)
 
 
+def _keep_positions(bias: Any) -> None:
+    """Positions are copied where a bias is made: like a mask, it is a value."""
+    positions = Positions.make(type(bias).__name__, bias.q_pos, bias.k_pos, bias.align, bias.offset)
+    object.__setattr__(bias, "positions", positions)
+
+
 @dataclass(frozen=True, eq=False)
 class Alibi:
     """Attention with linear biases: bias_hij = -slopes_h |q_pos_i - k_pos_j| (Press et al. 2022).
@@ -124,11 +130,12 @@ class Alibi:
     k_pos: object = None
     align: str | None = None
     offset: object = None
+    positions: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if check_array("Alibi", "slopes", self.slopes).ndim != 1:
             raise ValueError(f"Alibi: slopes has shape {self.slopes.shape}, expected (H,)")
-        Positions.make("Alibi", self.q_pos, self.k_pos, self.align, self.offset)
+        _keep_positions(self)
 
     @property
     def parameter(self) -> Array:
@@ -145,8 +152,7 @@ class Alibi:
 class AlibiBound(ParameterBound):
     def __init__(self, bias: Alibi, shape: Shape) -> None:
         super().__init__(bias, bias.slopes, shape)
-        positions = Positions.make("Alibi", bias.q_pos, bias.k_pos, bias.align, bias.offset)
-        self.q, self.k = positions.bind(shape)
+        self.q, self.k = bias.positions.bind(shape)
         self.heads = np.broadcast_to(np.arange(len(self.value)) if len(shape) > 2 else 0, shape[:-2])
 
     def _distance(self, index: Shape, rows: slice, cols: slice) -> Array:
@@ -184,11 +190,12 @@ class RelativeTable:
     k_pos: object = None
     align: str | None = None
     offset: object = None
+    positions: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if check_array("RelativeTable", "table", self.table).ndim != 2:
             raise ValueError(f"RelativeTable: table has shape {self.table.shape}, expected (number of buckets, H)")
-        Positions.make("RelativeTable", self.q_pos, self.k_pos, self.align, self.offset)
+        _keep_positions(self)
         if not callable(self.buckets):
             if any(x is not None for x in (self.q_pos, self.k_pos, self.align, self.offset)):
                 raise ValueError("RelativeTable: got positions, expected none where buckets is an array")
@@ -220,9 +227,8 @@ class RelativeBound(ParameterBound):
     def __init__(self, bias: RelativeTable, shape: Shape) -> None:
         super().__init__(bias, bias.table, shape)
         if callable(bias.buckets):
-            positions = Positions.make("RelativeTable", bias.q_pos, bias.k_pos, bias.align, bias.offset)
-            self.q, self.k = positions.bind(shape)
-            self._buckets(tuple(0 for _ in shape[:-2]) if all(shape) else (), slice(0, 1), slice(0, 1))
+            self.q, self.k = bias.positions.bind(shape)
+            self._buckets(tuple(0 for _ in shape[:-2]) if all(shape) else (), slice(0, 1), slice(0, 1))  # checks one pair
         else:
             self.view = broadcast_pairs("RelativeTable", "buckets", bias.buckets, shape)
         self.heads = np.broadcast_to(heads_first(np.arange(self.value.shape[1]), shape), (*shape[:-2], 1, 1))

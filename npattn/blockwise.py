@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npattn._checks import Array, Dims, Shape, check_class, check_cotangent, check_dtype, check_other_dtype
-from npattn._pairs import EMPTY, FULL, product, quiet, select, swap
+from npattn._pairs import EMPTY, FULL, Pairs, product, quiet, select, swap
 from npattn.attention import AttentionCache, AttentionGrads, bind, check_cotangents, live, visible
 
 TILE = (256, 512)  # queries, keys
@@ -108,8 +108,8 @@ class _Sums:
 
 @quiet
 def blockwise_forward(
-    q: Array, k: Array, v: Array, *, mask: Any = None, bias: Any = None, scale: Any = None, softcap: Any = None,
-    sink: Array | None = None, dropout_mask: Any = None, return_lse: bool = False,
+    q: Array, k: Array, v: Array, *, mask: Pairs = None, bias: Pairs = None, scale: float | None = None,
+    softcap: float | None = None, sink: Array | None = None, dropout_mask: Pairs = None, return_lse: bool = False,
 ) -> tuple[Any, AttentionCache]:  # fmt: skip
     """`npattn.attention_forward` without an array of L x S elements; ``cache.weights`` is None.
 
@@ -183,8 +183,8 @@ def _dweights(dout: Array, tile: _Tile) -> Array:
 
 
 def blockwise(
-    q: Array, k: Array, v: Array, *, mask: Any = None, bias: Any = None, scale: Any = None, softcap: Any = None,
-    sink: Array | None = None, dropout_mask: Any = None, return_lse: bool = False,
+    q: Array, k: Array, v: Array, *, mask: Pairs = None, bias: Pairs = None, scale: float | None = None,
+    softcap: float | None = None, sink: Array | None = None, dropout_mask: Pairs = None, return_lse: bool = False,
 ) -> Any:  # fmt: skip
     """`blockwise_forward` without its cache."""
     return blockwise_forward(

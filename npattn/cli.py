@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     aligned = "the alignment that its own causal and window keywords have where L != S (default top_left)"
     v.add_argument("--causal", choices=("top_left", "bottom_right"), default="top_left", help=aligned)
     v.add_argument("--json", metavar="FILE", type=Path, help="write all results there")
-    v.add_argument("-k", dest="text", metavar="TEXT", default="", help="only cases whose name contains TEXT")
+    v.add_argument("-k", dest="text", metavar="TEXT", default="", help="only cases with TEXT in their name, or of that feature")
     v.add_argument("-x", dest="stop", action="store_true", help="stop at the first case that is wrong")
     v.add_argument("--list", action="store_true", help="list the cases and their features, run nothing")
     v.add_argument("--require", metavar="FEATURE", action="append", default=[], help="fail if FEATURE was not tested")
@@ -63,7 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def verify_command(given: argparse.Namespace) -> int:
-    cases = [case for case in CASES if given.text.lower() in case.name.lower()]
+    text = given.text.lower()
+    cases = [case for case in CASES if text in case.name.lower() or text in map(str.lower, case.features)]
     features = {f for case in CASES for f in case.features} | {"lse", "backward", "dbias", "dsink"}
     unknown = [f for f in given.require if f not in features]
     if unknown:
@@ -86,6 +87,7 @@ def verify_command(given: argparse.Namespace) -> int:
             results.append(result)
             for text in describe(result):
                 line(text)
+            line(None)
     report = Report(candidate.name, results)
     if given.json:
         given.json.write_text(json.dumps(report.as_json(), indent=1, allow_nan=False) + "\n")
@@ -160,8 +162,8 @@ def summary(report: Report, cases: list[Case]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _lines(total: int) -> Iterator[Callable[[str], None]]:
-    """Prints lines; on a terminal, where rich is there, above a progress bar."""
+def _lines(total: int) -> Iterator[Callable[[str | None], None]]:
+    """Prints lines; on a terminal, where rich is there, above a progress bar. None: a case is done."""
     if sys.stdout.isatty():
         with contextlib.suppress(ImportError):
             from rich.progress import Progress
@@ -169,13 +171,15 @@ def _lines(total: int) -> Iterator[Callable[[str], None]]:
             with Progress() as bar:
                 task = bar.add_task("verify", total=total)
 
-                def line(text: str) -> None:
-                    bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-                    bar.update(task, advance=not text.startswith("           "))
+                def line(text: str | None) -> None:
+                    if text is None:
+                        bar.advance(task)
+                    else:
+                        bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
                 yield line
             return
-    yield print
+    yield lambda text: None if text is None else print(text)
 
 
 # --- env ------------------------------------------------------------------------------------------------------------------

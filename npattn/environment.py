@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy  # type: ignore[import-untyped]
+import scipy
 
 import npattn
 
@@ -31,7 +31,8 @@ print(min(times))
 def describe() -> dict[str, str]:
     """One line a fact; the last ones measure what another OpenBLAS kernel set does to a matrix product here."""
     blas = openblas()
-    build = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    config: Any = np.show_config
+    build = config(mode="dicts")["Build Dependencies"]["blas"]
     facts = {
         "npattn": npattn.__version__,
         "Python": platform.python_version(),
@@ -57,7 +58,7 @@ def _has_avx512() -> bool:
 
 def _kernel_advice(kernels: str) -> dict[str, str]:
     if kernels not in ("Haswell", "Zen"):
-        return {"advice": "OpenBLAS uses its AVX-512 kernels"}
+        return {"kernels": f"{kernels} (AVX-512)"}
     now, other = _time_products(("", "SkylakeX"))
     if not (now and other):
         return {"advice": f"{kernels} kernels are for AVX2, and this processor has AVX-512: try OPENBLAS_CORETYPE=SkylakeX"}
@@ -108,7 +109,7 @@ def openblas() -> dict[str, str]:
 
 def _by_threadpoolctl() -> dict[str, str]:
     try:
-        from threadpoolctl import threadpool_info  # type: ignore[import-untyped]
+        from threadpoolctl import threadpool_info
     except ImportError:
         return {}
     for pool in threadpool_info():

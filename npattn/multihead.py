@@ -29,7 +29,7 @@ from npattn._checks import (
     check_other_dtype,
     computing_dtype,
 )
-from npattn._pairs import is_bias, quiet, swap, weight_gradient
+from npattn._pairs import Pairs, is_bias, quiet, swap, weight_gradient
 from npattn.attention import AttentionCache, attention_backward, attention_forward
 from npattn.blockwise import blockwise_backward, blockwise_forward
 
@@ -133,8 +133,8 @@ def _as_given(grad: Any, given: Any) -> Any:
 @quiet
 def multi_head_forward(
     x_q: Array, x_k: Array, x_v: Array, params: MultiHeadParams, num_heads: int, *, num_kv_heads: int | None = None,
-    mask: Any = None, bias: Any = None, scale: Any = None, softcap: Any = None, sink: Array | None = None,
-    dropout_mask: Any = None, implementation: str = "dense",
+    mask: Pairs = None, bias: Pairs = None, scale: float | None = None, softcap: float | None = None,
+    sink: Array | None = None, dropout_mask: Pairs = None, implementation: str = "dense",
 ) -> tuple[Array, MultiHeadCache]:  # fmt: skip
     """Multi-head attention, equations (1) to (6) of this page; self-attention where x_q, x_k and x_v are one array.
 
@@ -194,8 +194,8 @@ def _project_backward(
 
 def multi_head(
     x_q: Array, x_k: Array, x_v: Array, params: MultiHeadParams, num_heads: int, *, num_kv_heads: int | None = None,
-    mask: Any = None, bias: Any = None, scale: Any = None, softcap: Any = None, sink: Array | None = None,
-    dropout_mask: Any = None, implementation: str = "dense",
+    mask: Pairs = None, bias: Pairs = None, scale: float | None = None, softcap: float | None = None,
+    sink: Array | None = None, dropout_mask: Pairs = None, implementation: str = "dense",
 ) -> Array:  # fmt: skip
     """`multi_head_forward` without its cache."""
     return multi_head_forward(

@@ -269,7 +269,7 @@ def logits(q, k, bias, allowed, o, bug):
     return np.where(allowed, s, -np.inf), raw, t, scale
 
 
-def one_head_each(x, H, bug):
+def each_head(x, H, bug):
     """(B, G, S, D) -> (B, H, S, D): head h reads group h // (H // G)."""
     G = x.shape[-3]
     group = np.arange(H) // (H // G)
@@ -365,7 +365,7 @@ def dense_forward(q, k, v, o, bug):
         q = flat(q)
     shape = (*q.shape[:-1], k.shape[-2])
     H = shape[-3]
-    kf, vf = one_head_each(k, H, bug), one_head_each(v, H, None if bug == "groups in reverse" else bug)
+    kf, vf = each_head(k, H, bug), each_head(v, H, None if bug == "groups in reverse" else bug)
     bias = spread(o.bias, shape, bug)
     if bug == "k laid out as (B, S, H, D)":
         kf = np.ascontiguousarray(kf).reshape(kf.shape[0], *kf.shape[2:0:-1], kf.shape[3]).swapaxes(1, 2)
@@ -480,7 +480,7 @@ def dense_backward(dout, q, k, v, o, out, lse, dlse, bug):
         lse[lse == -np.inf] = 0
     shape = (*q.shape[:-1], k.shape[-2])
     H, S = shape[-3], shape[-1]
-    kf, vf = one_head_each(k, H, bug), one_head_each(v, H, bug)
+    kf, vf = each_head(k, H, bug), each_head(v, H, bug)
     allowed = attended(shape, o, bug)
     s, _, t, scale = logits(q, kf, spread(o.bias, shape, bug), allowed, o, bug)
     sink = None if o.sink is None else of_heads(o.sink, bug)
@@ -494,7 +494,7 @@ def dense_backward(dout, q, k, v, o, out, lse, dlse, bug):
     if bug == "dlse in base 2":
         dl = dl / math.log(2)
     if bug == "dlse of the first head of a group" and dlse is not None:
-        dl = one_head_each(dl[:, :: H // k.shape[-3]], H, None)
+        dl = each_head(dl[:, :: H // k.shape[-3]], H, None)
 
     lse_ = np.where(alive, lse[..., None], 0)
     if bug == "dead rows NaN in the backward":
@@ -685,9 +685,9 @@ def tiled_forward(q, k, v, o, bug):
     rows, cols = -(-L // ROWS) * ROWS, -(-S // COLS) * COLS
     allowed = padded(attended(shape, o, bug), rows, cols, bug == "padded keys allowed")
     q_ = padded(q, rows)
-    kf, vf = (padded(one_head_each(x, lead[-1], bug), cols) for x in (k, v))
+    kf, vf = (padded(each_head(x, lead[-1], bug), cols) for x in (k, v))
     if bug == "keys past the end read":
-        kf, vf = (padded(one_head_each(x, lead[-1], bug), cols, mode="wrap") for x in (k, v))
+        kf, vf = (padded(each_head(x, lead[-1], bug), cols, mode="wrap") for x in (k, v))
         allowed = padded(attended(shape, o, bug), rows, cols, True)
     bias, drop = (None if x is None else padded(np.broadcast_to(x, shape), rows, cols) for x in (o.bias, o.drop))
     out, lse = np.zeros((*lead, rows, E), q.dtype), np.zeros((*lead, rows), q.dtype)
@@ -772,7 +772,7 @@ def tiled_backward(dout, q, k, v, o, out, lse, dlse, bug):
     q_, dout, delta, dl, lse_ = (padded(x, rows, mode=filling) for x in (q, dout, delta, dl, lse_))
     if bug == "lse of the padding rows not set":
         lse_[..., L:, :], seen_by[..., L:, :] = np.nan, True
-    kf, vf = (padded(one_head_each(x, lead[-1], bug), cols) for x in (k, v))
+    kf, vf = (padded(each_head(x, lead[-1], bug), cols) for x in (k, v))
     bias, drop = (None if x is None else padded(np.broadcast_to(x, shape), rows, cols) for x in (o.bias, o.drop))
     dbias = None if bias is None else np.zeros_like(bias)
     dq = np.zeros((*lead, rows, D), q.dtype)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npattn._checks import Array
-from npattn._pairs import heads_first, one_head_each, quiet, select, swap
+from npattn._pairs import each_head, heads_first, quiet, select, swap
 from npattn.attention import AttentionCache, AttentionGrads, live, visible
 from npattn.tolerances import DELTA_ROUNDING, EXP_ULPS, ROUNDING_STD
 
@@ -50,7 +50,7 @@ class _Kind:
     def through(self, error: Array, x: Array) -> Array:
         """The error of a matrix product whose left factor has this error."""
         if self.rigorous:
-            return error @ np.abs(x)
+            return np.asarray(error @ np.abs(x))
         top, rows = _scaled(error)
         result: Array = top * np.sqrt(np.square(rows) @ np.square(x))
         return result
@@ -113,7 +113,7 @@ def predict(
     kind = _Kind(rigorous, u, float(info.smallest_normal))
     unit, tiny = kind.unit, kind.tiny
     heads = c.q.shape[-3] if c.q.ndim > 2 else 1
-    q, k, v = (_finite(one_head_each(x, heads, np.dtype(np.float64))) for x in (c.q, c.k, c.v))
+    q, k, v = (_finite(each_head(x, heads, np.dtype(np.float64))) for x in (c.q, c.k, c.v))
     assert c.weights is not None  # the dense reference keeps them
     p, lse = np.asarray(c.weights, np.float64), np.asarray(c.lse, np.float64)
     o = np.asarray(out, np.float64)
