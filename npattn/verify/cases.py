@@ -326,7 +326,7 @@ def draw(
     options: Iterable[str], seed: int | list[int], *, sizes: dict[str, int] = SMALL, lead: tuple[int, ...] = (2,),
     family: str = "normal", dtype: Any = np.float64,
 ) -> Problem:  # fmt: skip
-    """A problem with these options. Masks are drawn again until some query may see two keys: else all is zero."""
+    """A problem with these options. Drawn again until some query may see two keys, not both dropped: else all is zero."""
     chosen = [OPTIONS[name] for name in options]
     for attempt in range(100):
         rng = np.random.default_rng([attempt, *(seed if isinstance(seed, list) else [seed])])
@@ -339,10 +339,15 @@ def draw(
         q, k, v = FAMILIES[family](rng, q, k, v)
         dlse = d.normal(*q.shape[:-1]) if d.lse else None
         problem = Problem(q, k, v, d.normal(*q.shape[:-1], v.shape[-1]), dlse, d.parts, d.options)
-        mask = problem.mask
-        if mask is None or (masks.as_mask("mask", mask).bind(problem.shape).dense().sum(-1) >= 2).any():
+        if not d.parts or _leaves_a_choice(problem):
             return problem.astype(dtype)
     raise ValueError(f"draw: the options {list(options)} leave no query two keys to choose from")
+
+
+def _leaves_a_choice(problem: Problem) -> bool:
+    seen = masks.as_mask("mask", problem.mask).bind(problem.shape).dense()
+    kept = seen if "dropout_mask" not in problem.options else seen & (problem.options["dropout_mask"] != 0)
+    return bool(((seen.sum(-1) >= 2) & kept.any(-1)).any())
 
 
 @dataclass(frozen=True)
