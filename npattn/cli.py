@@ -1,6 +1,7 @@
 """The command line: one verb a function.
 
-    npattn verify [CANDIDATE]     is this implementation of attention right?
+    npattn verify [CANDIDATE]     is this implementation right, and if not, what does it do instead?
+    npattn peers                  what the installed libraries do
     npattn env                    versions, BLAS and its kernels, threads
 """
 
@@ -15,12 +16,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import npattn
 from npattn import environment
-from npattn.verify import CASES, CandidateError, Case, Report, Result, load, verify
-from npattn.verify.candidates import CANONICAL, OWN_KEYWORDS
-from npattn.verify.judge import GRADIENTS
+from npattn.verify import CandidateError, Report, Result, Settings, load, verify
+from npattn.verify.candidates import CANONICAL, OPS, OWN_KEYWORDS
+from npattn.verify.conditions import CONDITIONS
+from npattn.verify.conventions import FIELDS, PRESETS, parse
+from npattn.verify.judge import LEVELS, RULES
+from npattn.verify.precision import PRECISIONS
+from npattn.verify.report import CASES_OF
 
 OK, WRONG, USAGE = 0, 1, 2
 
@@ -29,23 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="npattn", description="The reference for attention.")
     parser.add_argument("--version", action="version", version=f"npattn {npattn.__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    v = verbs.add_parser(
-        "verify",
-        help="verify an implementation of attention against the reference",
-        description="Exit status: 0 = all that was tested holds, 1 = something falls short or a required feature was not "
-        "tested, 2 = usage, nothing importable or nothing tested.",
-    )
-    names = "blockwise (default), torch, package.module:function or path/to/file.py:function"
-    v.add_argument("candidate", nargs="?", default="blockwise", help=names)
-    v.add_argument("--backward", metavar="FUNCTION", help="its backward: (dout, q, k, v, *, ...) -> (dq, dk, dv) or a mapping")
-    aligned = "the alignment that its own causal and window keywords have where L != S (default top_left)"
-    v.add_argument("--causal", choices=("top_left", "bottom_right"), default="top_left", help=aligned)
-    v.add_argument("--json", metavar="FILE", type=Path, help="write all results there")
-    v.add_argument("-k", dest="text", metavar="TEXT", default="", help="only cases with TEXT in their name, or of that feature")
-    v.add_argument("-x", dest="stop", action="store_true", help="stop at the first case that is wrong")
-    v.add_argument("--list", action="store_true", help="list the cases and their features, run nothing")
-    v.add_argument("--require", metavar="FEATURE", action="append", default=[], help="fail if FEATURE was not tested")
-    v.set_defaults(run=verify_command)
+    _verify_arguments(verbs)
+    p = verbs.add_parser("peers", help="verify the installed libraries and say what they do")
+    p.add_argument("--write", metavar="FILE", type=Path, help="write the page there instead of printing it")
+    p.add_argument("--only", metavar="NAME", action="append", default=[], help="this built-in candidate alone")
+    p.set_defaults(run=peers_command)
     verbs.add_parser("env", help="what this machine computes with").set_defaults(run=env_command)
     given = parser.parse_args(arguments)
     try:
@@ -59,78 +53,206 @@ def main(arguments: list[str] | None = None) -> int:
         return USAGE
 
 
+def _verify_arguments(verbs: Any) -> None:
+    v = verbs.add_parser(
+        "verify",
+        help="verify an implementation against the reference",
+        description="Exit status: 0 = all that was tested holds, 1 = something falls short, or a required feature was not "
+        "tested, or an expected failure holds, 2 = usage, nothing importable or nothing tested.",
+    )
+    names = "blockwise (default), another built-in name (--list-candidates), package.module:function or path/to/file.py:function"
+    v.add_argument("candidate", nargs="?", help=names)
+    v.add_argument("--backward", metavar="FUNCTION", help="its backward: (dout, q, k, v, *, ...) -> (dq, dk, dv) or a mapping")
+    v.add_argument("--op", choices=OPS, help="what it implements (default attention, or that of a built-in name)")
+    v.add_argument("--level", choices=(*LEVELS, "bounded"), default="good", help="how good it has to be (default good)")
+    v.add_argument("--precision", choices=tuple(PRECISIONS), metavar="CLASS", help=f"what it computes in: {', '.join(PRECISIONS)}")
+    v.add_argument("--convention", metavar="NAMES", default="npattn",
+                   help=f"PRESET or field=value,...: {', '.join(PRESETS)} (--list-conventions)")  # fmt: skip
+    v.add_argument("--causal", choices=tuple(FIELDS["causal"].values), help="short for --convention causal=...")
+    v.add_argument("--rule", choices=tuple(RULES), action="append", default=[], help="also say what this suite's rule says")
+    v.add_argument("--expect-failure", metavar="CASE=REASON", action="append", default=[],
+                   help="this case is known to fail; it still runs, and is an error once it holds")  # fmt: skip
+    v.add_argument("--json", metavar="FILE", type=Path, help="write all results there")
+    v.add_argument("-k", dest="text", metavar="TEXT", default="", help="only cases with TEXT in their name, or of that feature")
+    v.add_argument("--case", metavar="NAME", help="this case alone")
+    v.add_argument("--seed", type=int, default=0, metavar="N", help="draw the inputs with this seed (default 0)")
+    v.add_argument("--deep", action="store_true", help="three seeds, and options in random combinations")
+    v.add_argument("--shrink", action="store_true", help="make the first case that is wrong as small as it still fails")
+    v.add_argument("--save", metavar="FILE", type=Path, help="write that case there, as .npz")
+    v.add_argument("-x", dest="stop", action="store_true", help="stop at the first case that is wrong")
+    v.add_argument("--require", metavar="FEATURE", action="append", default=[], help="fail if FEATURE was not tested")
+    v.add_argument("--no-diagnosis", dest="diagnose", action="store_false", help="do not look for what it does instead")
+    v.add_argument("--self-test", action="store_true", help="verify verify: seed known bugs and see that each is caught and named")
+    v.add_argument("--list", action="store_true", help="list the cases and their features, run nothing")
+    v.add_argument("--list-candidates", action="store_true", help="list the built-in candidates")
+    v.add_argument("--list-conventions", action="store_true", help="list the fields of a convention, their values and presets")
+    v.set_defaults(run=verify_command)
+
+
 # --- verify ---------------------------------------------------------------------------------------------------------------
 
 
 def verify_command(given: argparse.Namespace) -> int:
-    text = given.text.lower()
-    cases = [case for case in CASES if text in case.name.lower() or text in map(str.lower, case.features)]
-    features = {f for case in CASES for f in case.features} | {"lse", "backward", "dbias", "dsink"}
-    unknown = [f for f in given.require if f not in features]
-    if unknown:
-        raise CandidateError(f"--require {unknown[0]}: no such feature, expected one of {', '.join(sorted(features))}")
-    if not cases:
-        raise CandidateError(f"-k {given.text}: no case has that in its name; --list lists them")
+    if given.list_candidates or given.list_conventions:
+        print("\n".join(_candidates() if given.list_candidates else _conventions()))
+        return OK
+    if given.self_test:
+        from npattn.verify.selftest import run_self_test
+
+        return OK if run_self_test(print) else WRONG
+    convention = given.convention if given.causal is None else f"{given.convention},causal={given.causal}"
+    try:
+        parsed = parse(convention)
+    except ValueError as error:
+        raise CandidateError(str(error)) from None
+    candidate = load(given.candidate or DEFAULTS[given.op or "attention"], given.backward, parsed, given.op)
+    cases = _chosen(given, candidate.op)
     if given.list:
         for case in cases:
             print(f"{case.name:40} {', '.join(case.features)}")
         return OK
-    candidate = load(given.candidate, given.backward, given.causal)
-    if given.json:
-        try:
-            given.json.touch()
-        except OSError as error:
-            raise CandidateError(f"--json {given.json}: {error.strerror}") from None
-    started, results = time.perf_counter(), []
-    with _lines(len(cases)) as line:
-        for result in verify(candidate, cases, stop=given.stop):
-            results.append(result)
-            for text in describe(result):
+    for name in ("json", "save"):
+        _writable(getattr(given, name), name)
+    started = time.perf_counter()
+    seeds = range(given.seed, given.seed + (3 if given.deep else 1))
+    with _lines(len(cases) * len(seeds)) as line:
+
+        def show(result: Result) -> None:
+            for text in describe(result, given.seed):
                 line(text)
             line(None)
-    report = Report(candidate.name, results)
+
+        report = verify(
+            candidate, level=given.level, precision=given.precision, cases=cases, seeds=seeds, rules=given.rule,
+            expected_failures=_failures(given.expect_failure), stop=given.stop, diagnose=given.diagnose, on_result=show,
+        )  # fmt: skip
     if given.json:
         given.json.write_text(json.dumps(report.as_json(), indent=1, allow_nan=False) + "\n")
-    print("\n".join(summary(report, cases)))
+    print("\n".join(summary(report, len(cases) * len(seeds))))
     if candidate.strangers:
         names = ", ".join((*CANONICAL, *OWN_KEYWORDS))
         print(f"{candidate.name} also takes {', '.join(candidate.strangers)}, which verify never gives: its names are {names}")
+    if given.shrink or given.save:
+        print("\n".join(_one(given, candidate, cases, report)))
     untested = report.untested(given.require)
     verdict, status = _verdict(report, untested)
     print(f"\n{verdict} ({time.perf_counter() - started:.1f} s)")
     return status
 
 
+DEFAULTS = {"attention": "blockwise", "multi_head": "multi-head-blockwise", "rnn": "rnn", "softmax": "softmax"}
+
+
+def _chosen(given: argparse.Namespace, op: str) -> list[Any]:
+    """The cases that are asked for."""
+    text, table = given.text.lower(), list(CASES_OF[op])
+    if given.deep and op == "attention":
+        from npattn.verify.cases import random_cases
+
+        table += random_cases(given.seed, 150)
+    features = {f for case in table for f in case.features} | {"lse", "backward", "dbias", "dsink", "conditions"}
+    unknown = [f for f in given.require if f not in features]
+    if unknown:
+        raise CandidateError(f"--require {unknown[0]}: no such feature, expected one of {', '.join(sorted(features))}")
+    if given.case is not None:
+        named = [case for case in table if case.name == given.case]
+        if not named:
+            raise CandidateError(f"--case {given.case}: no such case; --list lists them")
+        return named
+    cases = [case for case in table if text in case.name.lower() or text in map(str.lower, case.features)]
+    if not cases:
+        raise CandidateError(f"-k {given.text}: no case has that in its name; --list lists them")
+    return cases
+
+
+def _failures(given: list[str]) -> dict[str, str]:
+    """CASE=REASON; a case's own name may have a = in it."""
+    found = {}
+    for text in given:
+        name, equals, reason = text.rpartition("=")
+        if not equals or not name.strip():
+            raise CandidateError(f"--expect-failure {text}: expected CASE=REASON")
+        found[name.strip()] = reason.strip()
+    return found
+
+
+def _writable(path: Path | None, option: str) -> None:
+    if path is not None:
+        try:
+            path.touch()
+        except OSError as error:
+            raise CandidateError(f"--{option} {path}: {error.strerror}") from None
+
+
+def _one(given: argparse.Namespace, candidate: Any, cases: list[Any], report: Report) -> Iterator[str]:
+    """The first case that is wrong, or the only one: made small, and saved."""
+    from npattn.verify import replay
+
+    by_name = {case.name: case for case in cases}
+    wrong = next(iter(report.wrong), report.results[0] if len(cases) == 1 else None)
+    if wrong is None:
+        yield "\nno case is wrong: nothing to shrink or save"
+        return
+    case = by_name[wrong.case]
+    settings = Settings(given.level, None if given.precision is None else PRECISIONS[given.precision])
+    if given.shrink:
+        case = replay.shrink(candidate, case, wrong.seed, settings)
+        yield f"\n{case.name}, as small as it still fails: {replay.shapes(case)}"
+        from npattn.verify.judge import examine
+
+        wrong = examine(candidate, case, wrong.seed, settings)
+        yield from describe(wrong)
+    if given.save:
+        replay.save(given.save, candidate, case, wrong.seed, settings, wrong)
+        yield f"saved {case.name}, seed {wrong.seed}, to {given.save}"
+
+
 def _verdict(report: Report, untested: list[str]) -> tuple[str, int]:
+    expected = sum(bool(r.expected) for r in report.results)
+    known = f", {expected} expected to fail" if expected else ""
     if not report.tested:
         return f"NOTHING TESTED: {report.candidate} supports none of these cases", USAGE
+    if report.unexpected:
+        names = ", ".join(r.case for r in report.unexpected)
+        return f"UNEXPECTED: {names} holds, and was expected to fail: take it off the list", WRONG
     if report.wrong:
         names = ", ".join(r.case for r in report.wrong[:4]) + (", ..." if len(report.wrong) > 4 else "")
-        return f"WRONG: {report.candidate} falls short in {len(report.wrong)} of {len(report.results)} cases: {names}", WRONG
+        what = f"WRONG: {report.candidate} falls short in {len(report.wrong)} of {len(report.results)} cases{known}: {names}"
+        if report.fits:
+            what += f"\nIts errors are those of {report.fits}: if that is what it computes in, declare --precision {report.fits}"
+        return what, WRONG
     if untested:
         return f"NOT TESTED: {', '.join(untested)}, which --require asks for", WRONG
-    return f"RIGHT: {report.candidate} holds in all that was tested, {report.tested} of {report.total}", OK
+    return f"RIGHT: {report.candidate} holds in all that was tested, {report.tested} of {report.total}{known}", OK
 
 
-def describe(result: Result) -> Iterator[str]:
-    """A line for the case, and one for each tensor that is wrong."""
+def describe(result: Result, first_seed: int = 0) -> Iterator[str]:
+    """A line for the case, and one for each tensor that is wrong, and for what it looks like."""
+    name = result.case if result.seed == first_seed else f"{result.case} (seed {result.seed})"
     worst = max(result.tested, key=lambda c: c.worst, default=None)
     if worst is None:
         reasons = dict.fromkeys(c.text for c in result.checks)
-        yield f"  --     {result.case:40} {result.status}: {', '.join(reasons)}"
+        yield f"  --     {name:40} {result.status}: {', '.join(reasons)}"
         return
-    mark = "WRONG " if result.status == "wrong" else "ok    "
-    tensors = ", ".join(c.tensor for c in result.tested)
+    mark = "ok    " if result.status != "wrong" else "known " if result.expected else "WRONG "
+    conditions = [c.tensor for c in result.tested if c.tensor in CONDITIONS]
+    tensors = ", ".join(c.tensor for c in result.tested if c.tensor not in CONDITIONS)
     units = f"{worst.worst:9.3g}" if worst.worst < math.inf else f"{'-':>9}"
-    yield f"  {mark} {result.case:40} {units} sigma in {worst.tensor:5} of {tensors}"
+    also = f"; {len(conditions)} conditions" if conditions else ""
+    yield f"  {mark} {name:40} {units} sigma in {worst.tensor:5} of {tensors}{also}"
+    blind = [f"{c.tensor} ({c.text})" for c in result.checks if c.status == "no power"]
+    if blind:
+        yield f"           no power: {', '.join(blind)}"
     for check in result.checks:
         if check.status == "wrong":
             text = check.text if check.text.startswith(check.tensor) else f"{check.tensor} {check.text}"
             yield f"           {text}"
+    for explanation in result.explanations:
+        yield f"           => {explanation.text}"
 
 
-def summary(report: Report, cases: list[Case]) -> Iterator[str]:
-    """The table by feature, and the coverage."""
+def summary(report: Report, cases: int) -> Iterator[str]:
+    """The table by feature, the diagnosis, and the coverage."""
     yield f"\n{'feature':18} {'tested':>11}  {'worst':>9}  where"
     for feature, results in report.features().items():
         checks = [(r.case, c) for r in results for c in r.checks]
@@ -144,21 +266,61 @@ def summary(report: Report, cases: list[Case]) -> Iterator[str]:
         note = "  WRONG" if worst.status == "wrong" else ""
         units = f"{worst.worst:9.3g}" if worst.worst < math.inf else f"{'-':>9}"
         yield f"{feature:18} {f'{len(tested)} of {len(checks)}':>11}  {units}  {where}{note}"
-    unsupported = dict.fromkeys(
-        c.text for r in report.results for c in r.checks if c.status == "not supported"
-    )
-    absent = dict.fromkeys(
-        c.text for r in report.results for c in r.checks if c.status == "not given" and (c.tensor in ("lse", *GRADIENTS))
-    )
-    parts = [f"tested {report.tested} of {report.total}"]
-    if unsupported:
-        names = dict.fromkeys(name for text in unsupported for name in text.split(", "))
-        parts.append(f"not supported: {', '.join(names)}")
-    parts += list(absent)
-    if len(report.results) < len(cases):
-        parts.append(f"stopped after {len(report.results)} of {len(cases)} cases")
-    yield f"\n{'; '.join(parts)}"
+    if report.diagnosis:
+        yield f"\n{'it looks like':58} cases"
+        for text, names in report.diagnosis.items():
+            yield f"  {text:56} {len(names):5}  {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    yield from _rules(report)
+    yield f"\n{'; '.join(_coverage(report, cases))}"
     yield "worst: the largest error in units of the rounding error that is predicted there (sigma)"
+
+
+def _coverage(report: Report, cases: int) -> Iterator[str]:
+    def texts(status: str) -> dict[str, None]:
+        return dict.fromkeys(c.text for r in report.results for c in r.checks if c.status == status)
+
+    yield f"tested {report.tested} of {report.total}"
+    blind = sum(c.status == "no power" for r in report.results for c in r.checks)
+    if blind:
+        yield f"no power in {blind}: there the judge could not have failed"
+    unsupported = texts("not supported")
+    if unsupported:
+        yield f"not supported: {', '.join(dict.fromkeys(name for text in unsupported for name in text.split(', ')))}"
+    yield from texts("not given")
+    if len(report.results) < cases:
+        yield f"stopped after {len(report.results)} of {cases} cases"
+
+
+def _rules(report: Report) -> Iterator[str]:
+    """What the rules of other suites say of the same tensors."""
+    for rule in report.rules:
+        judged = [(r.case, c) for r in report.results for c in r.checks if rule in c.rules]
+        refused = [(name, c) for name, c in judged if not c.rules[rule]]
+        apart = [f"{name}: {c.tensor}" for name, c in judged if c.rules[rule] != (c.status != "wrong")]
+        yield f"\nrule {rule}: rejects {len(refused)} of {len(judged)} tensors; npattn rejects " + str(
+            sum(c.status == "wrong" for _, c in judged)
+        ) + (f"; they differ in {len(apart)}: {', '.join(apart[:5])}{', ...' if len(apart) > 5 else ''}" if apart else "")
+
+
+def _candidates() -> Iterator[str]:
+    from npattn.verify.candidates import BUILT_IN
+    from npattn.verify.peers import PEERS
+
+    for name, (op, _) in BUILT_IN.items():
+        yield f"{name:24} {op:12} npattn"
+    for name, peer in PEERS.items():
+        yield f"{name:24} {peer.op:12} {peer.library}"
+
+
+def _conventions() -> Iterator[str]:
+    for name, values in FIELDS.items():
+        yield f"{name:18} {values.conflict:4} {values.use:10} {values.meaning}"
+        for value, meaning in values.values.items():
+            yield f"    {name}={value:18} {meaning}"
+    yield "\npresets"
+    for name, preset in PRESETS.items():
+        changes = ", ".join(f"{n}={v}" for n, v in preset.convention.changes().items())
+        yield f"{name:14} {changes or 'the first value of each'}\n{'':14} {preset.source}{'; ' + preset.note if preset.note else ''}"
 
 
 @contextlib.contextmanager
@@ -180,6 +342,21 @@ def _lines(total: int) -> Iterator[Callable[[str | None], None]]:
                 yield line
             return
     yield lambda text: None if text is None else print(text)
+
+
+# --- peers ----------------------------------------------------------------------------------------------------------------
+
+
+def peers_command(given: argparse.Namespace) -> int:
+    from npattn.verify.peer_report import page
+
+    _writable(given.write, "write")
+    text = page(given.only, lambda line: print(line, file=sys.stderr))
+    if given.write:
+        given.write.write_text(text)
+    else:
+        print(text)
+    return OK
 
 
 # --- env ------------------------------------------------------------------------------------------------------------------

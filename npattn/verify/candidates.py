@@ -2,11 +2,12 @@
 
 A candidate is a plain function ``(q, k, v, *, mask, bias, scale, softcap, sink, dropout_mask)`` on NumPy arrays of shape
 (B, H, L, D) that returns out or (out, lse). What it supports is read off its signature: a keyword that it does not take, or
-a NotImplementedError, is "not supported"; any other exception is a failure.
+a NotImplementedError, is "not supported"; any other exception is a failure. Its convention says in which words it is spoken to.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -20,10 +21,17 @@ import numpy as np
 
 from npattn._checks import Array
 from npattn.masks import as_mask
-from npattn.verify.cases import Problem
+from npattn.verify import layers
+from npattn.verify.cases import Problem, Truth, better
+from npattn.verify.conventions import Convention
+from npattn.verify.mistakes import CHANGES
+from npattn.verify.peers import PEERS
+from npattn.verify.precision import PRECISIONS, Precision
+from npattn.verify.stages import Change, run
 
 CANONICAL = ("mask", "bias", "scale", "softcap", "sink", "dropout_mask")
 OWN_KEYWORDS = ("causal", "window", "key_lengths")  # given instead of a mask array to those who take them
+OPS = ("attention", "multi_head", "rnn", "softmax")
 
 
 class CandidateError(Exception):
@@ -44,26 +52,39 @@ def keywords(function: Callable[..., Any]) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A forward, perhaps a backward, and the alignment that their own ``causal`` and ``window`` have."""
+    """A forward, perhaps a backward, and the convention that they follow."""
 
     name: str
     forward: Callable[..., Any]
     backward: Callable[..., Any] | None = None
-    align: str = "top_left"
+    convention: Convention = Convention()
+    op: str = "attention"
+
+    @property
+    def align(self) -> str:
+        return self.convention.causal
 
     @property
     def strangers(self) -> list[str]:
         """Optional parameters of the forward that verify gives no value: perhaps a keyword by another name."""
         known = {*CANONICAL, *OWN_KEYWORDS, "args", "kwargs", "options"}
-        return sorted(keywords(self.forward) - known - {"q", "k", "v", "query", "key", "value"})
+        return sorted(keywords(self.forward) - known - {"q", "k", "v", "query", "key", "value"}) if self.op == "attention" else []
 
-    def arguments(self, problem: Problem, function: Callable[..., Any]) -> tuple[dict[str, Any], list[str]]:
-        """The keyword arguments of this problem in canonical form, and those that the function does not take."""
+    # -- what is given
+
+    def arguments(
+        self, problem: Problem, function: Callable[..., Any], backward: bool = False
+    ) -> tuple[dict[str, Any], list[str]]:
+        """The keyword arguments of this problem in npattn's own form, and those that the function does not take."""
+        if problem.op != "attention":
+            return layers.arguments(problem, function, keywords(function), backward)
         takes, given = keywords(function), dict(problem.options)
         square, rest = problem.shape[-2] == problem.shape[-1], []
+        alone = self.convention.mask_with_causal == "error" and any(p.keyword not in OWN_KEYWORDS for p in problem.parts)
         for part in problem.parts:
             aligned = part.align in (None, self.align) or square
-            if part.keyword in OWN_KEYWORDS and part.keyword in takes and aligned and part.keyword not in given:
+            own = part.keyword in OWN_KEYWORDS and not (alone and part.keyword == "causal")
+            if own and part.keyword in takes and aligned and part.keyword not in given:
                 given[part.keyword] = part.value
             else:
                 rest.append(part)
@@ -73,18 +94,135 @@ class Candidate:
             if "mask" not in takes:
                 named = [f"{p.keyword} {p.align}" if p.align and p.keyword in takes else p.keyword for p in rest]
                 missing += [name for name in dict.fromkeys(named) if name]
+        if backward and problem.dlse is not None and "dlse" not in takes and self.convention.dlse == "used":
+            missing.append("dlse")
         return given, missing
+
+    def present(self, given: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+        """The same arguments as the candidate's convention says them."""
+        c, said = self.convention, dict(given)
+        for name in ("mask", "bias"):
+            if c.mask_shape == "full" and isinstance(said.get(name), np.ndarray):
+                said[name] = np.broadcast_to(said[name], shape).copy()
+        if c.mask == "drop" and said.get("mask") is not None:
+            said["mask"] = ~said["mask"]
+        if said.get("window") is not None:
+            left, right = said["window"]
+            left = left + 1 if c.window == "total" and left is not None else left
+            said["window"] = tuple(-1 if n is None and c.no_limit == "-1" else n for n in (left, right))
+        return said
+
+    def _layout(self, x: Any) -> Any:
+        """(B, H, L, D) as the convention lays it out, and back."""
+        turned = self.convention.layout == "BLHD" and isinstance(x, np.ndarray) and x.ndim == 4
+        return np.ascontiguousarray(x.swapaxes(1, 2)) if turned else x
+
+    def _lse(self, x: Any) -> Any:
+        turned = self.convention.lse_layout == "BLH" and isinstance(x, np.ndarray) and x.ndim == 3
+        return np.ascontiguousarray(x.swapaxes(1, 2)) if turned else x
+
+    # -- what comes back
+
+    def run_forward(self, problem: Problem, given: dict[str, Any]) -> Any:
+        """What the forward returns, in npattn's layout."""
+        if problem.op != "attention":
+            return layers.run_forward(problem, self.forward, given)
+        inputs = [self._layout(x) for x in problem.inputs.values()]
+        returned = self.forward(*inputs, **self.present(given, problem.shape))
+        if isinstance(returned, tuple) and len(returned) == 2:
+            return self._layout(returned[0]), self._lse(returned[1])
+        return self._layout(returned)
+
+    def run_backward(self, problem: Problem, given: dict[str, Any], values: dict[str, Any]) -> Any:
+        """A mapping with the gradients, or a text that says what was returned instead."""
+        assert self.backward is not None
+        if problem.op != "attention":
+            return layers.run_backward(problem, self.backward, given)
+        takes, more = keywords(self.backward), {}
+        if problem.dlse is not None and "dlse" in takes:
+            more["dlse"] = self._lse(problem.dlse)
+        if "out" in takes:
+            more["out"] = self._layout(values.get("out"))
+        if "lse" in takes:
+            more["lse"] = self._lse(values.get("lse"))
+        inputs = [self._layout(x) for x in (problem.dout, *problem.inputs.values())]
+        returned = self.backward(*inputs, **self.present(given, problem.shape), **more)
+        named = named_gradients(returned)
+        if isinstance(named, str):
+            return named
+        return {n: self._layout(x) if n in ("dq", "dk", "dv") else x for n, x in named.items()}
+
+    # -- what is expected
+
+    def changes(self) -> list[Change]:
+        """What the convention changes in the equations."""
+        found = [CHANGES[f"{n}={v}"] for n, v in self.convention.changes("expected").items() if f"{n}={v}" in CHANGES]
+        return found if self.op == "attention" else []
+
+    def undefined(self, problem: Any, features: list[str]) -> str:
+        """Why the convention leaves this case open, or nothing."""
+        scale = problem.options.get("scale")
+        return self.convention.undefined(features, isinstance(scale, float) and scale < 0)
+
+    def truth(self, problem: Problem, precision: Precision) -> Truth | None:
+        """What is right by the candidate's convention; tensors that it leaves open are left out."""
+        c = self.convention
+        if c.float64 == "float32" and problem.dtype == np.float64:
+            precision = PRECISIONS["float32"]
+        truth: Truth | None = problem.truth(precision)
+        if truth is None or problem.op != "attention":
+            return truth
+        dead = bool((truth.values["lse"] == -np.inf).any()) or not problem.shape[-1]
+        if base := self.changes():
+            given, _ = self.arguments(problem, _takes_all)
+            values = run(problem, given, self.align, base, dtype=better(problem.dtype))
+            truth = Truth(
+                {n: values[n] for n in truth.values}, _widened(values, truth.sigma), lambda t=truth: _widened(values, t.det)
+            )
+        open_ = {"out"} if dead and c.dead_out == "undefined" else set()
+        open_ |= {"lse"} if dead and c.dead_lse == "undefined" else set()
+        open_ |= {"dq", "dk", "dv", "dbias", "dsink"} if dead and c.dead_grad == "undefined" else set()
+        values = {n: x for n, x in truth.values.items() if n not in open_}
+        return dataclasses.replace(truth, values=values)
+
+
+def _takes_all(
+    q: Any, k: Any, v: Any, *, mask: Any = None, bias: Any = None, scale: Any = None, softcap: Any = None, sink: Any = None,
+    dropout_mask: Any = None, causal: Any = None, window: Any = None, key_lengths: Any = None, dlse: Any = None,
+) -> None:  # fmt: skip
+    """A signature with everything."""
+
+
+def _widened(values: dict[str, Array], sigma: dict[str, Array]) -> dict[str, Array]:
+    """sigma where another convention gives a number that the reference has exactly: never below its median or half an ulp."""
+    wide = {}
+    for name, s in sigma.items():
+        known = s[np.isfinite(s) & (s > 0)]
+        floor = float(np.median(known)) if known.size else 0.0
+        size = np.where(np.isfinite(values[name]), np.abs(values[name]), 0.0).astype(np.float64)
+        wide[name] = np.maximum(np.maximum(s, floor), 2.0**-25 * size)
+    return wide
+
+
+def named_gradients(returned: Any) -> dict[str, Any] | str:
+    """Gradients as a mapping from dq, dk ...; a tuple is (dq, dk, dv). A text says what is wrong with it."""
+    if hasattr(returned, "_asdict"):
+        returned = returned._asdict()
+    names = ("dq", "dk", "dv", "dbias", "dsink")
+    if isinstance(returned, dict):
+        return {n if n in names else f"d{n}": x for n, x in returned.items()}
+    if isinstance(returned, (tuple, list)) and len(returned) == 3:
+        return dict(zip(names, returned, strict=False))
+    return f"the backward returns a {type(returned).__name__}, expected (dq, dk, dv) or a mapping with these names"
 
 
 def canonical(problem: Problem) -> Problem:
     """The same problem with a bias that is an array: what a candidate sees, and what its dbias is compared with."""
     bias = problem.options.get("bias")
-    if bias is None or isinstance(bias, np.ndarray):
+    if problem.op != "attention" or bias is None or isinstance(bias, np.ndarray):
         return problem
     dense = np.ascontiguousarray(bias.bind(problem.shape).dense())
-    return Problem(
-        problem.q, problem.k, problem.v, problem.dout, problem.dlse, problem.parts, {**problem.options, "bias": dense}
-    )
+    return dataclasses.replace(problem, options={**problem.options, "bias": dense})
 
 
 def _dense_mask(problem: Problem, parts: list[Any]) -> Array:
@@ -97,14 +235,29 @@ def _dense_mask(problem: Problem, parts: list[Any]) -> Array:
     return np.asarray(np.logical_and.reduce(dense))
 
 
-def load(name: str, backward: str | None = None, align: str = "top_left") -> Candidate:
+def load(
+    name: str, backward: str | None = None, convention: Convention | None = None, op: str | None = None
+) -> Candidate:
     """The candidate of that name: a built-in one, ``package.module:function`` or ``path/to/file.py:function``."""
-    if name in BUILT_IN:
+    convention = convention or Convention()
+    if name in BUILT_IN or name in PEERS:
         if backward is not None:
             raise CandidateError(f"the built-in candidate {name} has a backward of its own")
-        forward, own_backward = BUILT_IN[name]()
-        return Candidate(name, forward, own_backward)
-    return Candidate(name, _function(name), None if backward is None else _function(backward, like=name), align)
+        own_op, loader = BUILT_IN[name] if name in BUILT_IN else (PEERS[name].op, PEERS[name].load)
+        if op not in (None, own_op):
+            raise CandidateError(f"the built-in candidate {name} is for --op {own_op}, not {op}")
+        try:
+            forward, own_backward = loader()
+        except ImportError as error:
+            raise CandidateError(str(error)) from None
+        return Candidate(name, forward, own_backward, convention, own_op)
+    functions = _function(name), None if backward is None else _function(backward, like=name)
+    return Candidate(name, *functions, convention, op or "attention")
+
+
+def built_in(op: str) -> list[str]:
+    """The names of the candidates for an op that come with npattn."""
+    return [n for n, (o, _) in BUILT_IN.items() if o == op] + [n for n, p in PEERS.items() if p.op == op]
 
 
 def _function(name: str, like: str | None = None) -> Callable[..., Any]:
@@ -112,8 +265,9 @@ def _function(name: str, like: str | None = None) -> Callable[..., Any]:
     if not colon:
         where, attribute = ("" if like is None else like.rpartition(":")[0]), name
     if not where or not attribute:
+        names = ", ".join([*BUILT_IN, *PEERS])
         raise CandidateError(
-            f"{name!r} is no candidate; expected {', '.join(BUILT_IN)}, package.module:function or path/to/file.py:function"
+            f"{name!r} is no candidate; expected {names}, package.module:function or path/to/file.py:function"
         )
     try:
         module = _module(where)
@@ -179,50 +333,6 @@ def _blockwise() -> tuple[Callable[..., Any], Callable[..., Any]]:
     return forward, backward
 
 
-def _torch() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    try:
-        import torch
-    except ImportError:
-        raise CandidateError("torch is not installed: pip install npattn[peers], or torch alone") from None
-
-    def run(q: Array, k: Array, v: Array, mask: Any, bias: Any, scale: Any, causal: bool, gradients: bool) -> Any:
-        def tensor(x: Array, wanted: bool = gradients) -> Any:
-            return torch.tensor(np.ascontiguousarray(x), requires_grad=wanted)
-
-        tq, tk, tv = map(tensor, (q, k, v))
-        tb = None if bias is None else tensor(bias)
-        attn_mask = None if mask is None else tensor(mask, False)
-        if attn_mask is not None and causal:
-            attn_mask = attn_mask & torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
-        elif tb is not None and causal:
-            attn_mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
-        if tb is not None:
-            attn_mask = tb if attn_mask is None else torch.where(attn_mask, tb, -torch.inf)
-        out = torch.nn.functional.scaled_dot_product_attention(
-            tq, tk, tv, attn_mask=attn_mask, is_causal=causal and attn_mask is None, scale=scale,
-            enable_gqa=tq.shape[-3] != tk.shape[-3],
-        )  # fmt: skip
-        return out, (tq, tk, tv, tb)
-
-    def forward(
-        q: Array, k: Array, v: Array, *, mask: Any = None, bias: Any = None, scale: Any = None, causal: bool = False
-    ) -> Array:
-        out: Array = run(q, k, v, mask, bias, scale, causal, False)[0].numpy()
-        return out
-
-    def backward(
-        dout: Array, q: Array, k: Array, v: Array, *, mask: Any = None, bias: Any = None, scale: Any = None,
-        causal: bool = False,
-    ) -> dict[str, Any]:  # fmt: skip
-        out, inputs = run(q, k, v, mask, bias, scale, causal, True)
-        out.backward(torch.tensor(np.ascontiguousarray(dout)))
-        names = ("dq", "dk", "dv", "dbias")
-        return {n: None if x is None or x.grad is None else x.grad.numpy() for n, x in zip(names, inputs, strict=True)}
-
-    return forward, backward
-
-
-BUILT_IN: dict[str, Callable[[], tuple[Callable[..., Any], Callable[..., Any]]]] = {
-    "blockwise": _blockwise,
-    "torch": _torch,
+BUILT_IN: dict[str, tuple[str, Callable[[], tuple[Callable[..., Any], Callable[..., Any] | None]]]] = {
+    "blockwise": ("attention", _blockwise),
 }

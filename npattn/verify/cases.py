@@ -6,6 +6,7 @@ drawn with a seed it is a `Problem`. The families are those of docs/error-model.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,11 @@ import numpy as np
 
 from npattn import masks
 from npattn._checks import Array
+from npattn._pairs import quiet
+from npattn.attention import attention_backward, attention_forward
 from npattn.biases import Alibi, RelativeTable
+from npattn.verify.errors import predict
+from npattn.verify.precision import Precision, round_to
 
 Rng = np.random.Generator
 
@@ -30,8 +35,32 @@ class Part:
 
 
 @dataclass
+class Truth:
+    """What is right, by tensor, in a precision above the candidate's, and the error that is predicted for the candidate's."""
+
+    values: dict[str, Array]
+    sigma: dict[str, Array]
+    bound: Callable[[], dict[str, Array]] = dict  # computes det
+
+    @functools.cached_property
+    def det(self) -> dict[str, Array]:
+        """The rigorous bound, by tensor."""
+        return self.bound()
+
+
+def better(dtype: Any) -> Any:
+    """A dtype in which the truth about ``dtype`` can be computed, or None where this machine has none."""
+    if np.dtype(dtype) != np.float64:
+        return np.float64
+    return np.longdouble if np.finfo(np.longdouble).nmant > np.finfo(np.float64).nmant else None
+
+
+@dataclass
 class Problem:
     """The inputs, options and cotangents of one attention."""
+
+    op = "attention"
+    outputs = ("out", "lse")
 
     q: Array
     k: Array
@@ -58,6 +87,68 @@ class Problem:
     def shape(self) -> tuple[int, ...]:
         """(..., H, L, S)"""
         return (*self.q.shape[:-1], self.k.shape[-2])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.q.dtype
+
+    @property
+    def inputs(self) -> dict[str, Array]:
+        return {"q": self.q, "k": self.k, "v": self.v}
+
+    @property
+    def cotangents(self) -> dict[str, Array]:
+        return {"dout": self.dout} | ({} if self.dlse is None else {"dlse": self.dlse})
+
+    @property
+    def gradients(self) -> tuple[str, ...]:
+        return ("dq", "dk", "dv", *(f"d{n}" for n in ("bias", "sink") if n in self.options))
+
+    def letters(self, tensor: str) -> str:
+        """The axes of an output or gradient."""
+        return {"out": "BHLE", "lse": "BHL", "dq": "BHLD", "dk": "BGSD", "dv": "BGSE", "dbias": "BHLS", "dsink": "H"}[tensor]
+
+    def dtypes(self, tensor: str, precision: Precision) -> list[Any]:
+        """In which dtypes a tensor may come back."""
+        own = {"dbias": self.options.get("bias"), "dsink": self.options.get("sink")}.get(tensor)
+        first = own.dtype if isinstance(own, np.ndarray) else self.dtype
+        return [first] if first == precision.dtype else [first, precision.dtype]
+
+    @quiet
+    def truth(self, precision: Precision) -> Truth | None:
+        """What the dense reference says, and sigma for ``precision``; None where there is no better dtype."""
+        dtype = better(self.dtype)
+        if dtype is None:
+            return None
+        p = self.astype(dtype)
+        (out, lse), cache = attention_forward(p.q, p.k, p.v, **p.arguments, return_lse=True)
+        g = attention_backward(p.dout, cache, p.dlse)
+        values = {"out": out, "lse": lse, "dq": g.q, "dk": g.k, "dv": g.v, "dbias": g.bias, "dsink": g.sink}
+        values = {name: x for name, x in values.items() if isinstance(x, np.ndarray)}
+
+        def predicted(rigorous: bool) -> dict[str, Array]:
+            errors = predict(cache, out, p.dout, p.dlse, g, precision=precision, rigorous=rigorous)
+            return {name: getattr(errors, name if name in ("out", "lse") else name[1:]) for name in values}
+
+        return Truth(values, predicted(False), quiet(lambda: predicted(True)))
+
+    def stored(self, precision: Precision) -> Problem:
+        """The same with inputs that the storage of ``precision`` holds: float16 as it is, other formats in float32."""
+        if precision.storage in ("float32", "float64"):
+            return self
+
+        def held(x: Array | None) -> Array | None:
+            if not isinstance(x, np.ndarray) or x.dtype.kind != "f":
+                return x
+            low = round_to(x.astype(np.float32), precision.storage)
+            return np.where(np.isfinite(low) | ~np.isfinite(x), low, x)  # what would overflow stays: it is an option of the call
+
+        p = self.astype(np.float32)
+        options = {n: (held(x) if isinstance(x, np.ndarray) else x) for n, x in p.options.items()}
+        low = Problem(*(held(x) for x in (p.q, p.k, p.v, p.dout)), p.dlse, p.parts, options)  # type: ignore[arg-type]
+        if precision.storage == "float16":
+            low.q, low.k, low.v, low.dout = (x.astype(np.float16) for x in (low.q, low.k, low.v, low.dout))
+        return low
 
     def astype(self, dtype: Any) -> Problem:
         """All floating arrays in another dtype."""
@@ -648,3 +739,23 @@ def _cases() -> list[Case]:
 
 
 CASES = _cases()
+
+
+def random_cases(seed: int, count: int) -> list[Case]:
+    """Random sets of options that can stand together, for a deeper run; every second one on inputs of a hard family."""
+    rng, found = np.random.default_rng(seed), []
+    hard = [f for f in FAMILIES if f not in ("normal", "tiniest")]
+    while len(found) < count:
+        chosen: list[str] = []
+        for name in rng.permutation([n for n in OPTIONS if OPTIONS[n].feature != "rank"])[: rng.integers(2, 7)]:
+            if all(compatible(name, other) for other in chosen):
+                chosen.append(str(name))
+        family = str(rng.choice(hard)) if len(found) % 2 else "normal"
+        name = f"random {len(found)}: {' + '.join(chosen)}" + (f", inputs {family}" if family != "normal" else "")
+        case = Case(name, tuple(chosen), family=family)
+        try:
+            case.problem(seed)
+        except ValueError:  # masks that leave no choice
+            continue
+        found.append(case)
+    return found

@@ -21,6 +21,7 @@ from npattn._checks import Array
 from npattn._pairs import each_head, heads_first, quiet, select, swap
 from npattn.attention import AttentionCache, AttentionGrads, live, visible
 from npattn.tolerances import DELTA_ROUNDING, EXP_ULPS, ROUNDING_STD
+from npattn.verify.precision import Precision, of_dtype, round_to
 
 
 class Errors(NamedTuple):
@@ -46,6 +47,28 @@ class _Kind:
         if self.rigorous:
             return sum(np.abs(e) for e in errors)
         return functools.reduce(np.hypot, errors)
+
+    def low(self, roundoff: float, x: Array, subnormal: float = 0.0) -> Any:
+        """The rounding of x to a smaller format: roundoff relative, and half a spacing below its least normal number."""
+        if not roundoff:
+            return 0.0 * x
+        if self.rigorous:
+            return np.maximum(roundoff * (1 + 4 * roundoff) * np.abs(x), np.where(x == 0, 0.0, subnormal))
+        return np.maximum(ROUNDING_STD * roundoff * np.abs(x), np.where(x == 0, 0.0, subnormal / math.sqrt(3)))
+
+    def rounded_right(self, low: Precision, x: Array, y: Array) -> Any:
+        """What rounding y to the format of the inputs adds to x @ y."""
+        if not low.inputs:
+            return 0.0
+        error = self.through(np.abs(x), self.low(low.inputs, y, low.subnormal))
+        # Where y is constant all its roundings are one: what this format makes of this very y is added.
+        return error if self.rigorous else np.hypot(error, x @ (round_to(y, low.format) - y))
+
+    def rounded_factors(self, low: Precision, x: Array, y: Array) -> Any:
+        """What rounding x and y to the format of the inputs adds to x @ y."""
+        if not low.inputs:
+            return 0.0
+        return self.add(self.through(self.low(low.inputs, x, low.subnormal), y), self.rounded_right(low, x, y))
 
     def through(self, error: Array, x: Array) -> Array:
         """The error of a matrix product whose left factor has this error."""
@@ -102,15 +125,14 @@ def _scaled(x: Array, axis: Any = -1) -> tuple[Array, Array]:
 @quiet
 def predict(
     c: AttentionCache, out: Array, dout: Array | None = None, dlse: Array | None = None,
-    grads: AttentionGrads | None = None, *, dtype: Any, rigorous: bool = False,
+    grads: AttentionGrads | None = None, *, dtype: Any = None, precision: Precision | None = None, rigorous: bool = False,
 ) -> Errors:  # fmt: skip
-    """sigma (or det) of each element for an implementation that computes in ``dtype``.
+    """sigma (or det) of each element for an implementation of this precision, or that computes in ``dtype``.
 
     c, out, grads : what the dense reference returned, in float64 or better
     """
-    info = np.finfo(dtype)
-    u = float(info.eps) / 2
-    kind = _Kind(rigorous, u, float(info.smallest_normal))
+    low = precision or of_dtype(dtype)
+    kind = _Kind(rigorous, low.u, float(np.finfo(low.dtype).smallest_normal))
     unit, tiny = kind.unit, kind.tiny
     heads = c.q.shape[-3] if c.q.ndim > 2 else 1
     q, k, v = (_finite(each_head(x, heads, np.dtype(np.float64))) for x in (c.q, c.k, c.v))
@@ -126,7 +148,8 @@ def predict(
 
     # (1) to (3): eta, the error of a score
     s = a * (q @ swap(k))
-    eta = kind.add(a * kind.product(q, swap(k)), 2 * unit * s)
+    eta = kind.add(a * kind.product(q, swap(k)), 2 * unit * s, kind.low(low.scores, s))
+    eta = kind.add(eta, a * kind.rounded_factors(low, q, swap(k)))
     slope: Any = 1.0
     t: Any = 0.0
     e_t: Any = 0.0
@@ -134,12 +157,12 @@ def predict(
         t = np.tanh(math.copysign(1, c.scale) * s / c.softcap)
         slope = 1 - t * t
         e_t = kind.add(eta * slope / c.softcap, 4 * unit * t)
-        eta = c.softcap * e_t
+        eta = kind.add(c.softcap * e_t, kind.low(low.scores, c.softcap * t))
         s = c.softcap * t * math.copysign(1, c.scale)
     z = s * math.copysign(1, c.scale)
     if bias is not None:
         z = z + _finite(np.asarray(bias, np.float64))
-        eta = kind.add(eta, unit * z)
+        eta = kind.add(eta, unit * z, kind.low(low.scores, z))
     z, eta = select(allowed, z, -np.inf), select(allowed, eta)
 
     # (5): rho, the relative error of an exp after the shift by the top
@@ -157,8 +180,13 @@ def predict(
     if c.sink is not None:
         rho_sink = kind.add(unit * select(p_sink != 0, top - sink), exp, rescale)
         terms = np.concatenate([np.broadcast_to(p_sink, (*p.shape[:-1], 1)), p], -1)
+    linear = rho
     if rigorous:
         rho = np.expm1(np.minimum(rho, 700.0))
+    else:
+        # exp of an error that is not small, as of large scores that are stored low: three deviations of it, over three.
+        rho = np.expm1(np.minimum(3 * rho, 300.0)) / 3
+        rho = np.minimum(rho, 1 / np.maximum(p, 1e-300))  # a weight is at most 1
     mean_rho = kind.add(kind.sum(p * rho, -1), p_sink * rho_sink)  # of the sum of exp ...
     of_z = kind.rounding_of_sum(terms, -1)  # ... and of its own summation
     total = kind.add(mean_rho, of_z, 4 * unit)
@@ -180,9 +208,12 @@ def predict(
         spread = spread + np.square(o) * (squares.sum(-1, keepdims=True) + np.square(p_sink * rho_sink))
         pulled = np.sqrt(np.maximum(spread, 0.0))
     sums = kind.add(kind.product(w, v), of_z * o, 5 * unit * o)
-    e_out = kind.add(pulled, sums) + S * tiny * (1 + hull)
+    coarse = kind.add(kind.through(kind.low(low.weights, w, low.subnormal), v), kind.rounded_right(low, w, v))
+    inside = kind.add(pulled, sums, coarse) + S * tiny * (1 + hull)
+    e_out = kind.add(inside, kind.low(low.out, o, low.subnormal))
     log = (exp if rigorous else unit) * (lse[..., None] - top)
-    e_lse = kind.add(total, unit * lse[..., None], log, unit * top)[..., 0]
+    of_sum = total if rigorous else kind.add(kind.sum(p * linear, -1), p_sink * rho_sink, of_z, 4 * unit)
+    e_lse = kind.add(of_sum, unit * lse[..., None], log, unit * top)[..., 0]
     if dout is None or grads is None:
         return Errors(_dead(c, e_out), _dead(c, e_lse[..., None])[..., 0])
 
@@ -190,17 +221,20 @@ def predict(
     do, dl = live(c, dout, dlse)
     do, dl = np.asarray(do, np.float64), np.asarray(dl, np.float64)
     pi = kind.add(rho, total, unit * select(lse[..., None] != -np.inf, lse[..., None])) / left  # an exp(s - lse) is as good
+    pi = pi if rigorous else np.minimum(pi, 1 / np.maximum(p, 1e-300))
     dv = swap(w) @ do
     e_v = kind.add(kind.through(swap(w * pi), do), kind.product(swap(w), do))
+    e_v = kind.add(e_v, kind.through(swap(kind.low(low.weights, w, low.subnormal)), do), kind.rounded_right(low, swap(w), do))
     dp = select(allowed, do @ swap(v)) * drop
-    zeta = select(allowed, kind.product(do, swap(v))) * drop
+    zeta = select(allowed, kind.add(kind.product(do, swap(v)), kind.rounded_factors(low, do, swap(v)))) * drop
+    zeta = kind.add(zeta, kind.low(low.dweights, dp, low.subnormal))
     mean = (p * dp).sum(-1, keepdims=True)
     # exp(s - lse) does not sum to 1, and then dp counts that is not less its mean (sigma takes it that it does).
     unnormalized = kind.sum(p * pi, -1) * mean if rigorous else 0.0
     of_mean = kind.rounding_of_sum(p * dp, -1)
     by_weights = kind.add(kind.sum(p * pi * np.abs(dp - mean), -1), kind.sum(p * zeta, -1), of_mean, unnormalized)
-    of_output = kind.rounding_of_sum(do * o, -1)
-    by_output = kind.add(kind.sum(np.abs(do) * e_out, -1), of_output)
+    of_output = kind.add(kind.rounding_of_sum(do * o, -1), kind.sum(np.abs(do) * kind.low(low.delta_out, o, low.subnormal), -1))
+    by_output = kind.add(kind.sum(np.abs(do) * inside, -1), of_output)
     delta = np.maximum(by_weights, by_output)
     # What of it is one number for all keys of a row: in sums over them it adds up, where sigma takes e_s for independent.
     common = 0.0 if rigorous else np.maximum(of_mean, kind.add(kind.sum(np.abs(do) * sums, -1), of_output))
@@ -215,23 +249,30 @@ def predict(
     e_s = select(allowed, e_s)
     e_bias = None
     if c.bias is not None:
-        e_bias = _reduced(kind, ds, e_s, p * common, grads.bias)
+        e_bias = _reduced(kind, ds, kind.add(e_s, kind.low(low.dscores, ds, low.subnormal)), p * common, grads.bias)
+        if e_bias is not None:
+            e_bias = kind.add(e_bias, kind.low(low.out, _f64(grads.bias), low.subnormal))
     e_sink = None
     if c.sink is not None:
         row = p_sink * (dl - mean)
         e_row = kind.add(row * kind.add(total, unit * lse[..., None], rho_sink), p_sink * delta, 3 * unit * row) + tiny
         axes = tuple(x for x in range(row.ndim) if x != row.ndim - 3)
         e_sink = kind.add(kind.sum(e_row, axes), kind.rounding_of_sum(row, axes)).reshape(c.sink.shape)
+        e_sink = kind.add(e_sink, kind.low(low.out, _f64(grads.sink), low.subnormal))
     if c.softcap is not None:
         bend = 2 * np.abs(t) * kind.add(e_t, 4 * unit * t)
         e_s = kind.add(e_s * slope, ds * bend, 2 * unit * ds)
         ds = ds * slope
         e_s = select(allowed, e_s)
-    e_q = a * kind.add(kind.through(e_s, k), kind.product(ds, k), common * ((p * slope) @ k))
+    e_s = kind.add(e_s, kind.low(low.dscores, ds, low.subnormal))
+    e_q = a * kind.add(kind.through(e_s, k), kind.product(ds, k), common * ((p * slope) @ k), kind.rounded_right(low, ds, k))
     e_q = e_q + 2 * unit * np.abs(_f64(grads.q)) + S * tiny
-    e_k = a * kind.add(kind.through(swap(e_s), q), kind.product(swap(ds), q)) + L * tiny
-    e_k = _grouped(kind, e_k, a * (swap(ds) @ q), c.k.shape)
+    e_q = kind.add(e_q, kind.low(low.out, _f64(grads.q), low.subnormal))
+    e_k = kind.add(kind.through(swap(e_s), q), kind.product(swap(ds), q), kind.rounded_right(low, swap(ds), q))
+    e_k = _grouped(kind, a * e_k + L * tiny, a * (swap(ds) @ q), c.k.shape)
+    e_k = kind.add(e_k, kind.low(low.out, _f64(grads.k), low.subnormal))
     e_v = _grouped(kind, e_v + tiny * (L + np.abs(do).sum(-2, keepdims=True)), dv, c.v.shape)
+    e_v = kind.add(e_v, kind.low(low.out, _f64(grads.v), low.subnormal))
     return Errors(_dead(c, e_out), _dead(c, e_lse[..., None])[..., 0], e_q, e_k, e_v, e_bias, e_sink)
 
 

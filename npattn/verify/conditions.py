@@ -1,0 +1,210 @@
+"""Exact conditions that need no tolerance: the same call gives the same bits, and nothing reaches what it must not reach.
+
+Each is a `Check` of its own name beside the tensors of a case. They are made on the cases of CONDITIONED, which are small.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from npattn._checks import Array
+from npattn._pairs import quiet
+from npattn.verify.candidates import Candidate, canonical
+from npattn.verify.cases import Problem, Truth
+from npattn.verify.judge import Check, Settings, accepts, call_backward, call_forward, units
+from npattn.verify.precision import of_dtype
+
+CONDITIONED = ("plain", "causal top_left", "mask array", "key_lengths", "G < H", "bias BHLS", "sink", "dead rows", "dlse")
+
+
+def examine_conditions(candidate: Candidate, case: Any, seed: int, settings: Settings) -> list[Check]:
+    """The conditions of a case, if it is one of CONDITIONED; none where the candidate supports or returns nothing."""
+    if case.name not in CONDITIONED or candidate.op != "attention":
+        return []
+    problem, precision = case.problem(seed), settings.precision or of_dtype(case.problem(seed).dtype)
+    if settings.precision is not None:
+        problem, precision = problem.stored(precision), precision.declared()
+    problem = canonical(problem)
+    values = _call(candidate, problem)
+    truth = candidate.truth(problem, precision)
+    if truth is None or "out" not in values or values["out"].shape != truth.values["out"].shape:
+        return []
+    return list(conditions(candidate, problem, truth, values, settings.level))
+
+
+def conditions(candidate: Candidate, problem: Problem, truth: Truth, values: dict[str, Any], level: str) -> Iterator[Check]:
+    """All conditions of one case; ``values`` is what the candidate returned first."""
+    first = {n: x for n, x in values.items() if isinstance(x, np.ndarray)}
+    if not first:
+        return
+    saved = {n: x.copy() for n, x in first.items()}
+    yield _same("repeat", "a second call", saved, _call(candidate, problem))
+    yield _other(candidate, problem, first, saved)
+    yield _threads(candidate, problem, saved)
+    yield _strided(candidate, problem, truth, level)
+    if len(problem.shape) == 4 and problem.shape[0] > 1:
+        yield _batch(candidate, problem, truth, level)
+    hidden = _hidden(problem)
+    if hidden is not None:
+        yield _same("masked places", "other numbers in keys, values and queries that are masked", saved, _call(candidate, hidden))
+    if "out" in first and "dropout_mask" not in problem.options:
+        yield _hull(problem, truth, first["out"])
+
+
+def _call(candidate: Candidate, problem: Problem) -> dict[str, Array]:
+    forward = call_forward(candidate, problem)
+    backward = call_backward(candidate, problem, forward.values) if forward.values else forward
+    both = {**forward.values, **backward.values}
+    return {n: x for n, x in both.items() if isinstance(x, np.ndarray)}
+
+
+def _same(name: str, what: str, want: dict[str, Array], got: dict[str, Array]) -> Check:
+    for tensor, x in want.items():
+        y = got.get(tensor)
+        if y is None:
+            return Check(name, "wrong", f"{tensor} is not returned by {what}", worst=math.inf)
+        if x.tobytes() != y.tobytes():
+            differ = (x != y) & ~(np.isnan(x) & np.isnan(y))
+            if not differ.any():
+                continue  # -0 and 0, or another NaN
+            index = tuple(int(i[0]) for i in np.nonzero(differ))
+            text = f"{tensor}{list(index)} is {y[index]:.9g} in {what}, and {x[index]:.9g} before"
+            return Check(name, "wrong", text, worst=math.inf, index=index)
+    return Check(name, "ok", level="tight")
+
+
+def _other(candidate: Candidate, problem: Problem, first: dict[str, Array], saved: dict[str, Array]) -> Check:
+    """A call with another shape in between: it overwrites nothing, and a backward after it still belongs to its own forward."""
+    smaller = _cut(problem, 1)
+    _call(candidate, smaller)
+    for tensor, x in first.items():
+        if x.tobytes() != saved[tensor].tobytes():
+            return Check("other calls", "wrong", f"{tensor} is overwritten by the next call", worst=math.inf)
+    backward = call_backward(candidate, problem, {n: saved[n] for n in problem.outputs if n in saved})
+    got = {n: x for n, x in backward.values.items() if isinstance(x, np.ndarray)}
+    want = {n: x for n, x in saved.items() if n in problem.gradients}
+    return _same("other calls", "a backward after another forward", want, got)
+
+
+def _threads(candidate: Candidate, problem: Problem, want: dict[str, Array]) -> Check:
+    """Two problems at once, each several times."""
+    smaller = _cut(problem, 1)
+    alone = _call(candidate, smaller)
+    found: list[Check] = []
+
+    def work(p: Problem, expected: dict[str, Array]) -> None:
+        for _ in range(3):
+            try:
+                found.append(_same("threads", "one of two threads", expected, _call(candidate, p)))
+            except Exception as error:
+                found.append(Check("threads", "wrong", f"raises {type(error).__name__}: {error}", worst=math.inf))
+
+    threads = [threading.Thread(target=work, args=a) for a in ((problem, want), (smaller, alone))]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    return next((c for c in found if c.status == "wrong"), Check("threads", "ok", level="tight"))
+
+
+def _cut(problem: Problem, batch: int) -> Problem:
+    """The first sequences alone."""
+    B = problem.shape[0]
+
+    def cut(x: Any) -> Any:
+        return x[:batch] if isinstance(x, np.ndarray) and x.ndim and x.shape[0] == B else x
+
+    parts = [
+        dataclasses.replace(p, mask=_bound(p.mask, problem.shape)[:batch], keyword=p.keyword, value=cut(p.value))
+        for p in problem.parts
+    ]
+    options = {n: cut(x) if n != "sink" else x for n, x in problem.options.items()}
+    dlse = None if problem.dlse is None else problem.dlse[:batch]
+    return Problem(problem.q[:batch], problem.k[:batch], problem.v[:batch], problem.dout[:batch], dlse, parts, options)
+
+
+def _bound(mask: Any, shape: tuple[int, ...]) -> Array:
+    from npattn.masks import as_mask
+
+    return np.broadcast_to(as_mask("mask", mask).bind(shape).dense(), shape)
+
+
+def _judged(name: str, what: str, got: dict[str, Array], want: dict[str, Array], sigma: dict[str, Array], level: str) -> Check:
+    for tensor, x in got.items():
+        if tensor in want and (x.shape != want[tensor].shape or not accepts(level, units(x, want[tensor], sigma[tensor]))):
+            return Check(name, "wrong", f"{tensor} is wrong {what}", worst=math.inf)
+    return Check(name, "ok", level="tight")
+
+
+def _strided(candidate: Candidate, problem: Problem, truth: Truth, level: str) -> Check:
+    """The same numbers in views: heads behind queries, every second element, the last axis in reverse."""
+
+    def turned(x: Array) -> Array:
+        return np.swapaxes(np.ascontiguousarray(np.swapaxes(x, -3, -2)), -3, -2)
+
+    wide = np.repeat(problem.k, 2, axis=-1)[..., ::2]
+    back = np.ascontiguousarray(problem.v[..., ::-1])[..., ::-1]
+    p = dataclasses.replace(problem, q=turned(problem.q), k=wide, v=back, dout=turned(problem.dout))
+    return _judged("strides", "for strided inputs", _call(candidate, p), truth.values, truth.sigma, level)
+
+
+def _batch(candidate: Candidate, problem: Problem, truth: Truth, level: str) -> Check:
+    """The first sequence alone gives what it gives among others."""
+    one = _call(candidate, _cut(problem, 1))
+    got = {n: x for n, x in one.items() if n in ("out", "lse", "dq", "dk", "dv")}
+    want = {n: truth.values[n][:1] for n in got if n in truth.values}
+    sigma = {n: truth.sigma[n][:1] for n in want}
+    return _judged("batch size", "for the first sequence alone", got, want, sigma, level)
+
+
+def _hidden(problem: Problem) -> Problem | None:
+    """Other numbers where no query may see a key, and in queries that may see none; None where there is no such place."""
+    if not problem.parts:
+        return None
+    seen = _bound(problem.mask, problem.shape)
+    G, H = problem.k.shape[-3], problem.q.shape[-3]
+    keys = ~seen.reshape(seen.shape[0], G, H // G, *seen.shape[2:]).any((2, 3))
+    rows = ~seen.any(-1)
+    if not keys.any() and not rows.any():
+        return None
+
+    def other(x: Array, where: Array) -> Array:
+        return np.where(where[..., None], x.dtype.type(3) - x, x)
+
+    dout = other(problem.dout, rows) if "sink" not in problem.options else problem.dout
+    return dataclasses.replace(
+        problem, q=other(problem.q, rows), k=other(problem.k, keys), v=other(problem.v, keys), dout=dout
+    )
+
+
+@quiet
+def _hull(problem: Problem, truth: Truth, out: Array) -> Check:
+    """A mean of the values that a query may see lies between the least and the greatest of them, up to det."""
+    seen = _bound(problem.mask, problem.shape) if problem.parts else np.ones(problem.shape, bool)
+    bias = problem.options.get("bias")
+    if bias is not None:
+        seen = seen & np.broadcast_to(bias != -np.inf, problem.shape)
+    v = np.repeat(problem.v.astype(np.float64), problem.q.shape[-3] // problem.k.shape[-3], axis=-3)
+    zero = "sink" in problem.options
+    high = np.where(seen[..., None], v[..., None, :, :], -np.inf).max(-2, initial=0.0 if zero else -np.inf)
+    low = np.where(seen[..., None], v[..., None, :, :], np.inf).min(-2, initial=0.0 if zero else np.inf)
+    dead = ~seen.any(-1)[..., None]
+    bound = truth.det.get("out", np.zeros_like(high))
+    outside = ~dead & ((out > high + bound) | (out < low - bound))
+    if outside.any():
+        index = tuple(int(i[0]) for i in np.nonzero(outside))
+        text = f"out{list(index)} is {out[index]:.9g}, outside the values that it may see ({low[index]:.6g} to {high[index]:.6g})"
+        return Check("hull", "wrong", text, worst=math.inf, index=index)
+    return Check("hull", "ok", level="tight")
+
+
+CONDITIONS: dict[str, Callable[..., Any]] = {
+    "repeat": _same, "other calls": _other, "threads": _threads, "strides": _strided, "batch size": _batch,
+    "masked places": _hidden, "hull": _hull,
+}  # fmt: skip

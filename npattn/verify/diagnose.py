@@ -1,0 +1,420 @@
+"""What an implementation is doing instead: known mistakes and other conventions, tried until one gives what it gives.
+
+For each case that is wrong the equations are run again with one change (`npattn.verify.mistakes`), then with two, and compared
+with what the candidate returned; then as if one quantity were rounded to a smaller format. What matches is named, with its
+distance in sigma. Where nothing matches, the places of the error are described.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from npattn._checks import Array
+from npattn.verify.mistakes import CHANGES
+from npattn.verify.precision import PRECISIONS, Precision
+from npattn.verify.stages import FORWARD_STAGES, Change, facts, run
+
+FORWARD = ("out", "lse")
+CANNOT = (ValueError, IndexError, TypeError, AttributeError, ZeroDivisionError)  # a change that a call leaves no room for
+LARGE = 200_000  # elements of the scores, above which only what has been seen in smaller cases is tried first
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What matches what was returned."""
+
+    names: tuple[str, ...]  # one change, or two together
+    tensors: tuple[str, ...]
+    distance: float  # rms, in sigma
+    where: str = ""  # "in the backward", or nothing
+    others: tuple[str, ...] = ()  # what cannot be told apart from it here
+
+    @property
+    def text(self) -> str:
+        name = " and ".join(self.names)
+        where = f" {self.where}" if self.where else ""
+        others = f" (here the same as: {'; '.join(self.others[:3])}{'; ...' if len(self.others) > 3 else ''})" if self.others else ""
+        return f"{', '.join(self.tensors)}: matches {name}{where} to {self.distance:.2g} sigma{others}"
+
+
+def distance(got: Any, value: Array, sigma: Array) -> tuple[float, float]:
+    """rms and maximum of the difference in sigma, inf where shapes, NaN or inf differ.
+
+    sigma is that of the reference, and never below its median: what a change makes of an exact 0 has a rounding error too.
+    """
+    if not isinstance(got, np.ndarray) or got.shape != value.shape:
+        return np.inf, np.inf
+    x, y = np.asarray(got, np.float64), np.asarray(value, np.float64)
+    same = (x == y) | (np.isnan(x) & np.isnan(y))
+    finite = np.isfinite(x) & np.isfinite(y)
+    if not (same | finite).all():
+        return np.inf, np.inf
+    known = sigma[np.isfinite(sigma) & (sigma > 0)]
+    floor = float(np.median(known)) if known.size else 0.0
+    unit = float(np.finfo(got.dtype).eps) if got.dtype.kind == "f" else 2.0**-23
+    scale = np.maximum(np.maximum(np.where(np.isfinite(sigma), sigma, 0), floor), unit * np.abs(y) + 1e-300)
+    with np.errstate(all="ignore"):
+        units = np.where(same, 0.0, np.abs(x - y) / scale)
+    if not units.size:
+        return 0.0, 0.0
+    return float(np.sqrt(np.square(units).mean())), float(units.max())
+
+
+def near(apart: tuple[float, float], before: float) -> bool:
+    """Whether this is a match, for a tensor that is ``before`` sigma away from the reference.
+
+    Within rounding and clearly nearer than the reference; or, since a change may make the problem worse conditioned, a
+    thousand times nearer.
+    """
+    rms, most = apart
+    return (rms <= 6 and most <= 60 and rms < before / 3) or (rms <= 100 and most <= 2000 and rms < before / 1000)
+
+
+class Diagnostician:
+    """Explains case after case; what it has found once is tried first in the next."""
+
+    def __init__(self, align: str = "top_left", seconds: float = 3.0, pairs: int = 4) -> None:
+        self.align, self.seconds = align, seconds
+        self.pairs_left = pairs  # searches for two changes are expensive: only for the first few cases that need one
+        self.known: Counter[str] = Counter()
+        self.right: dict[frozenset[str], tuple[Any, ...]] = {}  # cases that hold, one for each set of facts
+        self.ruled_out: dict[str, bool] = {}
+        self.earlier: list[dict[str, Any]] = []  # the arguments of calls before this one
+        self.last: dict[str, Any] = {}  # what the call before this one returned
+
+    def saw(
+        self, problem: Any, given: dict[str, Any], sigma: dict[str, Array], values: dict[str, Array], got: dict[str, Any],
+        wrong: Iterable[str],
+    ) -> None:  # fmt: skip
+        """Remember a call: whoever holds here does not make a mistake that would show here."""
+        here = facts(problem, given)
+        if not list(wrong) and math.prod(problem.shape) <= LARGE and here not in self.right:
+            self.right[here] = (problem, given, sigma, values, [t for t in values if t in got])
+            self.ruled_out.clear()
+        self.earlier = [*self.earlier[-7:], given]
+        self.last = got
+
+    def excluded(self, change: Change, base: list[Change], in_backward: bool) -> bool:
+        """Whether a case that holds would have been wrong with this change."""
+        key = f"{change.name} {in_backward}"
+        if key not in self.ruled_out:
+            self.ruled_out[key] = any(self._shows(change, base, in_backward, *case) for case in self.right.values())
+        return self.ruled_out[key]
+
+    def _shows(
+        self, change: Change, base: list[Change], in_backward: bool, problem: Any, given: dict[str, Any],
+        sigma: dict[str, Array], values: dict[str, Array], tested: list[str],
+    ) -> bool:  # fmt: skip
+        if not change.needs <= facts(problem, given):
+            return False
+        changes = [*base, change]
+        try:
+            other = run(problem, given, self.align, base if in_backward else changes, backward=changes)
+        except CANNOT:
+            return False
+        return any(distance(values[t].astype(problem.dtype), other[t], sigma[t])[0] > 30 for t in tested if t in other)
+
+    def explain(
+        self, problem: Any, given: dict[str, Any], sigma: dict[str, Array], got: dict[str, Any], wrong: Iterable[str],
+        base: Iterable[Change] = (),
+    ) -> list[Explanation]:  # fmt: skip
+        """What the candidate is doing instead, as far as it can be named.
+
+        got   : what it returned, by tensor; wrong : the tensors of it that are wrong
+        base  : the changes that its declared convention makes
+        """
+        # What is wrong by its shape or dtype has been said.
+        wrong = [t for t in wrong if t in sigma and isinstance(got.get(t), np.ndarray) and got[t].shape == sigma[t].shape]
+        if not wrong:
+            return []
+        search = _Search(self, problem, given, sigma, got, list(base))
+        wrong = [t for t in wrong if search.before[t] > 3]
+        found: list[Explanation] = []
+        forward: tuple[Change, ...] = ()
+        if set(wrong) & set(FORWARD):
+            found, forward = search.forward([t for t in FORWARD if t in wrong])
+        gradients = [t for t in wrong if t not in FORWARD]
+        if gradients:
+            found += search.backward(gradients, forward)
+        explained = {t for e in found for t in e.tensors}
+        found += search.roughly([t for t in wrong if t not in explained])
+        self.known.update(name for e in found for name in e.names)
+        return found
+
+
+class _Search:
+    """One case."""
+
+    def __init__(
+        self, owner: Diagnostician, problem: Any, given: dict[str, Any], sigma: dict[str, Array], got: dict[str, Any],
+        base: list[Change],
+    ) -> None:  # fmt: skip
+        self.owner, self.problem, self.given, self.sigma, self.got, self.base = owner, problem, given, sigma, got, base
+        here = facts(problem, given)
+        changes = [c for c in CHANGES.values() if c.needs <= here and c not in base]
+        changes += _of_earlier_calls(owner.earlier, given)
+        changes.sort(key=lambda c: (-owner.known[c.name], not c.convention, c.sized))
+        self.large = math.prod(problem.shape) > LARGE
+        self.changes = changes
+        self.known = sum(c.name in owner.known for c in changes)
+        self.dtype = np.longdouble if problem.q.dtype == np.float64 else np.float64
+        self.returned = [t for t in sigma if isinstance(got.get(t), np.ndarray)]
+        right = self.values([])
+        self.before = {t: distance(got[t], right[t], sigma[t])[0] if t in right else np.inf for t in self.returned}
+        self.until = time.perf_counter() + owner.seconds
+
+    def values(self, changes: Iterable[Change], **options: Any) -> dict[str, Array]:
+        try:
+            return run(self.problem, self.given, self.owner.align, [*self.base, *changes], dtype=self.dtype, **options)
+        except CANNOT:
+            return {}
+
+    def away(self, tensors: Iterable[str], values: dict[str, Array]) -> float:
+        """The largest distance of these tensors from what a change gives, inf where one does not match."""
+        worst = 0.0
+        for t in tensors:
+            if t not in values:
+                return np.inf
+            apart = distance(self.got[t], values[t], self.sigma[t])
+            right = self.before[t] <= 3  # then it has to stay right
+            if not (apart[0] <= 6 if right else near(apart, self.before[t])):
+                return np.inf
+            worst = max(worst, apart[0])
+        return worst
+
+    def enough(self, tried: int, matches: list[Any]) -> bool:
+        """Whether to stop: all that is known was tried in a large case, or the time is over."""
+        return (self.large and tried >= self.known and bool(matches)) or time.perf_counter() > self.until
+
+    # -- forward
+
+    def forward(self, wrong: list[str]) -> tuple[list[Explanation], tuple[Change, ...]]:
+        """What explains out and lse, together or each by itself, and the changes that the backward may have too."""
+        returned = [t for t in FORWARD if t in self.returned]
+        matches: list[tuple[float, Change]] = []
+        partly: dict[str, list[tuple[float, Change]]] = {t: [] for t in wrong}
+        for i, change in enumerate(self.changes):
+            if self.enough(i, matches):
+                break
+            if change.stage not in FORWARD_STAGES:
+                continue
+            values = self.values([change], gradients=False)
+            apart = self.away(returned, values)
+            if apart < np.inf:
+                matches.append((apart, change))
+            for t in wrong:
+                alone = self.away([t], values)
+                if alone < np.inf:
+                    partly[t].append((alone, change))
+        if matches:
+            best, others = self._best(matches)
+            return [Explanation((best[1].name,), tuple(wrong), best[0], others=others)], (best[1],)
+        pair = self._pair(returned)
+        if pair is not None:
+            return [Explanation(tuple(c.name for c in pair[1]), tuple(wrong), pair[0])], pair[1]
+        found = []
+        changes: list[Change] = []
+        for t in wrong:
+            if partly[t]:
+                best, others = self._best(partly[t])
+                found.append(Explanation((best[1].name,), (t,), best[0], others=others))
+                changes.append(best[1])
+        return found, tuple(changes[:1])
+
+    def _best(self, matches: list[tuple[float, Change]], backward: bool = False) -> tuple[tuple[float, Change], tuple[str, ...]]:
+        """The nearest that no case before this one excludes; those that are as near stay in the order they were tried in."""
+        nearest = min(d for d, _ in matches)
+        ties = [m for m in matches if m[0] <= max(1.3 * nearest, nearest + 0.05)]
+        if len(ties) > 1:
+            ties = [m for m in ties if not self.owner.excluded(m[1], self.base, backward)] or ties
+        return ties[0], tuple(m[1].name for m in ties[1:])
+
+    def _pair(self, tensors: list[str]) -> tuple[float, tuple[Change, Change]] | None:
+        """Two changes of the forward that together match; the commonest mistakes first, as long as there is time."""
+        if self.large or self.owner.pairs_left <= 0 or not tensors:
+            return None
+        self.owner.pairs_left -= 1
+        until = time.perf_counter() + 2 * self.owner.seconds
+        few = [c for c in self.changes if not c.sized and c.stage in FORWARD_STAGES]
+        for a, b in itertools.combinations(few, 2):
+            apart = self.away(tensors, self.values([a, b], gradients=False))
+            if apart < np.inf:
+                return apart, (a, b)
+            if time.perf_counter() > until:
+                break
+        return None
+
+    # -- a factor, or a rounding
+
+    def roughly(self, wrong: list[str]) -> list[Explanation]:
+        """What is right but for a factor, or rounded too early: by the size of the errors, not by the values."""
+        wrong = [t for t in wrong if np.isfinite(self.before[t])]
+        if not wrong:
+            return []
+        right = self.values([])
+        scale = self._scale(wrong, right)
+        if scale:
+            return scale
+        found = [e for t in wrong for e in self._factor(t, right[t])]
+        rest = [t for t in wrong if t not in {x for e in found for x in e.tensors}]
+        return found + self._rounding(rest)
+
+    def _factor(self, tensor: str, want: Array) -> list[Explanation]:
+        got = np.asarray(self.got[tensor], np.float64)
+        finite = np.isfinite(want) & np.isfinite(got)
+        norm = float(np.square(want[finite]).sum())
+        factor = float((got[finite] * want[finite]).sum()) / norm if norm else 1.0
+        apart = distance(self.got[tensor], np.asarray(factor * want), self.sigma[tensor])
+        if abs(factor - 1) > 1e-6 and factor and near(apart, self.before[tensor]):
+            return [Explanation((f"{tensor} is {factor:.6g} times what it should be",), (tensor,), apart[0])]
+        return []
+
+    def _scale(self, wrong: list[str], right: dict[str, Array]) -> list[Explanation]:
+        """Whether a scale that is a little off explains everything: by its derivative, then in full."""
+        first = "out" if "out" in wrong else wrong[0]
+        step = 1e-6
+        moved = self.values([_scaled(1 + step)])
+        slope = (moved[first] - right[first]) / step
+        error = np.asarray(self.got[first], np.float64) - right[first]
+        finite = np.isfinite(slope) & np.isfinite(error)
+        norm = float(np.square(slope[finite]).sum())
+        off = float((slope[finite] * error[finite]).sum()) / norm if norm else 0.0
+        if abs(off) < 1e-6 or abs(off) > 0.05:
+            return []
+        values = self.values([_scaled(1 + off)])
+        apart = self.away(wrong, values)
+        if apart == np.inf:
+            return []
+        return [Explanation((f"scale is off by a factor of {1 + off:.6g}",), tuple(wrong), apart)]
+
+    def _rounding(self, wrong: list[str]) -> list[Explanation]:
+        """The one rounding, or the class of precision, whose predicted errors are as large as those that are seen."""
+        if not wrong or self.problem.q.dtype == np.float64 or self.large:
+            return []
+        best: tuple[float, str, float] | None = None
+        for name, precision in _roundings().items():
+            truth = self.problem.truth(precision)
+            off = {t: distance(self.got[t], truth.values[t], truth.sigma[t]) for t in self.returned}
+            rms = [off[t][0] for t in wrong]
+            if all(o[0] <= 3 and o[1] <= 16 for o in off.values()) and min(rms) >= 0.3 and max(rms) <= 1.7:
+                size = max(abs(math.log(r / 0.85)) for r in rms)
+                if best is None or size < best[0]:
+                    best = size, name, max(rms)
+        return [] if best is None else [Explanation((best[1],), tuple(wrong), best[2])]
+
+    def _added(self, tensor: str, last: Array) -> bool:
+        right = self.values([]).get(tensor)
+        return right is not None and distance(self.got[tensor] - last, right, self.sigma[tensor])[0] <= 6
+
+    # -- backward
+
+    def backward(self, wrong: list[str], forward: tuple[Change, ...]) -> list[Explanation]:
+        """What explains the gradients: the forward's own change, another one in the backward alone, or one for each tensor."""
+        returned = [t for t in self.returned if t not in FORWARD]
+        names = tuple(c.name for c in forward)
+        if forward:
+            apart = self.away(returned, self.values(forward))
+            if apart < np.inf:
+                return [Explanation(names, tuple(wrong), apart, "in the backward too")]
+            # The gradients that a right backward makes of the out and lse that are wrong.
+            following = self.values(forward, backward=self.base)
+            apart = self.away(returned, following)
+            if apart < np.inf:
+                return [Explanation(names, tuple(wrong), apart, "by way of its out and lse")]
+            wrong = [t for t in wrong if self.away([t], following) == np.inf and self.away([t], self.values(forward)) == np.inf]
+        for t in wrong:  # a buffer that was not cleared
+            last = self.owner.last.get(t)
+            if isinstance(last, np.ndarray) and last.shape == self.got[t].shape and self._added(t, last):
+                return [Explanation((f"{t} is added to that of the call before",), (t,), 1.0)]
+        matches: list[tuple[float, Change]] = []
+        partly: dict[str, list[tuple[float, Change]]] = {t: [] for t in wrong}
+        for i, change in enumerate(self.changes):
+            if self.enough(i, matches):
+                break
+            best, alone = np.inf, dict.fromkeys(wrong, np.inf)
+            for fused in (True, False) if change.stage in FORWARD_STAGES else (True,):
+                values = self.values(forward, backward=[*self.base, *forward, change], fused=fused)
+                best = min(best, self.away(returned, values))
+                alone = {t: min(d, self.away([t], values)) for t, d in alone.items()}
+            if best < np.inf:
+                matches.append((best, change))
+            for t, d in alone.items():
+                if d < np.inf:
+                    partly[t].append((d, change))
+        if matches:
+            partly = {"": matches}
+        found: dict[str, Explanation] = {}
+        for t, some in partly.items():
+            if some:
+                (apart, change), others = self._best(some, backward=True)
+                old = found.get(change.name)
+                tensors = tuple(wrong) if not t else (*old.tensors, t) if old else (t,)
+                where = "in the backward" if change.stage in FORWARD_STAGES else ""
+                apart = max(apart, old.distance if old else 0.0)
+                found[change.name] = Explanation((change.name,), tensors, apart, where, others)
+        return list(found.values())
+
+
+def _scaled(factor: float) -> Change:
+    return Change("scale", "scale", lambda x: x.scale * factor)
+
+
+def _roundings() -> dict[str, Precision]:
+    """One rounding at a time, and all of a class."""
+    plain, found = PRECISIONS["float32"], {}
+    for knob in ("inputs", "scores", "weights", "dweights", "dscores", "out"):
+        for bits, storage in ((11, "float16"), (8, "bfloat16")):
+            found[f"{knob} rounded to {bits} bits"] = dataclasses.replace(plain, storage=storage, **{knob: 2.0**-bits})
+    classes = {f"all that {n} rounds": p for n, p in PRECISIONS.items() if n not in ("float64", "float32", "float8")}
+    return found | classes
+
+
+def _of_earlier_calls(earlier: list[dict[str, Any]], given: dict[str, Any]) -> list[Change]:
+    """An option that was kept from an earlier call, whatever this one says."""
+    stages = {"mask": "array", "key_lengths": "lengths", "scale": "scale"}
+    found: dict[str, Change] = {}
+    for name, stage in stages.items():
+        for call in reversed(earlier):
+            value, now = call.get(name), given.get(name)
+            same_kind = value is not None and (name == "scale" or (now is not None and np.shape(value) == np.shape(now)))
+            if not same_kind or (isinstance(value, np.ndarray) and np.array_equal(value, now)):
+                continue
+            kept = np.asarray(value)[..., None, None, None] if name == "key_lengths" else value
+            text = f"the {name} of an earlier call is used"
+            found.setdefault(text + f" {len(found)}" * (text in found), Change(text, stage, lambda x, kept=kept: kept))
+    return list(found.values())
+
+
+def places(letters: str, words: dict[str, str], off: Array) -> str:
+    """Where in a tensor the elements lie that are off: which rows, columns, heads; the ends of tiles."""
+    parts = [f"{off.sum()} of {off.size} elements"]
+    for axis, letter in enumerate(letters[-off.ndim :]):
+        hit = np.flatnonzero(off.any(tuple(a for a in range(off.ndim) if a != axis)))
+        n = off.shape[axis]
+        if 0 < len(hit) < n and letter in words:
+            parts.append(f"{words[letter]} {_which(hit, n)}")
+    return "in " + "; ".join(parts)
+
+
+def _which(hit: Array, n: int) -> str:
+    """A set of indices below n in words."""
+    first, last = int(hit[0]), int(hit[-1])
+    if len(hit) == 1:
+        return f"{first} (the last)" if first == n - 1 else str(first)
+    if len(hit) == last - first + 1:
+        sizes = [size for size in (128, 64, 32, 16, 8) if first and first % size == 0]
+        tile = f", where a tile of {sizes[0]} begins" if sizes else ""
+        return f"from {first} on{tile}" if last == n - 1 else f"{first} to {last}"
+    steps = np.diff(hit)
+    if len(hit) > 2 and (steps == steps[0]).all():
+        return f"{first}, {first + int(steps[0])}, ... every {int(steps[0])}th"
+    return ", ".join(map(str, hit[:6])) + (", ..." if len(hit) > 6 else "")

@@ -1,0 +1,81 @@
+"""Precision classes: what an implementation rounds to a smaller format, and where."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from npattn._checks import Array
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Unit roundoffs of what is rounded low; 0.0 where nothing is rounded but in the accumulation."""
+
+    name: str
+    dtype: np.dtype[Any]  # of accumulation
+    inputs: float = 0.0  # q, k, v, dout as they enter products
+    scores: float = 0.0  # logits as stored
+    weights: float = 0.0  # P before the product with v, and in dv
+    dweights: float = 0.0  # dP
+    dscores: float = 0.0  # dS before the products to dq and dk
+    delta_out: float = 0.0  # O before Delta
+    out: float = 0.0  # every output and gradient, not lse
+    storage: str = "float32"  # the format whose values the inputs hold
+    subnormal: float = 0.0  # half the spacing of storage underflow
+
+    @property
+    def u(self) -> float:
+        """The unit roundoff of accumulation."""
+        return float(np.finfo(self.dtype).eps) / 2
+
+    @property
+    def format(self) -> str:
+        """The format that is rounded to, as `round_to` knows it."""
+        return "tf32" if self.name == "tf32" else self.storage
+
+    def declared(self) -> Precision:
+        """The same for inputs that its storage holds: rounding them is exact. TF32 rounds whatever enters a product."""
+        return self if self.name == "tf32" else dataclasses.replace(self, inputs=0.0)
+
+
+def _classes(storage: str, u: float, subnormal: float) -> dict[str, Precision]:
+    f4 = np.dtype(np.float32)
+    one = Precision(f"{storage}-M1", f4, inputs=u, out=u, storage=storage, subnormal=subnormal)
+    two = dataclasses.replace(one, name=f"{storage}-M2", weights=u, dweights=u, dscores=u, delta_out=u)
+    return {p.name: p for p in (one, two, dataclasses.replace(two, name=f"{storage}-M3", scores=u))}
+
+
+PRECISIONS: dict[str, Precision] = {
+    "float64": Precision("float64", np.dtype(np.float64), storage="float64"),
+    "float32": Precision("float32", np.dtype(np.float32)),
+    "tf32": Precision("tf32", np.dtype(np.float32), inputs=2.0**-11, weights=2.0**-11, dscores=2.0**-11),
+    **_classes("float16", 2.0**-11, 2.0**-25),
+    **_classes("bfloat16", 2.0**-8, 0.0),
+    "float8": Precision("float8", np.dtype(np.float32), inputs=2.0**-4, storage="float8_e4m3fn", subnormal=2.0**-10),
+}
+
+
+def of_dtype(dtype: Any) -> Precision:
+    """The class of an implementation that computes in this dtype; float16 and bfloat16 in float32, with one rounding."""
+    name = np.dtype(dtype).name
+    return PRECISIONS.get(name) or PRECISIONS[f"{name}-M1"]
+
+
+def round_to(x: Array, storage: str) -> Array:
+    """The nearest values that a format holds, in x's own dtype."""
+    if storage in ("float32", "float64", "float16"):
+        return x.astype(storage).astype(x.dtype)
+    bits = {"bfloat16": 16, "tf32": 13}
+    if storage in bits:
+        n = np.uint32(bits[storage])
+        raw = np.ascontiguousarray(x, np.float32).view(np.uint32)
+        half = (np.uint32(1) << (n - np.uint32(1))) - np.uint32(1) + ((raw >> n) & np.uint32(1))
+        kept = ((raw + half) >> n) << n
+        return np.where(np.isfinite(x), kept.view(np.float32), x).astype(x.dtype)
+    m, e = np.frexp(x.astype(np.float64))
+    step = np.ldexp(1.0, np.maximum(e - 4, -9))
+    return np.clip(np.rint(x / step) * step, -448, 448).astype(x.dtype)

@@ -1,0 +1,296 @@
+"""Verification as a whole: all cases of a candidate, what is expected to fail, and the report; for Python, pytest and the shell."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import inspect
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from npattn.verify import layers
+from npattn.verify.candidates import Candidate, CandidateError, load
+from npattn.verify.cases import CASES
+from npattn.verify.conditions import CONDITIONS, examine_conditions
+from npattn.verify.conventions import Convention, parse
+from npattn.verify.diagnose import Diagnostician
+from npattn.verify.judge import LEVELS, RULES, Check, Result, Settings, examine
+from npattn.verify.precision import PRECISIONS, Precision
+
+GRADIENTS = ("dq", "dk", "dv", "dbias", "dsink")
+CASES_OF = {
+    "attention": CASES, "multi_head": layers.MULTI_HEAD_CASES, "rnn": layers.RNN_CASES, "softmax": layers.SOFTMAX_CASES,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found out about one candidate."""
+
+    candidate: str
+    results: list[Result]
+    op: str = "attention"
+    level: str = "good"
+    precision: str = ""  # the declared class
+    fits: str = ""  # the class that the errors fit best, where it is another
+    rules: tuple[str, ...] = ()
+
+    @property
+    def wrong(self) -> list[Result]:
+        """What is wrong, and not expected to be."""
+        return [r for r in self.results if r.status == "wrong" and not r.expected]
+
+    @property
+    def unexpected(self) -> list[Result]:
+        """What was expected to fail and holds."""
+        return [r for r in self.results if r.expected and r.status != "wrong"]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.tested) and not self.wrong and not self.unexpected
+
+    @property
+    def tested(self) -> int:
+        return sum(len(r.tested) for r in self.results)
+
+    @property
+    def total(self) -> int:
+        return sum(len(r.checks) for r in self.results)
+
+    @property
+    def diagnosis(self) -> dict[str, list[str]]:
+        """What was recognised, and the cases in which it was; the commonest first."""
+        found: dict[str, list[str]] = {}
+        for r in self.results:
+            for e in r.explanations:
+                cases = found.setdefault(" and ".join(e.names) + (f" {e.where}" if e.where == "in the backward" else ""), [])
+                if r.case not in cases:
+                    cases.append(r.case)
+        return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+
+    def features(self) -> dict[str, list[Result]]:
+        """The results by feature; the gradients and lse are features of their own."""
+        found: dict[str, list[Result]] = {}
+        for r in self.results:
+            for feature in r.features:
+                found.setdefault(feature, []).append(r)
+            groups: dict[str, Iterable[str]] = {"lse": ["lse"], "backward": GRADIENTS, "dbias": ["dbias"], "dsink": ["dsink"], "conditions": CONDITIONS}
+            groups = groups if self.op == "attention" else {"backward": [c.tensor for c in r.checks if c.tensor[:1] == "d"]}
+            for name, tensors in groups.items():
+                own = [c for c in r.checks if c.tensor in tensors]
+                if own:
+                    found.setdefault(name, []).append(Result(r.case, [name], own))
+        return found
+
+    def untested(self, features: Iterable[str]) -> list[str]:
+        """Those of the features for which nothing was tested."""
+        found = self.features()
+        return [f for f in features if not any(r.tested for r in found.get(f, []))]
+
+    def lines(self) -> list[str]:
+        """What is wrong, a line each."""
+        lines = [f"{r.case}: {c.tensor}: {c.text}" for r in self.wrong for c in r.checks if c.status == "wrong"]
+        lines += [f"{r.case}: was expected to fail ({r.expected}), and holds" for r in self.unexpected]
+        return lines
+
+    def require(self, features: Iterable[str] = ()) -> Report:
+        """Itself, or AssertionError with what is wrong, what it is taken to be, and what was not tested."""
+        lines = self.lines()
+        if lines:
+            count = len(self.wrong) + len(self.unexpected)
+            named = [f"  it looks like: {name} ({len(cases)} cases)" for name, cases in list(self.diagnosis.items())[:3]]
+            more = [f"... and {len(lines) - 10} more"] if len(lines) > 10 else []
+            text = [f"{self.candidate} falls short in {count} cases:", *lines[:10], *more, *named]
+            raise AssertionError("\n".join(text))
+        untested = self.untested(features) if self.tested else ["anything"]
+        if untested:
+            raise AssertionError(f"{self.candidate}: not tested: {', '.join(untested)}")
+        return self
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; what is not finite is null."""
+
+        def plain(x: Any) -> Any:
+            if isinstance(x, dict):
+                return {name: plain(y) for name, y in x.items()}
+            if isinstance(x, (list, tuple)):
+                return [plain(y) for y in x]
+            return None if isinstance(x, float) and not math.isfinite(x) else x
+
+        results = [{**plain(asdict(r)), "status": r.status} for r in self.results]
+        return {
+            "candidate": self.candidate, "op": self.op, "level": self.level, "precision": self.precision, "fits": self.fits,
+            "tested": self.tested, "total": self.total, "diagnosis": self.diagnosis, "results": results,
+        }  # fmt: skip
+
+
+def verify(
+    function: Callable[..., Any] | Candidate | str, backward: Callable[..., Any] | None = None, *, op: str = "attention",
+    level: str = "good", precision: str | None = None, convention: str | Convention = "npattn",
+    cases: Iterable[Any] | None = None, seeds: Iterable[int] = (0,), rules: Iterable[str] = (),
+    expected_failures: Mapping[str, str] | None = None, stop: bool = False, diagnose: bool = True,
+    on_result: Callable[[Result], None] | None = None,
+) -> Report:  # fmt: skip
+    """Verify a function of yours, a `Candidate`, or a built-in one by its name.
+
+    level, precision, convention, rules : names, as for ``npattn verify``
+    expected_failures : case (or a pattern with *) -> reason; they still run, and are reported when they hold
+    stop              : go no further than the first case that is wrong
+    Raises CandidateError for a name that is not known.
+
+    >>> from npattn import attention
+    >>> report = verify(attention, level="tight", cases=CASES[:3])
+    >>> report.passed, report.lines()
+    (True, [])
+    """
+    if level not in (*LEVELS, "bounded"):
+        raise CandidateError(f"level {level!r}, expected one of tight, good, bounded")
+    for rule in rules:
+        if rule not in RULES:
+            raise CandidateError(f"rule {rule!r}, expected one of {', '.join(RULES)}")
+    if precision is not None and precision not in PRECISIONS:
+        raise CandidateError(f"precision {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    candidate = _candidate(function, backward, convention, op)
+    settings = Settings(level, None if precision is None else PRECISIONS[precision], tuple(rules))
+    chosen = list(CASES_OF[candidate.op] if cases is None else cases)
+    expected = _expected(expected_failures or {}, candidate.op)
+    diagnostician = Diagnostician(candidate.align) if diagnose else None
+    results: list[Result] = []
+    for seed in seeds:
+        for case in chosen:
+            result = examine(candidate, case, seed, settings, diagnostician)
+            if result.tested:
+                more = examine_conditions(candidate, case, seed, settings)
+                result = dataclasses.replace(result, checks=[*result.checks, *more])
+            result = dataclasses.replace(result, expected=expected.get(case.name, ""))
+            results.append(result)
+            if on_result is not None:
+                on_result(result)
+            if stop and result.status == "wrong" and not result.expected:
+                break
+    report = Report(candidate.name, results, candidate.op, level, precision or "", rules=tuple(rules))
+    return dataclasses.replace(report, fits=_fits(candidate, report, chosen, settings))
+
+
+def _candidate(function: Any, backward: Any, convention: str | Convention, op: str) -> Candidate:
+    if isinstance(function, Candidate):
+        return function
+    try:
+        values = parse(convention) if isinstance(convention, str) else convention
+    except ValueError as error:
+        raise CandidateError(str(error)) from None
+    if isinstance(function, str):
+        return load(function, None, values)
+    return Candidate(getattr(function, "__name__", str(function)), function, backward, values, op)
+
+
+def _expected(failures: Mapping[str, str], op: str) -> dict[str, str]:
+    """The reason by case. A name that no case has is an error: it would never fail."""
+    names = [case.name for case in CASES_OF[op]]
+    found: dict[str, str] = {}
+    for pattern, reason in failures.items():
+        hit = [n for n in names if n == pattern] or fnmatch.filter(names, pattern)
+        if not hit:
+            raise CandidateError(f"expected failure {pattern!r}: no such case; npattn verify --list lists them")
+        if not reason.strip():
+            raise CandidateError(f"expected failure {pattern!r} has no reason")
+        found |= dict.fromkeys(hit, reason)
+    return found
+
+
+def _fits(candidate: Candidate, report: Report, cases: list[Any], settings: Settings) -> str:
+    """The precision class under which what is wrong would hold, where the declared one (or that of the inputs) does not."""
+    if settings.precision is not None or candidate.op != "attention":
+        return ""
+    wrong = {r.case for r in report.wrong if any(math.isfinite(c.worst) for c in r.checks if c.status == "wrong")}
+    some = [c for c in cases if c.name in wrong and math.prod(c.sizes.values()) < 10**9 and c.dtype == "float32"][:6]
+    plain = [c for c in cases if c.name == "plain" and c.name in wrong]
+    if not plain:  # a kernel that rounds low rounds low everywhere
+        return ""
+    votes: Counter[str] = Counter()
+    for case in [*plain, *[c for c in some if c.name != "plain"]]:
+        fits = _class_of(candidate, case)
+        if fits:
+            votes[fits] += 1
+    if not votes:
+        return ""
+    name, count = votes.most_common(1)[0]
+    return name if 2 * count > len(some) else ""
+
+
+def _class_of(candidate: Candidate, case: Any) -> str:
+    """The class whose prediction is nearest to the errors of one case, in which all tensors hold."""
+    best, nearest = "", math.inf
+    for name, precision in PRECISIONS.items():
+        if precision.dtype != case.dtype or name == "float8":
+            continue
+        off = _under(candidate, case, precision)
+        if off is not None and off < nearest:
+            best, nearest = name, off
+    return best
+
+
+def _under(candidate: Candidate, case: Any, precision: Precision) -> float | None:
+    """How far the rms of the errors is from what the class predicts (a mean of |log|), None where something does not hold."""
+    result = examine(candidate, case, 0, Settings("good", None, (), power=False, fit=precision))
+    tensors = [c for c in result.checks if c.tensor in ("out", "dq", "dk", "dv")]
+    if any(c.status == "wrong" for c in result.checks) or not tensors:
+        return None
+    logs = [abs(math.log(c.rms / 0.75)) for c in tensors if c.status == "ok" and c.rms > 0]
+    return sum(logs) / len(logs) if logs else None
+
+
+def check(
+    forward: Callable[..., Any], backward: Callable[..., Any] | None = None, *, require: Iterable[str] = (), **options: Any
+) -> Report:
+    """`verify`, then raise AssertionError with what is wrong, or where nothing (of ``require``) was tested.
+
+    >>> from npattn import attention
+    >>> check(attention, require=["causal", "grouped heads"]).wrong
+    []
+    """
+    return verify(forward, backward, **options).require(require)
+
+
+def parametrize(
+    function: Callable[..., Any] | Candidate | str, backward: Callable[..., Any] | None = None, *,
+    expected_failures: Mapping[str, str] | None = None, **options: Any,
+) -> Callable[[Callable[..., None]], Any]:  # fmt: skip
+    """For pytest: one test for each case, with the case's name as its id. The test itself may take the report, or nothing.
+
+    @npattn.verify.parametrize(my_attention, backward=my_backward, expected_failures={"NaN seen later": "issue 12"})
+    def test_my_attention(report):
+        assert report.passed
+
+    It fails with what is wrong; what is not supported is skipped; an expected failure still runs, and fails once it holds.
+    """
+    import pytest
+
+    op = function.op if isinstance(function, Candidate) else options.get("op", "attention")
+    chosen = list(CASES_OF[op] if options.get("cases") is None else options.pop("cases"))
+    options.pop("cases", None)
+    expected = _expected(expected_failures or {}, op)
+
+    def decorate(test: Callable[..., None]) -> Any:
+        def run(case: Any) -> None:
+            reason = {case.name: expected[case.name]} if case.name in expected else {}
+            report = verify(function, backward, cases=[case], expected_failures=reason, **options)
+            if report.unexpected:
+                pytest.fail(report.lines()[0], pytrace=False)
+            if reason:
+                pytest.xfail(reason[case.name])
+            if not report.tested:
+                pytest.skip(", ".join(dict.fromkeys(c.text for c in report.results[0].checks)))
+            report.require()
+            test(*[report] if inspect.signature(test).parameters else [])
+
+        run.__name__, run.__doc__, run.__module__ = test.__name__, test.__doc__, test.__module__
+        return pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in chosen])(run)
+
+    return decorate
+
+
+__all__ = ["CASES_OF", "GRADIENTS", "Check", "Report", "check", "parametrize", "verify"]
