@@ -60,12 +60,13 @@ def _verify_arguments(verbs: Any) -> None:
         description="Exit status: 0 = all that was tested holds, 1 = something falls short, or a required feature was not "
         "tested, or an expected failure holds, 2 = usage, nothing importable or nothing tested.",
     )
-    names = "blockwise (default), another built-in name (--list-candidates), package.module:function or path/to/file.py:function"
+    names = "blockwise (default), another of --list-candidates, package.module:function or path/to/file.py:function"
     v.add_argument("candidate", nargs="?", help=names)
     v.add_argument("--backward", metavar="FUNCTION", help="its backward: (dout, q, k, v, *, ...) -> (dq, dk, dv) or a mapping")
     v.add_argument("--op", choices=OPS, help="what it implements (default attention, or that of a built-in name)")
     v.add_argument("--level", choices=(*LEVELS, "bounded"), default="good", help="how good it has to be (default good)")
-    v.add_argument("--precision", choices=tuple(PRECISIONS), metavar="CLASS", help=f"what it computes in: {', '.join(PRECISIONS)}")
+    classes = f"what it computes in: {', '.join(PRECISIONS)}"
+    v.add_argument("--precision", choices=tuple(PRECISIONS), metavar="CLASS", help=classes)
     v.add_argument("--convention", metavar="NAMES", default="npattn",
                    help=f"PRESET or field=value,...: {', '.join(PRESETS)} (--list-conventions)")  # fmt: skip
     v.add_argument("--causal", choices=tuple(FIELDS["causal"].values), help="short for --convention causal=...")
@@ -82,7 +83,7 @@ def _verify_arguments(verbs: Any) -> None:
     v.add_argument("-x", dest="stop", action="store_true", help="stop at the first case that is wrong")
     v.add_argument("--require", metavar="FEATURE", action="append", default=[], help="fail if FEATURE was not tested")
     v.add_argument("--no-diagnosis", dest="diagnose", action="store_false", help="do not look for what it does instead")
-    v.add_argument("--self-test", action="store_true", help="verify verify: seed known bugs and see that each is caught and named")
+    v.add_argument("--self-test", action="store_true", help="verify verify: seeded bugs have to be caught and named")
     v.add_argument("--list", action="store_true", help="list the cases and their features, run nothing")
     v.add_argument("--list-candidates", action="store_true", help="list the built-in candidates")
     v.add_argument("--list-conventions", action="store_true", help="list the fields of a convention, their values and presets")
@@ -219,7 +220,7 @@ def _verdict(report: Report, untested: list[str]) -> tuple[str, int]:
         names = ", ".join(r.case for r in report.wrong[:4]) + (", ..." if len(report.wrong) > 4 else "")
         what = f"WRONG: {report.candidate} falls short in {len(report.wrong)} of {len(report.results)} cases{known}: {names}"
         if report.fits:
-            what += f"\nIts errors are those of {report.fits}: if that is what it computes in, declare --precision {report.fits}"
+            what += f"\nIts errors are those of {report.fits}: if that is what it computes in, say --precision {report.fits}"
         return what, WRONG
     if untested:
         return f"NOT TESTED: {', '.join(untested)}, which --require asks for", WRONG
@@ -320,7 +321,8 @@ def _conventions() -> Iterator[str]:
     yield "\npresets"
     for name, preset in PRESETS.items():
         changes = ", ".join(f"{n}={v}" for n, v in preset.convention.changes().items())
-        yield f"{name:14} {changes or 'the first value of each'}\n{'':14} {preset.source}{'; ' + preset.note if preset.note else ''}"
+        yield f"{name:14} {changes or 'the first value of each'}"
+        yield f"{'':14} {preset.source}{'; ' + preset.note if preset.note else ''}"
 
 
 @contextlib.contextmanager

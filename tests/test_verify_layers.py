@@ -316,29 +316,26 @@ def test_every_seeded_bug_of_the_layers_is_known():
     assert len(mutants.RNN_MUTANTS) + len(mutants.MULTI_HEAD_MUTANTS) == 53
 
 
-RNG = np.random.default_rng(0)
-
-
 def rnn_problem():
-    B, T, M, N = 3, 5, 4, 2
-    x, h0, w_x, w_h, b = (0.7 * RNG.standard_normal(n) for n in ((B, T, M), (B, N), (M, N), (N, N), (N,)))
-    cotangents = {"dh": RNG.standard_normal((B, T, N)), "dh_last": RNG.standard_normal((B, N))}
+    rng, (B, T, M, N) = np.random.default_rng(0), (3, 5, 4, 2)
+    x, h0, w_x, w_h, b = (0.7 * rng.standard_normal(n) for n in ((B, T, M), (B, N), (M, N), (N, N), (N,)))
+    cotangents = {"dh": rng.standard_normal((B, T, N)), "dh_last": rng.standard_normal((B, N))}
     lengths = {"lengths": np.array([4, 0, 5])}
     return LayerProblem("rnn", {"x": x, "h0": h0, "params": RNNParams(w_x, w_h, b)}, lengths, cotangents)
 
 
 def multi_head_problem():
-    B, L, S, M, M_k, H, G, D, E = 3, 5, 4, 7, 8, 6, 2, 3, 2
+    rng, (B, L, S, M, M_k, H, G, D, E) = np.random.default_rng(0), (3, 5, 4, 7, 8, 6, 2, 3, 2)
     shapes = {
         "w_q": (M, H * D), "w_k": (M_k, G * D), "w_v": (M_k, G * E), "w_o": (H * E, H * E), "b_q": (H * D,),
         "b_k": (G * D,), "b_v": (G * E,), "b_o": (H * E,),
     }  # fmt: skip
-    params = MultiHeadParams(**{name: 0.7 * RNG.standard_normal(n) for name, n in shapes.items()})
-    x = {name: 0.7 * RNG.standard_normal(n) for name, n in (("x_q", (B, L, M)), ("x_k", (B, S, M_k)), ("x_v", (B, S, M_k)))}
-    mask = RNG.random((B, 1, L, S)) < 0.7
+    params = MultiHeadParams(**{name: 0.7 * rng.standard_normal(n) for name, n in shapes.items()})
+    x = {name: 0.7 * rng.standard_normal(n) for name, n in (("x_q", (B, L, M)), ("x_k", (B, S, M_k)), ("x_v", (B, S, M_k)))}
+    mask = rng.random((B, 1, L, S)) < 0.7
     mask[:, :, 1] = False
     options = {"num_heads": H, "num_kv_heads": G, "mask": mask}
-    return LayerProblem("multi_head", {**x, "params": params}, options, {"dout": RNG.standard_normal((B, L, H * E))})
+    return LayerProblem("multi_head", {**x, "params": params}, options, {"dout": rng.standard_normal((B, L, H * E))})
 
 
 def seeded(problem, forward=None, backward=None):

@@ -31,6 +31,7 @@ from npattn.verify.stages import Change, run
 
 CANONICAL = ("mask", "bias", "scale", "softcap", "sink", "dropout_mask")
 OWN_KEYWORDS = ("causal", "window", "key_lengths")  # given instead of a mask array to those who take them
+OWN = Convention()  # npattn's
 OPS = ("attention", "multi_head", "rnn", "softmax")
 
 
@@ -57,7 +58,7 @@ class Candidate:
     name: str
     forward: Callable[..., Any]
     backward: Callable[..., Any] | None = None
-    convention: Convention = Convention()
+    convention: Convention = OWN
     op: str = "attention"
 
     @property
@@ -68,13 +69,13 @@ class Candidate:
     def strangers(self) -> list[str]:
         """Optional parameters of the forward that verify gives no value: perhaps a keyword by another name."""
         known = {*CANONICAL, *OWN_KEYWORDS, "args", "kwargs", "options"}
-        return sorted(keywords(self.forward) - known - {"q", "k", "v", "query", "key", "value"}) if self.op == "attention" else []
+        return (
+            sorted(keywords(self.forward) - known - {"q", "k", "v", "query", "key", "value"}) if self.op == "attention" else []
+        )
 
     # -- what is given
 
-    def arguments(
-        self, problem: Problem, function: Callable[..., Any], backward: bool = False
-    ) -> tuple[dict[str, Any], list[str]]:
+    def arguments(self, problem: Any, function: Callable[..., Any], backward: bool = False) -> tuple[dict[str, Any], list[str]]:
         """The keyword arguments of this problem in npattn's own form, and those that the function does not take."""
         if problem.op != "attention":
             return layers.arguments(problem, function, keywords(function), backward)
@@ -123,7 +124,7 @@ class Candidate:
 
     # -- what comes back
 
-    def run_forward(self, problem: Problem, given: dict[str, Any]) -> Any:
+    def run_forward(self, problem: Any, given: dict[str, Any]) -> Any:
         """What the forward returns, in npattn's layout."""
         if problem.op != "attention":
             return layers.run_forward(problem, self.forward, given)
@@ -133,7 +134,7 @@ class Candidate:
             return self._layout(returned[0]), self._lse(returned[1])
         return self._layout(returned)
 
-    def run_backward(self, problem: Problem, given: dict[str, Any], values: dict[str, Any]) -> Any:
+    def run_backward(self, problem: Any, given: dict[str, Any], values: dict[str, Any]) -> Any:
         """A mapping with the gradients, or a text that says what was returned instead."""
         assert self.backward is not None
         if problem.op != "attention":
@@ -164,7 +165,7 @@ class Candidate:
         scale = problem.options.get("scale")
         return self.convention.undefined(features, isinstance(scale, float) and scale < 0)
 
-    def truth(self, problem: Problem, precision: Precision) -> Truth | None:
+    def truth(self, problem: Any, precision: Precision) -> Truth | None:
         """What is right by the candidate's convention; tensors that it leaves open are left out."""
         c = self.convention
         if c.float64 == "float32" and problem.dtype == np.float64:
@@ -176,9 +177,9 @@ class Candidate:
         if base := self.changes():
             given, _ = self.arguments(problem, _takes_all)
             values = run(problem, given, self.align, base, dtype=better(problem.dtype))
-            truth = Truth(
-                {n: values[n] for n in truth.values}, _widened(values, truth.sigma), lambda t=truth: _widened(values, t.det)
-            )
+            plain = truth
+            same = {n: values[n] for n in plain.values}
+            truth = Truth(same, _widened(values, plain.sigma), bound=lambda: _widened(values, plain.det))
         open_ = {"out"} if dead and c.dead_out == "undefined" else set()
         open_ |= {"lse"} if dead and c.dead_lse == "undefined" else set()
         open_ |= {"dq", "dk", "dv", "dbias", "dsink"} if dead and c.dead_grad == "undefined" else set()
@@ -235,11 +236,9 @@ def _dense_mask(problem: Problem, parts: list[Any]) -> Array:
     return np.asarray(np.logical_and.reduce(dense))
 
 
-def load(
-    name: str, backward: str | None = None, convention: Convention | None = None, op: str | None = None
-) -> Candidate:
+def load(name: str, backward: str | None = None, convention: Convention | None = None, op: str | None = None) -> Candidate:
     """The candidate of that name: a built-in one, ``package.module:function`` or ``path/to/file.py:function``."""
-    convention = convention or Convention()
+    convention = convention or OWN
     if name in BUILT_IN or name in PEERS:
         if backward is not None:
             raise CandidateError(f"the built-in candidate {name} has a backward of its own")
@@ -266,9 +265,7 @@ def _function(name: str, like: str | None = None) -> Callable[..., Any]:
         where, attribute = ("" if like is None else like.rpartition(":")[0]), name
     if not where or not attribute:
         names = ", ".join([*BUILT_IN, *PEERS])
-        raise CandidateError(
-            f"{name!r} is no candidate; expected {names}, package.module:function or path/to/file.py:function"
-        )
+        raise CandidateError(f"{name!r} is no candidate; expected {names}, package.module:function or path/to/file.py:function")
     try:
         module = _module(where)
     except (Exception, SystemExit) as error:
@@ -333,6 +330,66 @@ def _blockwise() -> tuple[Callable[..., Any], Callable[..., Any]]:
     return forward, backward
 
 
+def _multi_head(implementation: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    from npattn.multihead import multi_head_backward, multi_head_forward
+
+    def run(x_q: Array, x_k: Array, x_v: Array, params: Any, *, num_heads: int, **options: Any) -> Any:
+        return multi_head_forward(x_q, x_k, x_v, params, num_heads, implementation=implementation, **options)
+
+    def forward(
+        x_q: Array, x_k: Array, x_v: Array, params: Any, *, num_heads: int, num_kv_heads: Any = None, mask: Any = None,
+        bias: Any = None, scale: Any = None, softcap: Any = None, sink: Any = None, dropout_mask: Any = None,
+    ) -> Array:  # fmt: skip
+        options = {"mask": mask, "bias": bias, "scale": scale, "softcap": softcap, "sink": sink, "dropout_mask": dropout_mask}
+        out: Array = run(x_q, x_k, x_v, params, num_heads=num_heads, num_kv_heads=num_kv_heads, **options)[0]
+        return out
+
+    def backward(
+        dout: Array, x_q: Array, x_k: Array, x_v: Array, params: Any, *, num_heads: int, num_kv_heads: Any = None,
+        mask: Any = None, bias: Any = None, scale: Any = None, softcap: Any = None, sink: Any = None, dropout_mask: Any = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        options = {"mask": mask, "bias": bias, "scale": scale, "softcap": softcap, "sink": sink, "dropout_mask": dropout_mask}
+        _, cache = run(x_q, x_k, x_v, params, num_heads=num_heads, num_kv_heads=num_kv_heads, **options)
+        g = multi_head_backward(dout, cache)
+        named = {"x_q": g.x_q, "x_k": g.x_k, "x_v": g.x_v, **g.params._asdict(), "bias": g.bias, "sink": g.sink}
+        return {f"d{name}": x for name, x in named.items()}
+
+    return forward, backward
+
+
+def _rnn() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    from npattn.rnn import rnn_backward, rnn_forward
+
+    def forward(x: Array, h0: Any, params: Any, *, lengths: Any = None, nonlinearity: str = "tanh") -> tuple[Array, Array]:
+        h, cache = rnn_forward(x, h0, params, lengths=lengths, nonlinearity=nonlinearity)
+        return h, cache.h_last
+
+    def backward(
+        dh: Array, x: Array, h0: Any, params: Any, *, lengths: Any = None, nonlinearity: str = "tanh", dh_last: Any = None
+    ) -> dict[str, Any]:
+        _, cache = rnn_forward(x, h0, params, lengths=lengths, nonlinearity=nonlinearity)
+        g = rnn_backward(dh, cache, dh_last)
+        return {"dx": g.x, "dh0": g.h0, **{f"d{name}": x for name, x in g.params._asdict().items()}}
+
+    return forward, backward
+
+
+def _softmax() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    from npattn.softmax import softmax_backward, softmax_forward
+
+    def forward(scores: Array, *, mask: Any = None) -> Array:
+        return softmax_forward(scores, mask=mask)[0]
+
+    def backward(dweights: Array, scores: Array, *, mask: Any = None) -> dict[str, Any]:
+        return {"dscores": softmax_backward(dweights, softmax_forward(scores, mask=mask)[1]).scores}
+
+    return forward, backward
+
+
 BUILT_IN: dict[str, tuple[str, Callable[[], tuple[Callable[..., Any], Callable[..., Any] | None]]]] = {
     "blockwise": ("attention", _blockwise),
+    "multi-head": ("multi_head", lambda: _multi_head("dense")),
+    "multi-head-blockwise": ("multi_head", lambda: _multi_head("blockwise")),
+    "rnn": ("rnn", _rnn),
+    "softmax": ("softmax", _softmax),
 }

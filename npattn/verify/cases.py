@@ -7,6 +7,8 @@ drawn with a seed it is a `Problem`. The families are those of docs/error-model.
 from __future__ import annotations
 
 import functools
+import importlib.util
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +22,7 @@ from npattn.attention import attention_backward, attention_forward
 from npattn.biases import Alibi, RelativeTable
 from npattn.verify.errors import predict
 from npattn.verify.precision import Precision, round_to
+from npattn.verify.stages import exact
 
 Rng = np.random.Generator
 
@@ -40,12 +43,16 @@ class Truth:
 
     values: dict[str, Array]
     sigma: dict[str, Array]
+    rest: dict[str, Array] = field(default_factory=dict)  # what the values leave, where no dtype holds them
     bound: Callable[[], dict[str, Array]] = dict  # computes det
 
     @functools.cached_property
     def det(self) -> dict[str, Array]:
         """The rigorous bound, by tensor."""
         return self.bound()
+
+
+EXACT = 40_000  # elements of the scores up to which mpmath is used, where long double is no better than float64
 
 
 def better(dtype: Any) -> Any:
@@ -116,11 +123,11 @@ class Problem:
 
     @quiet
     def truth(self, precision: Precision) -> Truth | None:
-        """What the dense reference says, and sigma for ``precision``; None where there is no better dtype."""
+        """What the dense reference says, and sigma for ``precision``; None where nothing better than its dtype is at hand."""
         dtype = better(self.dtype)
-        if dtype is None:
+        if dtype is None and (importlib.util.find_spec("mpmath") is None or math.prod(self.shape) > EXACT):
             return None
-        p = self.astype(dtype)
+        p = self.astype(dtype or self.dtype)
         (out, lse), cache = attention_forward(p.q, p.k, p.v, **p.arguments, return_lse=True)
         g = attention_backward(p.dout, cache, p.dlse)
         values = {"out": out, "lse": lse, "dq": g.q, "dk": g.k, "dv": g.v, "dbias": g.bias, "dsink": g.sink}
@@ -130,22 +137,36 @@ class Problem:
             errors = predict(cache, out, p.dout, p.dlse, g, precision=precision, rigorous=rigorous)
             return {name: getattr(errors, name if name in ("out", "lse") else name[1:]) for name in values}
 
-        return Truth(values, predicted(False), quiet(lambda: predicted(True)))
+        sigma, bound = predicted(False), quiet(lambda: predicted(True))
+        if dtype is None:
+            given = dict(self.options) | ({"mask": dense_mask(self)} if self.parts else {})
+            high, rest = exact(self, given)
+            return Truth({n: high[n] for n in values}, sigma, rest, bound)
+        return Truth(values, sigma, bound=bound)
+
+    @quiet
+    def overflows(self, precision: Precision) -> bool:
+        """Whether dP is stored in float16 and does not fit."""
+        if not precision.dweights or precision.storage != "float16":
+            return False
+        top = np.abs(self.dout).sum(-1).max(initial=0.0) * np.nanmax(np.abs(self.v), initial=0.0)
+        return bool(np.isfinite(top) and top > float(np.finfo(np.float16).max))
 
     def stored(self, precision: Precision) -> Problem:
         """The same with inputs that the storage of ``precision`` holds: float16 as it is, other formats in float32."""
         if precision.storage in ("float32", "float64"):
             return self
 
-        def held(x: Array | None) -> Array | None:
-            if not isinstance(x, np.ndarray) or x.dtype.kind != "f":
+        def held(x: Array) -> Array:
+            if x.dtype.kind != "f":
                 return x
             low = round_to(x.astype(np.float32), precision.storage)
-            return np.where(np.isfinite(low) | ~np.isfinite(x), low, x)  # what would overflow stays: it is an option of the call
+            return np.where(np.isfinite(low) | ~np.isfinite(x), low, x)  # an option that would overflow stays
 
         p = self.astype(np.float32)
         options = {n: (held(x) if isinstance(x, np.ndarray) else x) for n, x in p.options.items()}
-        low = Problem(*(held(x) for x in (p.q, p.k, p.v, p.dout)), p.dlse, p.parts, options)  # type: ignore[arg-type]
+        q, k, v, dout = (held(x) for x in (p.q, p.k, p.v, p.dout))
+        low = Problem(q, k, v, dout, p.dlse, p.parts, options)
         if precision.storage == "float16":
             low.q, low.k, low.v, low.dout = (x.astype(np.float16) for x in (low.q, low.k, low.v, low.dout))
         return low
@@ -435,8 +456,13 @@ def draw(
     raise ValueError(f"draw: the options {list(options)} leave no query two keys to choose from")
 
 
+def dense_mask(problem: Problem) -> Array:
+    """The parts of the mask as one boolean array."""
+    return np.broadcast_to(masks.as_mask("mask", problem.mask).bind(problem.shape).dense(), problem.shape)
+
+
 def _leaves_a_choice(problem: Problem) -> bool:
-    seen = masks.as_mask("mask", problem.mask).bind(problem.shape).dense()
+    seen = dense_mask(problem)
     kept = seen if "dropout_mask" not in problem.options else seen & (problem.options["dropout_mask"] != 0)
     return bool(((seen.sum(-1) >= 2) & kept.any(-1)).any())
 
@@ -743,7 +769,8 @@ CASES = _cases()
 
 def random_cases(seed: int, count: int) -> list[Case]:
     """Random sets of options that can stand together, for a deeper run; every second one on inputs of a hard family."""
-    rng, found = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    found: list[Case] = []
     hard = [f for f in FAMILIES if f not in ("normal", "tiniest")]
     while len(found) < count:
         chosen: list[str] = []

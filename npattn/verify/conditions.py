@@ -15,6 +15,7 @@ import numpy as np
 
 from npattn._checks import Array
 from npattn._pairs import quiet
+from npattn.masks import as_mask
 from npattn.verify.candidates import Candidate, canonical
 from npattn.verify.cases import Problem, Truth
 from npattn.verify.judge import Check, Settings, accepts, call_backward, call_forward, units
@@ -52,7 +53,9 @@ def conditions(candidate: Candidate, problem: Problem, truth: Truth, values: dic
         yield _batch(candidate, problem, truth, level)
     hidden = _hidden(problem)
     if hidden is not None:
-        yield _same("masked places", "other numbers in keys, values and queries that are masked", saved, _call(candidate, hidden))
+        yield _same(
+            "masked places", "other numbers in keys, values and queries that are masked", saved, _call(candidate, hidden)
+        )
     if "out" in first and "dropout_mask" not in problem.options:
         yield _hull(problem, truth, first["out"])
 
@@ -80,9 +83,10 @@ def _same(name: str, what: str, want: dict[str, Array], got: dict[str, Array]) -
 
 
 def _other(candidate: Candidate, problem: Problem, first: dict[str, Array], saved: dict[str, Array]) -> Check:
-    """A call with another shape in between: it overwrites nothing, and a backward after it still belongs to its own forward."""
-    smaller = _cut(problem, 1)
-    _call(candidate, smaller)
+    """Calls with other numbers and another shape overwrite nothing, and a backward after them belongs to its own forward."""
+    other = dataclasses.replace(problem, q=-problem.q, v=problem.v[..., ::-1].copy(), dout=-problem.dout)
+    for p in (other, _cut(problem, 1)):
+        _call(candidate, p)
     for tensor, x in first.items():
         if x.tobytes() != saved[tensor].tobytes():
             return Check("other calls", "wrong", f"{tensor} is overwritten by the next call", worst=math.inf)
@@ -130,8 +134,6 @@ def _cut(problem: Problem, batch: int) -> Problem:
 
 
 def _bound(mask: Any, shape: tuple[int, ...]) -> Array:
-    from npattn.masks import as_mask
-
     return np.broadcast_to(as_mask("mask", mask).bind(shape).dense(), shape)
 
 
@@ -169,8 +171,8 @@ def _hidden(problem: Problem) -> Problem | None:
         return None
     seen = _bound(problem.mask, problem.shape)
     G, H = problem.k.shape[-3], problem.q.shape[-3]
-    keys = ~seen.reshape(seen.shape[0], G, H // G, *seen.shape[2:]).any((2, 3))
-    rows = ~seen.any(-1)
+    keys = np.asarray(~seen.reshape(seen.shape[0], G, H // G, *seen.shape[2:]).any((2, 3)))
+    rows = np.asarray(~seen.any(-1))
     if not keys.any() and not rows.any():
         return None
 
@@ -178,9 +180,7 @@ def _hidden(problem: Problem) -> Problem | None:
         return np.where(where[..., None], x.dtype.type(3) - x, x)
 
     dout = other(problem.dout, rows) if "sink" not in problem.options else problem.dout
-    return dataclasses.replace(
-        problem, q=other(problem.q, rows), k=other(problem.k, keys), v=other(problem.v, keys), dout=dout
-    )
+    return dataclasses.replace(problem, q=other(problem.q, rows), k=other(problem.k, keys), v=other(problem.v, keys), dout=dout)
 
 
 @quiet
@@ -194,12 +194,14 @@ def _hull(problem: Problem, truth: Truth, out: Array) -> Check:
     zero = "sink" in problem.options
     high = np.where(seen[..., None], v[..., None, :, :], -np.inf).max(-2, initial=0.0 if zero else -np.inf)
     low = np.where(seen[..., None], v[..., None, :, :], np.inf).min(-2, initial=0.0 if zero else np.inf)
-    dead = ~seen.any(-1)[..., None]
+    dead = np.asarray(~seen.any(-1))[..., None]
     bound = truth.det.get("out", np.zeros_like(high))
     outside = ~dead & ((out > high + bound) | (out < low - bound))
     if outside.any():
         index = tuple(int(i[0]) for i in np.nonzero(outside))
-        text = f"out{list(index)} is {out[index]:.9g}, outside the values that it may see ({low[index]:.6g} to {high[index]:.6g})"
+        text = (
+            f"out{list(index)} is {out[index]:.9g}, outside the values that it may see ({low[index]:.6g} to {high[index]:.6g})"
+        )
         return Check("hull", "wrong", text, worst=math.inf, index=index)
     return Check("hull", "ok", level="tight")
 

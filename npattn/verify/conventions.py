@@ -32,14 +32,14 @@ FIELDS: dict[str, Values] = {
     "dead_out": Values("C4", "expected", "the output of a query that may see no key", {
         "zero": "0", "mean_v": "the mean of all values", "nan": "NaN", "undefined": "anything"}),
     "dead_lse": Values("C5", "expected", "its lse, without a sink", {
-        "-inf": "minus infinity", "+inf": "plus infinity", "zero": "0", "fill": "a large negative number", "undefined": "anything"}),
+        "-inf": "minus infinity", "+inf": "plus infinity", "zero": "0", "fill": "0.7 finfo.min", "undefined": "anything"}),
     "dead_grad": Values("C6", "expected", "the gradients through it", {
         "zero": "0", "leak": "dv gets dout / S, dq and dk 0", "undefined": "anything"}),
     "lse": Values("C7", "expected", "the base of lse", {"natural": "e", "log2": "2"}),
     "lse_layout": Values("C7", "given", "the axes of lse", {"BHL": "(B, H, L)", "BLH": "(B, L, H)"}),
     "dlse": Values("C8", "expected", "the gradient through lse", {"used": "added", "ignored": "dropped, or stopped"}),
     "softcap": Values("C9", "expected", "where the softcap stands", {
-        "before_bias": "cap, bias, mask", "after_bias": "bias, cap, mask", "after_mask": "mask, then cap: masked keys get weight"}),
+        "before_bias": "cap, bias, mask", "after_bias": "bias, cap, mask", "after_mask": "mask, cap: masked keys get weight"}),
     "window": Values("C10", "given", "what the left number of a window counts", {
         "inclusive": "left keys and the own one", "total": "left keys with the own one"}),
     "no_limit": Values("C10", "given", "a window without a limit on one side", {"None": "None", "-1": "-1"}),
@@ -51,7 +51,7 @@ FIELDS: dict[str, Values] = {
     "scale": Values("C14", "expected", "the scale where none is given", {"rsqrt": "1 / sqrt(D)", "none": "1"}),
     "scale_on": Values("C14", "undefined", "what is multiplied by it", {
         "scores": "q k^T", "q": "q", "both": "q and k, each by its root: NaN where it is negative"}),
-    "dropout": Values("C15", "recorded", "the weights that are returned", {"before": "before dropout", "after": "after dropout"}),
+    "dropout": Values("C15", "recorded", "the weights that are returned", {"before": "undropped", "after": "dropped"}),
     "sink": Values("C16", "expected", "the sink in lse", {"in_lse": "counted", "not_in_lse": "left out"}),
     "layout": Values("C17", "given", "the axes of q, k, v, out and their gradients", {
         "BHLD": "(B, H, L, D)", "BLHD": "(B, L, H, D)"}),
@@ -59,8 +59,8 @@ FIELDS: dict[str, Values] = {
         "contained": "reaches nothing", "poisons": "reaches the output, as 0 * NaN"}),
     "mask_with_causal": Values("C19", "given", "a mask and causal in one call", {
         "intersect": "both hold", "error": "refused: both in one mask"}),
-    "padded_queries": Values("C20", "recorded", "rows beyond a sequence's queries", {"zero": "0", "computed": "computed like others"}),
-    "merge_empty": Values("C21", "recorded", "lse of a part without keys in a merge", {"-inf": "minus infinity", "+inf": "plus"}),
+    "padded_queries": Values("C20", "recorded", "rows beyond a sequence's queries", {"zero": "0", "computed": "as others"}),
+    "merge_empty": Values("C21", "recorded", "lse of a part without keys in a merge", {"-inf": "-inf", "+inf": "+inf"}),
     "rnn_output": Values("C22", "recorded", "directions in the output of an RNN", {"one": "(B, T, N)", "concat": "(B, T, 2 N)",
                                                                                  "axis": "(T, 2, B, N)"}),
     "rnn_bias": Values("C22", "recorded", "the bias of an RNN", {"one": "b", "two": "b_ih + b_hh"}),
@@ -148,7 +148,8 @@ PRESETS: dict[str, Preset] = {
         "with need_weights=False dead rows give 0 instead, in the fast path of eval NaN again"),
     "torch_flex": Preset(
         Convention(masked_nan="poisons"),
-        _RUN + "torch 2.13.0, flex_attention, uncompiled, on the CPU", "no backward on the CPU; masks and biases are functions"),
+        _RUN + "torch 2.13.0, flex_attention, uncompiled, on the CPU",
+        "no backward on the CPU; masks and biases are functions"),
     "jax": Preset(
         Convention(mask_shape="full", layout="BLHD", lse_layout="BLH", dead_out="mean_v", dead_lse="fill", dead_grad="leak",
                    dlse="ignored", masked_nan="poisons", float64="float32"),
@@ -173,7 +174,8 @@ PRESETS: dict[str, Preset] = {
         Convention(causal="bottom_right", layout="BLHD", masked_nan="poisons"),
         _READ + "Dao-AILab/flash-attention 0251105a, flash_attn/cute", "lse counts the sink; dlse is used"),
     "flashinfer": Preset(
-        Convention(causal="bottom_right", layout="BLHD", lse="log2", softcap="after_bias", alibi="signed", masked_nan="poisons"),
+        Convention(causal="bottom_right", layout="BLHD", lse="log2", softcap="after_bias", alibi="signed",
+                   masked_nan="poisons"),
         _READ + "flashinfer-ai/flashinfer fb28d724", "no backward; the base of lse has depended on the backend"),
     "mlx": Preset(
         Convention(causal="bottom_right", dead_out="mean_v", dead_grad="undefined", scale_on="q", alibi="abs_top_left",

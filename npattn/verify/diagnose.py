@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from npattn._checks import Array
+from npattn.verify import layers
 from npattn.verify.mistakes import CHANGES
-from npattn.verify.precision import PRECISIONS, Precision
+from npattn.verify.precision import PRECISIONS, Precision, of_dtype
 from npattn.verify.stages import FORWARD_STAGES, Change, facts, run
 
 FORWARD = ("out", "lse")
@@ -42,7 +43,9 @@ class Explanation:
     def text(self) -> str:
         name = " and ".join(self.names)
         where = f" {self.where}" if self.where else ""
-        others = f" (here the same as: {'; '.join(self.others[:3])}{'; ...' if len(self.others) > 3 else ''})" if self.others else ""
+        others = (
+            f" (here the same as: {'; '.join(self.others[:3])}{'; ...' if len(self.others) > 3 else ''})" if self.others else ""
+        )
         return f"{', '.join(self.tensors)}: matches {name}{where} to {self.distance:.2g} sigma{others}"
 
 
@@ -132,6 +135,8 @@ class Diagnostician:
         got   : what it returned, by tensor; wrong : the tensors of it that are wrong
         base  : the changes that its declared convention makes
         """
+        if problem.op != "attention":
+            return self._layer(problem, sigma, got, list(wrong))
         # What is wrong by its shape or dtype has been said.
         wrong = [t for t in wrong if t in sigma and isinstance(got.get(t), np.ndarray) and got[t].shape == sigma[t].shape]
         if not wrong:
@@ -149,6 +154,40 @@ class Diagnostician:
         found += search.roughly([t for t in wrong if t not in explained])
         self.known.update(name for e in found for name in e.names)
         return found
+
+    def _layer(self, problem: Any, sigma: dict[str, Array], got: dict[str, Any], wrong: list[str]) -> list[Explanation]:
+        """The known mistakes of another op: one for all that is wrong, or one for each tensor."""
+        returned = [t for t in sigma if isinstance(got.get(t), np.ndarray)]
+        wrong = [t for t in wrong if t in returned and got[t].shape == sigma[t].shape]
+        if not wrong:
+            return []
+        truth = problem.truth(of_dtype(problem.dtype))
+        before = {t: distance(got[t], truth.values[t], sigma[t])[0] for t in returned}
+        whole: list[tuple[float, str]] = []
+        partly: dict[str, list[tuple[float, str]]] = {t: [] for t in wrong}
+        names = sorted(layers.MISTAKES[problem.op], key=lambda n: -self.known[n])
+        for name in names:
+            try:
+                values = layers.MISTAKES[problem.op][name](problem)
+            except CANNOT:
+                continue
+            off = {t: distance(got[t], values[t], sigma[t]) if t in values else (np.inf, np.inf) for t in returned}
+            fits = {t: off[t][0] <= 6 if before[t] <= 3 else near(off[t], before[t]) for t in returned}
+            if all(fits.values()):
+                whole.append((max(o[0] for o in off.values()), name))
+            for t in wrong:
+                if fits[t]:
+                    partly[t].append((off[t][0], name))
+        found: dict[str, Explanation] = {}
+        for t, some in {"": whole}.items() if whole else partly.items():
+            if some:
+                nearest = min(d for d, _ in some)
+                ties = [m for m in some if m[0] <= max(1.3 * nearest, nearest + 0.05)]
+                apart, name = ties[0]
+                tensors = tuple(wrong) if not t else (*(found[name].tensors if name in found else ()), t)
+                found[name] = Explanation((name,), tensors, apart, others=tuple(n for _, n in ties[1:]))
+        self.known.update(found.keys())
+        return list(found.values())
 
 
 class _Search:
@@ -230,7 +269,9 @@ class _Search:
                 changes.append(best[1])
         return found, tuple(changes[:1])
 
-    def _best(self, matches: list[tuple[float, Change]], backward: bool = False) -> tuple[tuple[float, Change], tuple[str, ...]]:
+    def _best(
+        self, matches: list[tuple[float, Change]], backward: bool = False
+    ) -> tuple[tuple[float, Change], tuple[str, ...]]:
         """The nearest that no case before this one excludes; those that are as near stay in the order they were tried in."""
         nearest = min(d for d, _ in matches)
         ties = [m for m in matches if m[0] <= max(1.3 * nearest, nearest + 0.05)]
@@ -373,7 +414,8 @@ def _roundings() -> dict[str, Precision]:
     plain, found = PRECISIONS["float32"], {}
     for knob in ("inputs", "scores", "weights", "dweights", "dscores", "out"):
         for bits, storage in ((11, "float16"), (8, "bfloat16")):
-            found[f"{knob} rounded to {bits} bits"] = dataclasses.replace(plain, storage=storage, **{knob: 2.0**-bits})
+            low: dict[str, Any] = {knob: 2.0**-bits}
+            found[f"{knob} rounded to {bits} bits"] = dataclasses.replace(plain, storage=storage, **low)
     classes = {f"all that {n} rounds": p for n, p in PRECISIONS.items() if n not in ("float64", "float32", "float8")}
     return found | classes
 
@@ -386,12 +428,16 @@ def _of_earlier_calls(earlier: list[dict[str, Any]], given: dict[str, Any]) -> l
         for call in reversed(earlier):
             value, now = call.get(name), given.get(name)
             same_kind = value is not None and (name == "scale" or (now is not None and np.shape(value) == np.shape(now)))
-            if not same_kind or (isinstance(value, np.ndarray) and np.array_equal(value, now)):
+            if not same_kind or (now is not None and np.array_equal(value, now)):
                 continue
             kept = np.asarray(value)[..., None, None, None] if name == "key_lengths" else value
             text = f"the {name} of an earlier call is used"
-            found.setdefault(text + f" {len(found)}" * (text in found), Change(text, stage, lambda x, kept=kept: kept))
+            found.setdefault(text + f" {len(found)}" * (text in found), _constant(text, stage, kept))
     return list(found.values())
+
+
+def _constant(name: str, stage: str, value: Any) -> Change:
+    return Change(name, stage, lambda x: value)
 
 
 def places(letters: str, words: dict[str, str], off: Array) -> str:

@@ -984,6 +984,18 @@ def _nan_beside_dead(x: Any, keys: Array) -> Array:
     return np.where((x.lse == -np.inf).any(-1)[..., None, None], np.nan, keys)
 
 
+def _poisoned(x: Any, value: Array) -> Array:
+    """NaN in all of a row whose query, or any key or value of whose head, is not finite."""
+    q, k, v = (np.isfinite(a).all(-1, keepdims=True) for a in (x.q, x.group(x.k), x.group(x.v)))
+    return np.where(q & (k & v).all(-2, keepdims=True), value, np.nan)
+
+
+def _poisoned_keys(x: Any, value: Array) -> Array:
+    """And in the sums over the queries, which take in all of them."""
+    clean = np.isfinite(_poisoned(x, x.q)).all((-2, -1), keepdims=True)
+    return np.where(clean, value, np.nan)
+
+
 def _leak_of_dead(x: Any, dv: Array) -> Array:
     dead = np.where((x.lse == -np.inf)[..., None], x.do, 0)
     return np.asarray(dv + dead.sum(-2, keepdims=True) / dv.shape[-2])
@@ -1049,6 +1061,8 @@ _MULTI_HEAD: dict[str, Mistake] = {
     "mean of the heads": {"o": lambda x, o: o.mean(-3, keepdims=True) + 0 * o,
                           "do": lambda x, do: do.mean(-3, keepdims=True) + 0 * do},
     # what may be seen, and the options of attention
+    "0 times NaN behind the mask": {
+        "o": _poisoned, "dq": _poisoned, "dkh": _poisoned_keys, "dvh": _poisoned_keys},
     "mask=drop": {"mask": lambda x, mask: ~mask},
     "mask ignored": _NO_MASK,
     "mask of the first sequence": {"mask": lambda x, mask: _full_mask(x, mask)[:1]},

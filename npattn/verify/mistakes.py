@@ -30,6 +30,16 @@ def add(stage: str, rows: dict[str, Callable[[Any], Any]], needs: str = "", conv
         CHANGES[name] = Change(name, stage, value, facts, convention, sized)
 
 
+def each(*values: Any) -> Callable[[Callable[[Any], None]], None]:
+    """Registers what depends on a number, for each of these."""
+
+    def decorate(register: Callable[[Any], None]) -> None:
+        for value in values:
+            register(value)
+
+    return decorate
+
+
 def _memory(x: Any, name: str) -> Array:
     """What lies in memory where a view begins, read without its strides."""
     view: Array = getattr(x.problem, name)
@@ -85,8 +95,15 @@ add("by_causal", {
     "causal is ignored": lambda x: True,
 }, "causal")  # fmt: skip
 add("by_causal", {"always causal": lambda x: x.ahead <= 0})
-add("by_causal", {f"causal by whole blocks of {n} keys": lambda x, n=n: np.arange(x.S) // n <= (_rows(x) + x.shift) // n
-                  for n in TILES}, "causal")  # fmt: skip
+
+
+@each(*TILES)
+def _(n: int) -> None:
+    add("by_causal", {
+        f"causal by whole blocks of {n} keys": lambda x: np.arange(x.S) // n <= (_rows(x) + x.shift) // n,
+    }, "causal")  # fmt: skip
+
+
 add("shift", {
     "S - L is cut off at 0": lambda x: max(x.shift, 0),
     "queries shifted by L - S instead of S - L": lambda x: -x.shift,
@@ -136,25 +153,33 @@ add("allowed", {
     "either the mask or causal is enough": lambda x: np.broadcast_to(
         (x.by_causal | x.by_array) & x.by_window & x.by_lengths & x.by_bias, x.shape),
 }, "causal, mask")  # fmt: skip
-for _n in TILES:
+
+
+@each(*TILES)
+def _(n: int) -> None:
     add("allowed", {
-        f"the last {_n} keys or less, a partial tile, are left out": lambda x, n=_n: x.allowed & (np.arange(x.S) < x.S // n * n),
-        f"a last tile of {_n} keys is counted by S % {_n}": lambda x, n=_n: x.allowed
+        f"the last {n} keys or less, a partial tile, are left out": lambda x: x.allowed & (np.arange(x.S) < x.S // n * n),
+        f"a last tile of {n} keys is counted by S % {n}": lambda x: x.allowed
         & ((np.arange(x.S) < x.S - n) | (x.S % n > 0)),
-        f"a last tile of {_n} queries is counted by L % {_n}": lambda x, n=_n: x.allowed
+        f"a last tile of {n} queries is counted by L % {n}": lambda x: x.allowed
         & ((_rows(x) < x.L - n) | (x.L % n > 0)),
-        f"a tail of one key behind tiles of {_n} is left out": lambda x, n=_n: x.allowed
+        f"a tail of one key behind tiles of {n} is left out": lambda x: x.allowed
         & ((np.arange(x.S) < x.S - 1) | (x.S % n != 1)),
     })  # fmt: skip
-    for _m in TILES[1:]:
-        add("allowed", {
-            f"causal tiles of {_n} x {_m} are skipped by their first row": lambda x, n=_n, m=_m: x.allowed
-            & (m * _blocks(x.S, m) <= n * _blocks(x.L, n)[:, None] + x.shift),
-        }, "causal")  # fmt: skip
-        add("allowed", {
-            f"window tiles of {_n} x {_m} are skipped by their last row": lambda x, n=_n, m=_m: x.allowed
-            & (m * _blocks(x.S, m) + m > n * _blocks(x.L, n)[:, None] + n + x.shift - x.sides[0]),
-        }, "window")  # fmt: skip
+
+
+@each(*((n, m) for n in TILES for m in TILES[1:]))
+def _(tile: tuple[int, int]) -> None:
+    n, m = tile
+    add("allowed", {
+        f"causal tiles of {n} x {m} are skipped by their first row": lambda x: x.allowed
+        & (m * _blocks(x.S, m) <= n * _blocks(x.L, n)[:, None] + x.shift),
+    }, "causal")  # fmt: skip
+    add("allowed", {
+        f"window tiles of {n} x {m} are skipped by their last row": lambda x: x.allowed
+        & (m * _blocks(x.S, m) + m > n * _blocks(x.L, n)[:, None] + n + x.shift - x.sides[0]),
+    }, "window")  # fmt: skip
+
 
 # --- scores -------------------------------------------------------------------------------------------------------------
 
@@ -168,8 +193,13 @@ add("scale", {
     "scale is applied twice": lambda x: x.scale * x.scale,
     "scale loses its sign": lambda x: abs(x.scale),
 })  # fmt: skip
-add("scale", {f"scale of a width padded to a multiple of {n}": lambda x, n=n: (n * -(-x.D // n)) ** -0.5
-              for n in (8, 16, 32, 64, 128)})  # fmt: skip
+
+
+@each(8, 16, 32, 64, 128)
+def _(n: int) -> None:
+    add("scale", {f"scale of a width padded to a multiple of {n}": lambda x: (n * -(-x.D // n)) ** -0.5})
+
+
 add("group", {"heads=tile": lambda x: np.arange(x.H) % x.G}, "grouped heads", convention=True)
 add("group", {
     "head h reads key head h // G": lambda x: np.minimum(np.arange(x.H) // x.G, x.G - 1),
@@ -201,11 +231,16 @@ add("biased", {
     "bias read as (L, S), its broadcast axes ignored": lambda x: x.capped + _flat(x.bias, x.L, x.S),
     "bias indexed by (b H + h) modulo its length": lambda x: x.capped + _wrapped(x),
 }, "bias")  # fmt: skip
-for _n in TILES:
+
+
+@each(*TILES)
+def _(n: int) -> None:
     add("biased", {
-        f"bias of the first {_n} rows for every tile": lambda x, n=_n: x.capped + _tiled(x.bias, n, 2),
-        f"bias of the first {_n} columns for every tile": lambda x, n=_n: x.capped + _tiled(x.bias, n, 3),
+        f"bias of the first {n} rows for every tile": lambda x: x.capped + _tiled(x.bias, n, 2),
+        f"bias of the first {n} columns for every tile": lambda x: x.capped + _tiled(x.bias, n, 3),
     }, "bias")  # fmt: skip
+
+
 add("scores", {
     "softcap=after_mask": lambda x: where(x.allowed, x.biased, -np.inf if x.softcap is None else -x.softcap),
 }, "softcap", convention=True)  # fmt: skip
@@ -226,12 +261,17 @@ add("sink", {
     "sink of the first head for all": lambda x: np.repeat(x.sink[:1], x.H, 0),
     "sink is scaled": lambda x: x.scale * x.sink,
 }, "sink")  # fmt: skip
-add("e_sink", {f"sink is counted once a tile of {n} keys": lambda x, n=n: x.e_sink * -(-x.S // n) for n in TILES}, "sink")
+
+
+@each(*TILES)
+def _(n: int) -> None:
+    add("e_sink", {f"sink is counted once a tile of {n} keys": lambda x: x.e_sink * -(-x.S // n)}, "sink")
+    add("dsink", {f"dsink is counted once a tile of {n} keys": lambda x: x.dsink * -(-x.S // n)}, "sink")
 
 
 def _exp_overflows(x: Any) -> Array:
     with np.errstate(all="ignore"):
-        return np.isinf(np.exp((2 * x.raw / x.softcap).astype(x.low)))
+        return np.asarray(np.isinf(np.exp((2 * x.raw / x.softcap).astype(x.low))))
 
 
 def _wrapped(x: Any) -> Array:
@@ -258,11 +298,19 @@ add("z", {
     "the softmax runs over the queries": lambda x: x.e.sum(-2, keepdims=True),
     "masked keys are counted in the sum": lambda x: np.exp(x.biased - x.top).sum(-1, keepdims=True) + x.e_sink,
 })  # fmt: skip
-for _eps in (1e-5, 1e-6, 1e-8):
-    add("z", {f"{_eps:g} is added to the sum": lambda x, eps=_eps: x.z + eps})
-for _n in TILES:
-    add("z", {f"padding to a multiple of {_n} keys is counted in the sum": lambda x, n=_n: x.z + (-x.S % n) * np.exp(-x.top)})
-    add("z", {f"the sum is not rescaled between tiles of {_n} keys": lambda x, n=_n: _online(x, n)[0]})
+
+
+@each(1e-5, 1e-6, 1e-8)
+def _(eps: float) -> None:
+    add("z", {f"{eps:g} is added to the sum": lambda x: x.z + eps})
+
+
+@each(*TILES)
+def _(n: int) -> None:
+    add("z", {f"padding to a multiple of {n} keys is counted in the sum": lambda x: x.z + (-x.S % n) * np.exp(-x.top)})
+    add("z", {f"the sum is not rescaled between tiles of {n} keys": lambda x: _online(x, n)[0]})
+
+
 add("z", {"the sum is taken after dropout": lambda x: (x.e * x.drop).sum(-1, keepdims=True)}, "dropout_mask")
 add("weights", {
     "dead rows are NaN": lambda x: where(x.z == 0, np.nan, x.weights),
@@ -277,11 +325,16 @@ add("drop", {
     "dropout mask of the first head for all": lambda x: _first(x.drop, 1),
     "dropout mask of the first sequence for all": lambda x: _first(x.drop, 0),
 }, "dropout_mask")  # fmt: skip
-for _n in TILES:
+
+
+@each(*TILES)
+def _(n: int) -> None:
     add("drop", {
-        f"dropout mask of the first {_n} rows for every tile": lambda x, n=_n: _tiled(x.drop, n, 2),
-        f"dropout mask of the first {_n} columns for every tile": lambda x, n=_n: _tiled(x.drop, n, 3),
+        f"dropout mask of the first {n} rows for every tile": lambda x: _tiled(x.drop, n, 2),
+        f"dropout mask of the first {n} columns for every tile": lambda x: _tiled(x.drop, n, 3),
     }, "dropout_mask")  # fmt: skip
+
+
 add("lse", {
     "lse=log2": lambda x: x.lse / math.log(2),
     "dead_lse=+inf": lambda x: where(x.lse == -np.inf, np.inf, x.lse),
@@ -307,8 +360,11 @@ add("out", {
     "masked weights are not normalised again": lambda x: over_allowed(
         where(x.allowed, x.e / np.exp(x.biased - x.top).sum(-1, keepdims=True)) * x.drop, x.vh, x.allowed),
 })  # fmt: skip
-for _n in TILES:
-    add("out", {f"the output is not rescaled between tiles of {_n} keys": lambda x, n=_n: _online(x, n)[1] / x.z})
+
+
+@each(*TILES)
+def _(n: int) -> None:
+    add("out", {f"the output is not rescaled between tiles of {n} keys": lambda x: _online(x, n)[1] / x.z})
 
 
 def _own_top(x: Any) -> Array:
@@ -331,9 +387,14 @@ def _online(x: Any, n: int) -> tuple[Array, Array]:
 
 # --- backward -------------------------------------------------------------------------------------------------------------
 
-for _bits, _format in ((8, "bfloat16"), (11, "float16")):
-    add("kept_lse", {f"lse rounded to {_bits} bits before the backward": lambda x, f=_format: round_to(x.kept_lse, f)})
-    add("kept_out", {f"the output rounded to {_bits} bits before Delta": lambda x, f=_format: round_to(x.kept_out, f)})
+
+@each((8, "bfloat16"), (11, "float16"))
+def _(low: tuple[int, str]) -> None:
+    bits, storage = low
+    add("kept_lse", {f"lse rounded to {bits} bits before the backward": lambda x: round_to(x.kept_lse, storage)})
+    add("kept_out", {f"the output rounded to {bits} bits before Delta": lambda x: round_to(x.kept_out, storage)})
+
+
 add("dl", {"dlse=ignored": lambda x: 0.0}, "dlse", convention=True)
 add("dl", {
     "dlse has the other sign": lambda x: -x.dl,
@@ -345,11 +406,16 @@ add("ds", {
     "dlse is not multiplied by the weight": lambda x: where(x.allowed, x.p * (x.dp - x.delta) + x.dl),
     "dlse is multiplied by dropout": lambda x: where(x.allowed, x.p * (x.dp - x.delta + x.dl * x.drop)),
 }, "dlse")  # fmt: skip
-for _n in TILES:
+
+
+@each(*TILES)
+def _(n: int) -> None:
     add("dl", {
-        f"dlse of the first {_n} rows for every tile": lambda x, n=_n: _tiled(x.dl, n, 2),
-        f"dlse is added in the first tile of {_n} keys alone": lambda x, n=_n: x.dl * (np.arange(x.S) < n),
+        f"dlse of the first {n} rows for every tile": lambda x: _tiled(x.dl, n, 2),
+        f"dlse is added in the first tile of {n} keys alone": lambda x: x.dl * (np.arange(x.S) < n),
     }, "dlse")  # fmt: skip
+
+
 add("do", {
     "dout is read as if it were contiguous": lambda x: where(x.alive, _memory(x, "dout")),
 })  # fmt: skip
@@ -360,8 +426,13 @@ add("p", {
 })  # fmt: skip
 add("p", {"weights of the backward leave the sink out": lambda x: np.exp(
     x.scores - np.log(np.exp(x.scores - x.top).sum(-1, keepdims=True)) - x.top)}, "sink")  # fmt: skip
-for _n in TILES:
-    add("p", {f"weights are normalised in each tile of {_n} keys": lambda x, n=_n: _tilewise(x, n)})
+
+
+@each(*TILES)
+def _(n: int) -> None:
+    add("p", {f"weights are normalised in each tile of {n} keys": lambda x: _tilewise(x, n)})
+
+
 add("dvh", {
     "dv is made of weights before dropout": lambda x: swap(x.p) @ x.do,
     "dropout is applied twice in dv": lambda x: swap(x.dropped * x.drop) @ x.do,
@@ -373,7 +444,13 @@ add("dp", {
     "dropout is applied twice to dp": lambda x: x.dp * x.drop,
     "dp knows no dropout": lambda x: where(x.allowed, x.do @ swap(x.vh)),
 }, "dropout_mask")  # fmt: skip
-add("dp", {f"dp is cut off at {n}": lambda x, n=n: np.clip(x.dp, -n, n) for n in (1, 10, 100)})
+
+
+@each(1, 10, 100)
+def _(n: int) -> None:
+    add("dp", {f"dp is cut off at {n}": lambda x: np.clip(x.dp, -n, n)})
+
+
 add("delta", {
     "Delta is missing": lambda x: 0 * x.delta,
     "Delta is a mean over E": lambda x: x.delta / max(x.E, 1),
@@ -386,13 +463,19 @@ add("delta", {
     "Delta counts masked values": lambda x: (x.p * (x.do @ swap(x.vh)) * x.drop).sum(-1, keepdims=True),
     "Delta is made of the weights of the backward": lambda x: (x.p * x.dp).sum(-1, keepdims=True),
 })  # fmt: skip
-add("delta", {"Delta of the output before dropout": lambda x: (x.do * over_allowed(x.p, x.vh, x.allowed)).sum(-1, keepdims=True)},
-    "dropout_mask")  # fmt: skip
-for _n in TILES:
+add("delta", {
+    "Delta of the output before dropout": lambda x: (x.do * over_allowed(x.p, x.vh, x.allowed)).sum(-1, keepdims=True),
+}, "dropout_mask")  # fmt: skip
+
+
+@each(*TILES)
+def _(n: int) -> None:
     add("delta", {
-        f"Delta of the first {_n} rows for every tile": lambda x, n=_n: _tiled(x.delta, n, 2),
-        f"Delta of each tile of {_n} keys alone": lambda x, n=_n: _sum_by_tile(x.p * x.dp, n),
+        f"Delta of the first {n} rows for every tile": lambda x: _tiled(x.delta, n, 2),
+        f"Delta of each tile of {n} keys alone": lambda x: _sum_by_tile(x.p * x.dp, n),
     })  # fmt: skip
+
+
 add("ds", {
     "Delta is not multiplied by the weight": lambda x: where(x.allowed, x.p * x.dp - x.delta),
     "nothing is done where dout is 0": lambda x: x.ds if x.do.any() else 0 * x.ds,
@@ -413,7 +496,6 @@ add("dsink", {
     "the sink's weight in dsink is that of a sum without it": lambda x: _sink_sum(
         x, np.exp(x.sink - np.log(np.exp(x.scores).sum(-1, keepdims=True))) * (x.dl - x.delta)),
 }, "sink")  # fmt: skip
-add("dsink", {f"dsink is counted once a tile of {n} keys": lambda x, n=n: x.dsink * -(-x.S // n) for n in TILES}, "sink")
 add("dbias", {
     "dbias of the first sequence alone": lambda x: _bias_sum(x, x.ds, "first"),
     "dbias of the first row alone": lambda x: _bias_sum(x, x.ds[..., :1, :]),
@@ -425,9 +507,14 @@ add("dbias", {
     "dbias is multiplied by dropout": lambda x: sum_to(where(x.allowed, x.ds * x.drop), x.given_bias),
     "dbias is one column late": lambda x: sum_to(_roll(-1)(x.ds), x.given_bias),
 }, "bias")  # fmt: skip
-for _n in TILES:
-    add("dbias", {f"dbias is one column late in each tile of {_n} keys": lambda x, n=_n: sum_to(
+
+
+@each(*TILES)
+def _(n: int) -> None:
+    add("dbias", {f"dbias is one column late in each tile of {n} keys": lambda x: sum_to(
         _roll_in_tiles(x.ds, n), x.given_bias)}, "bias")  # fmt: skip
+
+
 add("slope", {
     "the derivative of the softcap is missing": lambda x: 1.0,
     "the derivative of the softcap is 1 - t": lambda x: 1 - x.t,
@@ -455,28 +542,37 @@ add("dkh", {
     "0 times NaN in dk": lambda x: x.scale * (swap(x.dcap) @ x.q),
 })  # fmt: skip
 add("dkh", {"dk is made of ds, not of its transpose": lambda x: x.scale * (x.dcap @ x.q)}, "L = S")
-for _d, _h in (("dk", "dkh"), ("dv", "dvh")):
-    add(_d, {
-        f"{_d} of the first head of a group alone": lambda x, h=_h: _of_group(getattr(x, h), x)[..., 0, :, :],
-        f"{_d} of the last head of a group alone": lambda x, h=_h: _of_group(getattr(x, h), x)[..., -1, :, :],
-        f"{_d} is the mean of a group": lambda x, h=_h: _of_group(getattr(x, h), x).mean(-3),
-        f"{_d} sums heads g, g + G, ..., not those of its group": lambda x, h=_h: getattr(x, h).reshape(
+
+
+@each(("dk", "dkh"), ("dv", "dvh"))
+def _(names: tuple[str, str]) -> None:
+    d, h = names
+    add(d, {
+        f"{d} of the first head of a group alone": lambda x: _of_group(getattr(x, h), x)[..., 0, :, :],
+        f"{d} of the last head of a group alone": lambda x: _of_group(getattr(x, h), x)[..., -1, :, :],
+        f"{d} is the mean of a group": lambda x: _of_group(getattr(x, h), x).mean(-3),
+        f"{d} sums heads g, g + G, ..., not those of its group": lambda x: getattr(x, h).reshape(
             x.B, x.H // x.G, x.G, *getattr(x, h).shape[-2:]).sum(1),
     }, "grouped heads")  # fmt: skip
-    add(_d, {f"{_d} is summed over the batch": lambda x, d=_d: np.broadcast_to(getattr(x, d).sum(0), getattr(x, d).shape)})
+    add(d, {f"{d} is summed over the batch": lambda x: np.broadcast_to(getattr(x, d).sum(0), getattr(x, d).shape)})
+
+
 add("dv", {"dk and dv are exchanged": lambda x: _exchanged(x), "dv has k's width": lambda x: where(np.arange(x.E) < x.D, x.dv)})
-for _n in TILES:
-    add("dvh", {f"dv of the last tile of {_n} queries alone": lambda x, n=_n: swap(x.dropped[..., _last(x.L, n), :])
+
+
+@each(*TILES)
+def _(n: int) -> None:
+    add("dvh", {f"dv of the last tile of {n} queries alone": lambda x: swap(x.dropped[..., _last(x.L, n), :])
                 @ x.do[..., _last(x.L, n), :]})  # fmt: skip
-    add("dkh", {f"dk of the last tile of {_n} queries alone": lambda x, n=_n: x.scale
+    add("dkh", {f"dk of the last tile of {n} queries alone": lambda x: x.scale
                 * (swap(x.dcap[..., _last(x.L, n), :]) @ x.q[..., _last(x.L, n), :])})  # fmt: skip
     add("dq", {
-        f"dq of the last tile of {_n} keys alone": lambda x, n=_n: x.scale
+        f"dq of the last tile of {n} keys alone": lambda x: x.scale
         * (x.dcap[..., _last(x.S, n)] @ x.kh[..., _last(x.S, n), :]),
-        f"dq of the last tile of {_n} queries is written too early": lambda x, n=_n: _written_early(x.dq, n),
+        f"dq of the last tile of {n} queries is written too early": lambda x: _written_early(x.dq, n),
     })  # fmt: skip
     add("allowed", {
-        f"the last {_n} queries or less, a partial tile, are left out": lambda x, n=_n: x.allowed & (_rows(x) < x.L // n * n),
+        f"the last {n} queries or less, a partial tile, are left out": lambda x: x.allowed & (_rows(x) < x.L // n * n),
     })  # fmt: skip
 
 
@@ -511,9 +607,9 @@ def _written_early(dq: Array, n: int) -> Array:
     """The last tile, filled up with zeros, put where it ends with the array."""
     L = dq.shape[-2]
     start = (L - 1) // n * n
-    if L < n or start == L - n:
+    if n > L or start == L - n:
         return dq
-    out = dq.copy()
+    out: Array = dq.copy()
     out[..., start:, :] = 0
     part = dq[..., start:, :]
     out[..., L - n : L - n + part.shape[-2], :] += part

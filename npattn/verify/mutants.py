@@ -721,7 +721,7 @@ def tiled_forward(q, k, v, o, bug):
     """(out, lse) by an online softmax over tiles of keys."""
     check(q, k, v, o, bug)
     shape, E = (*q.shape[:-1], k.shape[-2]), v.shape[-1]
-    lead, L, S = shape[:-2], *shape[-2:]
+    lead, L, S = shape[:-2], shape[-2], shape[-1]
     rows, cols = -(-L // ROWS) * ROWS, -(-S // COLS) * COLS
     allowed = padded(attended(shape, o, bug), rows, cols, bug == "padded keys allowed")
     q_ = padded(q, rows)
@@ -791,7 +791,7 @@ def tiled_forward(q, k, v, o, bug):
 def tiled_backward(dout, q, k, v, o, out, lse, dlse, bug):
     """A mapping with the gradients: keys in the outer loop, queries in the inner one."""
     shape, D, E = (*q.shape[:-1], k.shape[-2]), q.shape[-1], v.shape[-1]
-    lead, L, S = shape[:-2], *shape[-2:]
+    lead, L, S = shape[:-2], shape[-2], shape[-1]
     rows, cols = -(-L // ROWS) * ROWS, -(-S // COLS) * COLS
     alive = (lse != -np.inf)[..., None]
     dout = np.where(alive, dout, 0)
@@ -1481,18 +1481,21 @@ NAMED: dict[str, tuple[str, ...]] = {
 NAMED |= {
     "operands in TF32": ("*tf32*",), "inputs in bfloat16": ("inputs rounded to 8 bits*",),
     "weights in bfloat16": ("weights rounded to 8 bits*",), "scores in bfloat16": ("scores rounded to 8 bits*",),
-    "scale off by 1e-4": ("scale is off by a factor of 1.0001*",), "scale off by 1e-5": ("scale is off by a factor of 1.00001*",),
+    "scale off by 1e-4": ("scale is off by a factor of 1.0001*",),
+    "scale off by 1e-5": ("scale is off by a factor of 1.00001*",),
     "lse kept in half precision": ("lse rounded to 11 bits*",), "dv of bfloat16 weights": ("weights rounded to 8 bits*",),
     "dp in bfloat16": ("dweights rounded to 8 bits*",), "dq off by 1e-3": ("dq is 1.001 times*",),
     "dv off by 1e-5": ("dv is 1.00001 times*",),
 }  # fmt: skip
 TOLD: dict[str, str] = {
     "out of q's width": "has shape", "v padded to D": "has shape", "out in float64": "has dtype float64",
-    "scale a NumPy float64": "has dtype float64", "lse with a last axis of 1": "has shape", "dbias in float64": "has dtype float64",
+    "scale a NumPy float64": "has dtype float64", "lse with a last axis of 1": "has shape",
+    "dbias in float64": "has dtype float64",
     "q scaled in place": "an input was modified", "NaN in k cleaned in place": "an input was modified",
     "bias masked in place": "an input was modified", "lengths counted up in place": "an input was modified",
     "dead dout cleared in place": "modifies an input", "lse cleared in place": "modifies an input",
-    "one element of out off by 1e-4": "in 1 of", "dbias not summed over the heads": "has shape", "dq in float64": "has dtype float64", "dq not returned": "dq is not returned",
+    "one element of out off by 1e-4": "in 1 of",
+    "dbias not summed over the heads": "has shape", "dq in float64": "has dtype float64", "dq not returned": "dq is not returned",
 }  # fmt: skip
 
 
@@ -1812,8 +1815,9 @@ def layer_candidate(op, *, forward=None, backward=None):
             x_q, x_k, x_v, **flat_params(params), heads=num_heads, groups=num_kv_heads or num_heads, mask=mask, bug=forward
         )
 
-    def multi_head_grads(dout, *inputs, **options):
-        return {f"d{n}": x for n, x in multi_head_backward(dout, multi_head(*inputs, **options)[1], bug=backward).items()}
+    def multi_head_grads(dout, x_q, x_k, x_v, params, *, num_heads, num_kv_heads=None, mask=None):
+        cache = multi_head(x_q, x_k, x_v, params, num_heads=num_heads, num_kv_heads=num_kv_heads, mask=mask)[1]
+        return {f"d{n}": x for n, x in multi_head_backward(dout, cache, bug=backward).items()}
 
     def rnn(x, h0, params, *, lengths=None, nonlinearity="tanh"):
         if nonlinearity != "tanh" or params.b is None:
@@ -1822,8 +1826,8 @@ def layer_candidate(op, *, forward=None, backward=None):
         lengths = np.full(len(x), x.shape[1]) if lengths is None else lengths
         return rnn_forward(x, h0, *params, lengths=lengths, bug=forward)
 
-    def rnn_grads(dh, x, h0, params, *, dh_last=None, **options):
-        (_, last), cache = rnn(x, h0, params, **options)
+    def rnn_grads(dh, x, h0, params, *, lengths=None, nonlinearity="tanh", dh_last=None):
+        (_, last), cache = rnn(x, h0, params, lengths=lengths, nonlinearity=nonlinearity)
         dh_last = np.zeros_like(last) if dh_last is None else dh_last
         grads = rnn_backward((dh, dh_last), cache, bug=backward)
         return {f"d{n}": g for n, g in grads.items() if h0 is not None or n != "h0"}

@@ -76,6 +76,6 @@ def round_to(x: Array, storage: str) -> Array:
         half = (np.uint32(1) << (n - np.uint32(1))) - np.uint32(1) + ((raw >> n) & np.uint32(1))
         kept = ((raw + half) >> n) << n
         return np.where(np.isfinite(x), kept.view(np.float32), x).astype(x.dtype)
-    m, e = np.frexp(x.astype(np.float64))
+    _, e = np.frexp(x.astype(np.float64))
     step = np.ldexp(1.0, np.maximum(e - 4, -9))
     return np.clip(np.rint(x / step) * step, -448, 448).astype(x.dtype)

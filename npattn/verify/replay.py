@@ -49,9 +49,9 @@ def _smaller(case: Any) -> list[Any]:
         found += [dataclasses.replace(case, lead=(n,)) for n in dict.fromkeys((1, case.lead[0] // 2, case.lead[0] - 1))]
     together = [("H", "G")] if sizes["H"] == sizes["G"] else [("G",)]
     groups = [*together, ("L", "S"), ("L",), ("S",), *([("D", "E")] if sizes["D"] == sizes["E"] else []), ("D",), ("E",)]
-    for step in (lambda n: max(1, n // 2), lambda n: n - 1):
+    for halve in (True, False):
         for letters in groups:
-            new = {**sizes, **{letter: step(sizes[letter]) for letter in letters}}
+            new = {**sizes, **{n: max(1, sizes[n] // 2) if halve else sizes[n] - 1 for n in letters}}
             if new != sizes and all(new[letter] >= 1 for letter in letters):
                 found.append(dataclasses.replace(case, sizes=new))
     return found
@@ -91,10 +91,10 @@ def save(path: Path, candidate: Candidate, case: Any, seed: int, settings: Setti
         "wrong": [c.text for c in result.checks if c.status == "wrong"],
         "diagnosis": [e.text for e in result.explanations],
     }  # fmt: skip
-    flat = {}
+    flat: dict[str, Any] = {"about": np.array(json.dumps(about))}
     for name, x in arrays.items():
         parts = x.items() if isinstance(x, dict) else x._asdict().items() if hasattr(x, "_asdict") else [("", x)]
         for part, value in parts:
             if value is not None:
                 flat[f"{name}_{part}" if part else name] = np.asarray(value)
-    np.savez(path, about=np.array(json.dumps(about)), **flat)
+    np.savez(path, **flat)

@@ -1,4 +1,4 @@
-"""Verification as a whole: all cases of a candidate, what is expected to fail, and the report; for Python, pytest and the shell."""
+"""Verification as a whole: all cases of a candidate, what is expected to fail, and the report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from npattn.verify.judge import LEVELS, RULES, Check, Result, Settings, examine
 from npattn.verify.precision import PRECISIONS, Precision
 
 GRADIENTS = ("dq", "dk", "dv", "dbias", "dsink")
-CASES_OF = {
+CASES_OF: dict[str, list[Any]] = {
     "attention": CASES, "multi_head": layers.MULTI_HEAD_CASES, "rnn": layers.RNN_CASES, "softmax": layers.SOFTMAX_CASES,
 }  # fmt: skip
 
@@ -77,7 +77,13 @@ class Report:
         for r in self.results:
             for feature in r.features:
                 found.setdefault(feature, []).append(r)
-            groups: dict[str, Iterable[str]] = {"lse": ["lse"], "backward": GRADIENTS, "dbias": ["dbias"], "dsink": ["dsink"], "conditions": CONDITIONS}
+            groups: dict[str, Iterable[str]] = {
+                "lse": ["lse"],
+                "backward": GRADIENTS,
+                "dbias": ["dbias"],
+                "dsink": ["dsink"],
+                "conditions": CONDITIONS,
+            }
             groups = groups if self.op == "attention" else {"backward": [c.tensor for c in r.checks if c.tensor[:1] == "d"]}
             for name, tensors in groups.items():
                 own = [c for c in r.checks if c.tensor in tensors]

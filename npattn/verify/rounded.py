@@ -14,8 +14,6 @@ import numpy as np
 from npattn._checks import Array
 from npattn.verify.precision import Precision, round_to
 
-QUIET = {"divide": "ignore", "over": "ignore", "under": "ignore", "invalid": "ignore"}
-
 
 def swap(x: Array) -> Array:
     return np.swapaxes(x, -1, -2)
@@ -61,7 +59,7 @@ def rounded(precision: Precision) -> tuple[Callable[..., Any], Callable[..., Any
         sink: Any = None, dropout_mask: Any = None,
     ) -> tuple[Array, Array]:  # fmt: skip
         given, H = q.dtype, q.shape[-3]
-        with np.errstate(**QUIET):  # type: ignore[call-overload]
+        with np.errstate(all="ignore"):
             q, k, v = inputs(q, k, v)
             w, lse, allowed, *_ = weights(q, heads(k, H), mask, bias, scale, softcap, sink)
             w = w if dropout_mask is None else w * dropout_mask.astype(work)  # (6)
@@ -73,7 +71,7 @@ def rounded(precision: Precision) -> tuple[Callable[..., Any], Callable[..., Any
         softcap: Any = None, sink: Any = None, dropout_mask: Any = None, dlse: Any = None,
     ) -> dict[str, Any]:  # fmt: skip
         given, H, G = q.dtype, q.shape[-3], k.shape[-3]
-        with np.errstate(**QUIET):  # type: ignore[call-overload]
+        with np.errstate(all="ignore"):
             dout, q, k, v = inputs(dout, q, k, v)
             kh, vh = heads(k, H), heads(v, H)
             w, lse, allowed, t, scale, logit = weights(q, kh, mask, bias, scale, softcap, sink)

@@ -6,11 +6,11 @@ roundings that are too coarse. What nobody can catch is listed there with its re
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-
 
 from npattn.verify import layers, mutants
 from npattn.verify.candidates import Candidate
@@ -25,7 +25,9 @@ CLASSES = {
     "8": "multi-head layer", "9": "state, in-place, threads", "10": "recurrent layer", "11": "bad input accepted",
     "12": "rounded too early, or a little wrong", "own": "more, mostly backwards",
 }  # fmt: skip
-BASICS = ("plain", "bias BHLS", "softcap", "mask array", "sink", "dlse", "dropout_mask", "G < H", "causal top_left", "key_lengths")
+BASICS = (
+    "plain", "bias BHLS", "softcap", "mask array", "sink", "dlse", "dropout_mask", "G < H", "causal top_left", "key_lengths",
+)  # fmt: skip
 SETTINGS = Settings(power=False)
 
 
@@ -104,7 +106,7 @@ def _repeat(name: str, by_name: dict[str, Any]) -> Caught:
 def _layer(op: str, name: str, kind: str, where: str, cases: list[Any]) -> Caught:
     tested = mutants.layer_candidate(op, **{where: name})
     for case in cases:
-        if case.dtype != "float32":
+        if case.name not in _honest(op):
             continue
         found = _caught(kind, name, examine(tested, case, 0, SETTINGS, Diagnostician()), lambda said, texts: name in said)
         if found:
@@ -112,14 +114,21 @@ def _layer(op: str, name: str, kind: str, where: str, cases: list[Any]) -> Caugh
     return Caught(kind, name)
 
 
+@functools.cache
+def _honest(op: str) -> frozenset[str]:
+    """The cases in which the layer without a bug holds: it knows nothing of NaN, for one."""
+    tested, cases = mutants.layer_candidate(op), {"multi_head": layers.MULTI_HEAD_CASES, "rnn": layers.RNN_CASES}[op]
+    return frozenset(c.name for c in cases if c.dtype == "float32" and examine(tested, c, 0, SETTINGS).status == "ok")
+
+
 def run_self_test(line: Callable[[str], None]) -> bool:
     """Print the table, class by class; whether all were caught and 80 % named."""
-    started, found = time.perf_counter(), []
-    for caught in self_test():
-        found.append(caught)
-        said = "; ".join(caught.said)[:100]
-        mark = "NOT CAUGHT" if not caught.by else "named" if caught.named else "caught"
-        line(f"  {mark:10} {caught.kind:4} {caught.name:52} {caught.by:45} {said}")
+    started = time.perf_counter()
+    found: list[Caught] = []
+    for one in self_test():
+        found.append(one)
+        mark = "NOT CAUGHT" if not one.by else "named" if one.named else "caught"
+        line(f"  {mark:10} {one.kind:4} {one.name:52} {one.by:45} {'; '.join(one.said)[:100]}")
     line(f"\n{'class':42} {'seeded':>6} {'caught':>6} {'named':>6}")
     for kind, text in CLASSES.items():
         rows = [c for c in found if c.kind == kind]

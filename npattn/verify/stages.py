@@ -32,6 +32,28 @@ class Change:
     sized: bool = False  # depends on the size of a tile, which is only tried
 
 
+def _function(name: str) -> Callable[[Any], Any]:
+    """A function of NumPy, or on arrays of objects that of mpmath."""
+
+    def apply(a: Any) -> Any:
+        if getattr(a, "dtype", None) != np.dtype(object):
+            return getattr(np, name)(a)
+        import mpmath
+
+        return np.frompyfunc(getattr(mpmath, {"exp": "exp", "log": "ln", "tanh": "tanh", "isfinite": "isfinite"}[name]), 1, 1)(
+            a
+        )
+
+    return apply
+
+
+exp, log, tanh = _function("exp"), _function("log"), _function("tanh")
+
+
+def is_finite(a: Array) -> Array:
+    return np.asarray(_function("isfinite")(a), bool)
+
+
 def swap(a: Array) -> Array:
     result: Array = np.swapaxes(a, -1, -2)
     return result
@@ -44,13 +66,13 @@ def where(condition: Any, a: Any, b: Any = 0) -> Any:
 def exp_low(x: Any, a: Array) -> Array:
     """exp that overflows and underflows where the candidate's does."""
     info = np.finfo(x.low)
-    e = np.exp(a)
+    e = exp(a)
     return np.asarray(where(a > math.log(info.max), np.inf, where(e < float(info.smallest_subnormal) / 2, e * 0, e)))
 
 
 def over_allowed(w: Array, a: Array, allowed: Array) -> Array:
     """w @ a, where what is not finite in a reaches only the rows that may see it."""
-    bad = ~np.isfinite(a)
+    bad = ~is_finite(a)
     if not bad.any():
         result: Array = w @ a
         return result
@@ -101,7 +123,7 @@ SCORES: list[Stage] = [
     ("kh", lambda x: x.k[..., x.group, :, :]),
     ("vh", lambda x: x.v[..., x.group, :, :]),
     ("raw", lambda x: x.scale * (x.q @ swap(x.kh))),  # (1)
-    ("t", lambda x: None if x.softcap is None else np.tanh(x.raw / x.softcap)),
+    ("t", lambda x: None if x.softcap is None else tanh(x.raw / x.softcap)),
     ("capped", lambda x: x.raw if x.softcap is None else x.softcap * x.t),  # (2)
     ("biased", lambda x: x.capped if x.bias is None else x.capped + x.bias),  # (3)
     ("scores", lambda x: where(x.allowed, x.biased, -np.inf)),  # (4)
@@ -112,7 +134,7 @@ SOFTMAX: list[Stage] = [
     ("e_sink", lambda x: 0.0 if x.sink is None else exp_low(x, x.sink - x.top)),
     ("z", lambda x: x.e.sum(-1, keepdims=True) + x.e_sink),
     ("weights", lambda x: where(x.allowed, x.e / where(x.z == 0, 1, x.z), 0)),  # (5)
-    ("lse", lambda x: (x.top + np.log(x.z))[..., 0]),
+    ("lse", lambda x: (x.top + log(x.z))[..., 0]),
     ("dropped", lambda x: x.weights * x.drop),  # (6)
     ("out", lambda x: over_allowed(x.dropped, x.vh, x.allowed)),  # (7)
 ]
@@ -174,15 +196,35 @@ def prepare(problem: Any, given: dict[str, Any], align: str, dtype: Any) -> Simp
     x.dropout_mask, x.align, x.low = None, align, problem.q.dtype  # low: what the candidate computes in
     for name, value in given.items():
         wide = isinstance(value, np.ndarray) and value.dtype.kind == "f"
-        setattr(x, name, value.astype(dtype) if wide else value)
+        setattr(x, name, to(value, dtype) if wide else value)
     x.given_bias, x.given_scale = x.bias, x.scale
     x.problem, x.dtype = problem, dtype
-    x.q, x.k, x.v, x.dout = (a.astype(dtype) for a in (problem.q, problem.k, problem.v, problem.dout))
-    x.dlse = None if problem.dlse is None else problem.dlse.astype(dtype)
+    x.q, x.k, x.v, x.dout = (to(a, dtype) for a in (problem.q, problem.k, problem.v, problem.dout))
+    x.dlse = None if problem.dlse is None else to(problem.dlse, dtype)
     x.shape = problem.shape
     x.B, x.H, x.L, x.S = problem.shape
     x.G, x.D, x.E = problem.k.shape[-3], problem.q.shape[-1], problem.v.shape[-1]
     return x
+
+
+def to(a: Array, dtype: Any) -> Array:
+    """In another dtype; object stands for the numbers of mpmath."""
+    if dtype is not object:
+        return a.astype(dtype)
+    import mpmath
+
+    return np.asarray(np.frompyfunc(lambda number: mpmath.mpf(float(number)), 1, 1)(a), object)
+
+
+def exact(problem: Any, given: dict[str, Any]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Outputs and gradients in 40 digits, as float64 and what it leaves; for small float64 problems. Needs mpmath."""
+    import mpmath
+
+    with mpmath.workdps(40):
+        found = run(problem, given, "top_left", dtype=object)
+        high = {n: np.asarray(x, np.float64) for n, x in found.items()}
+        rest = {n: np.asarray(where(np.isfinite(high[n]), x - high[n], 0), np.float64) for n, x in found.items()}
+    return high, rest
 
 
 def perform(x: SimpleNamespace, stages: Iterable[Stage], changes: Iterable[Change]) -> SimpleNamespace:
