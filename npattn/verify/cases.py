@@ -146,16 +146,21 @@ class Problem:
 
     @quiet
     def overflows(self, precision: Precision) -> bool:
-        """Whether dP is stored in float16 and does not fit."""
-        if not precision.dweights or precision.storage != "float16":
+        """Whether scores or dP are stored in float16 and do not fit."""
+        if precision.storage != "float16":
             return False
-        top = np.abs(self.dout).sum(-1).max(initial=0.0) * np.nanmax(np.abs(self.v), initial=0.0)
-        return bool(np.isfinite(top) and top > float(np.finfo(np.float16).max))
+        largest, top = float(np.finfo(np.float16).max), 0.0
+        if precision.dweights:
+            top = np.abs(self.dout.astype(np.float64)).sum(-1).max(initial=0.0) * np.nanmax(np.abs(self.v), initial=0.0)
+        bias = self.options.get("bias")
+        if precision.scores and isinstance(bias, np.ndarray):
+            top = max(top, float(np.abs(np.where(np.isfinite(bias), bias, 0)).max(initial=0.0)))
+        return bool(np.isfinite(top) and top > largest)
 
     def stored(self, precision: Precision) -> Problem:
         """The same with inputs that the storage of ``precision`` holds: float16 as it is, other formats in float32."""
         if precision.storage in ("float32", "float64"):
-            return self
+            return self.astype(precision.dtype)
 
         def held(x: Array) -> Array:
             if x.dtype.kind != "f":

@@ -213,6 +213,9 @@ def predict(
     e_out = kind.add(inside, kind.low(low.out, o, low.subnormal))
     log = (exp if rigorous else unit) * (lse[..., None] - top)
     of_sum = total if rigorous else kind.add(kind.sum(p * linear, -1), p_sink * rho_sink, of_z, 4 * unit)
+    if low.inputs and not rigorous:  # the rounding of q is the same for all keys, and shifts their scores together
+        shift = np.sqrt(np.square(kind.low(low.inputs, q, low.subnormal) * (p @ k)).sum(-1, keepdims=True))
+        of_sum = kind.add(of_sum, a * shift)
     e_lse = kind.add(of_sum, unit * lse[..., None], log, unit * top)[..., 0]
     if dout is None or grads is None:
         return Errors(_dead(c, e_out), _dead(c, e_lse[..., None])[..., 0])

@@ -29,7 +29,7 @@ from npattn.verify.rounded import rounded
 from npattn.verify.stages import Change, facts, run
 
 LEVELS = {"tight": (TIGHT_RMS, TIGHT_MAX), "good": (GOOD_RMS, GOOD_MAX)}  # and "bounded": no element above det
-PLANTED = 1e-3  # the relative error that a judge has to see
+PLANTED = 1e-3  # the relative error that a judge has to see; 16 units where something is rounded more coarsely than that
 
 
 @dataclass(frozen=True)
@@ -231,8 +231,10 @@ LAYER_NEIGHBOURS = {
 
 
 @quiet
-def power(others: Iterable[tuple[str, dict[str, Array]]], truth: Truth, tested: list[str], level: str) -> dict[str, str]:
-    """For each tensor what its judge could not tell from the truth, or nothing: zeros, an error of 1e-3, likely mistakes."""
+def power(
+    others: Iterable[tuple[str, dict[str, Array]]], truth: Truth, tested: list[str], level: str, planted: float = PLANTED
+) -> dict[str, str]:
+    """For each tensor what its judge could not tell from the truth, or nothing: zeros, a small error, likely mistakes."""
     scale = truth.det if level == "bounded" else truth.sigma
 
     def rejects(t: str, value: Array) -> bool:
@@ -249,8 +251,8 @@ def power(others: Iterable[tuple[str, dict[str, Array]]], truth: Truth, tested: 
             continue
         if not rejects(t, np.where(some, 0, want)):
             blind[t] = "zeros would pass"
-        elif not rejects(t, np.where(some, want * (1 + PLANTED), want)):
-            blind[t] = f"a relative error of {PLANTED:g} would pass"
+        elif not rejects(t, np.where(some, want * (1 + planted), want)):
+            blind[t] = f"a relative error of {planted:.2g} would pass"
     for name, values in others:
         same = [t for t in tested if t in values and values[t].shape == truth.values[t].shape]
         if any(t in tested and t not in same for t in values):
@@ -348,7 +350,7 @@ def examine(
     if reason:
         return all_of("not supported", f"undefined by the convention {reason}")
     if problem.op == "attention" and problem.overflows(precision):
-        return all_of("not supported", f"dP overflows {precision.storage}")
+        return all_of("not supported", f"scores or dP overflow {precision.storage}")
     problem = canonical(problem)
     forward = call_forward(candidate, problem)
     if forward.status:
@@ -387,12 +389,12 @@ def examine(
             bad = outcome.status == "wrong" and t == problem.gradients[0]
             status = "wrong" if bad else "not given" if outcome.status == "wrong" else outcome.status
             result.checks.append(Check(t, status, outcome.text, worst=math.inf if bad else 0.0))
-    return _more(candidate, problem, truth, judged, result, settings, diagnostician)
+    return _more(candidate, problem, precision, truth, judged, result, settings, diagnostician)
 
 
 def _more(
-    candidate: Candidate, problem: Problem, truth: Truth, judged: dict[str, Any], result: Result, settings: Settings,
-    diagnostician: Diagnostician | None,
+    candidate: Candidate, problem: Problem, precision: Precision, truth: Truth, judged: dict[str, Any], result: Result,
+    settings: Settings, diagnostician: Diagnostician | None,
 ) -> Result:  # fmt: skip
     """What other rules say, whether the judge could have failed, and what a candidate that is wrong does instead."""
     checks = result.checks
@@ -403,7 +405,7 @@ def _more(
     if settings.power:
         tested = [c.tensor for c in checks if c.status == "ok" and c.text != "empty"]
         changed = other_values(problem, given, candidate.align, truth, base)
-        blind = power(changed, truth, tested, settings.level)
+        blind = power(changed, truth, tested, settings.level, max(PLANTED, 16 * precision.coarsest))
         checks = [
             dataclasses.replace(c, status="no power", text=blind[c.tensor]) if c.status == "ok" and c.tensor in blind else c
             for c in checks

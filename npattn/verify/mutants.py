@@ -1495,7 +1495,8 @@ TOLD: dict[str, str] = {
     "bias masked in place": "an input was modified", "lengths counted up in place": "an input was modified",
     "dead dout cleared in place": "modifies an input", "lse cleared in place": "modifies an input",
     "one element of out off by 1e-4": "in 1 of",
-    "dbias not summed over the heads": "has shape", "dq in float64": "has dtype float64", "dq not returned": "dq is not returned",
+    "dbias not summed over the heads": "has shape", "dq in float64": "has dtype float64",
+    "dq not returned": "dq is not returned",
 }  # fmt: skip
 
 

@@ -33,6 +33,12 @@ class Precision:
         return float(np.finfo(self.dtype).eps) / 2
 
     @property
+    def coarsest(self) -> float:
+        """The largest unit roundoff in it."""
+        names = ("inputs", "scores", "weights", "dweights", "dscores", "delta_out", "out")
+        return float(max(getattr(self, name) for name in names))
+
+    @property
     def format(self) -> str:
         """The format that is rounded to, as `round_to` knows it."""
         return "tf32" if self.name == "tf32" else self.storage
@@ -68,7 +74,8 @@ def of_dtype(dtype: Any) -> Precision:
 def round_to(x: Array, storage: str) -> Array:
     """The nearest values that a format holds, in x's own dtype."""
     if storage in ("float32", "float64", "float16"):
-        return x.astype(storage).astype(x.dtype)
+        with np.errstate(over="ignore"):
+            return x.astype(storage).astype(x.dtype)
     bits = {"bfloat16": 16, "tf32": 13}
     if storage in bits:
         n = np.uint32(bits[storage])
@@ -78,4 +85,5 @@ def round_to(x: Array, storage: str) -> Array:
         return np.where(np.isfinite(x), kept.view(np.float32), x).astype(x.dtype)
     _, e = np.frexp(x.astype(np.float64))
     step = np.ldexp(1.0, np.maximum(e - 4, -9))
-    return np.clip(np.rint(x / step) * step, -448, 448).astype(x.dtype)
+    result: Array = np.clip(np.rint(x / step) * step, -448, 448).astype(x.dtype)
+    return result
