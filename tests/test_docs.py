@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import npattn
-from npattn.verify import CASES, load
+from npattn.verify import CASES, load, report, verify
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
@@ -39,7 +39,11 @@ def test_examples_of_a_page(page):
         assert test.examples
 
 
+FEW = ("plain", "causal top_left", "causal bottom_right", "G < H", "E != D")  # of the cases: all of them would take long
+
+
 def test_the_readers_own_test_in_the_readme(monkeypatch):
+    monkeypatch.setitem(report.CASES_OF, "attention", [case for case in CASES if case.name in FEW])
     (block,) = [b for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "my_package" in b]
     assert len([line for line in block.splitlines() if line.strip()]) <= 6
     theirs = types.ModuleType("my_package")
@@ -61,6 +65,24 @@ def test_the_readers_own_test_in_the_readme(monkeypatch):
     exec(block, scope)
     with pytest.raises(AssertionError, match="not tested: anything"):
         scope["test_my_attention"]()
+
+
+def test_the_example_of_verifying_is_diagnosed_as_the_page_says():
+    page = (ROOT / "docs/verifying.md").read_text()
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", page, re.S) if "def weights(" in b]
+    scope: dict = {}
+    exec(block, scope)
+    cases = [case for case in CASES if case.name in (*FEW, "causal top_left + L > S", "NaN behind the mask")]
+    found = verify(scope["attention"], scope["backward"], cases=cases)
+    assert {"plain", "E != D", "causal top_left"} <= {r.case for r in found.wrong}
+    assert {"Delta is missing", "causal=bottom_right"} <= set(found.diagnosis)
+    assert "dq, dk: matches Delta is missing to " in page
+    assert any(e.text.startswith("dq, dk: matches Delta is missing to ") for r in found.results for e in r.explanations)
+    (declared,) = re.findall(r"--convention (causal=\S+)", page)
+    assert "ds = p * dp *" in block
+    exec(block.replace("ds = p * dp *", "ds = p * (dp - (p * dp).sum(-1, keepdims=True)) *"), scope)
+    assert verify(scope["attention"], scope["backward"], cases=cases, convention=declared).passed
+    assert not verify(scope["attention"], scope["backward"], cases=cases).passed
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)

@@ -22,10 +22,24 @@ ORDER = [
     "tolerances",
     "gradcheck",
     "environment",
-    "verify.cases",
+    "verify.precision",
     "verify.errors",
+    "verify.stages",
+    "verify.mistakes",
+    "verify.conventions",
+    "verify.rounded",
+    "verify.peers",
+    "verify.cases",
+    "verify.layers",
     "verify.candidates",
+    "verify.diagnose",
     "verify.judge",
+    "verify.conditions",
+    "verify.report",
+    "verify.replay",
+    "verify.mutants",
+    "verify.selftest",
+    "verify.peer_report",
     "verify",
     "cli",
     "__main__",
@@ -38,9 +52,23 @@ def test_imports_point_one_way():
     for name in ORDER:
         path = PACKAGE.joinpath(*name.split("."))
         tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("npattn."):
-                assert ORDER.index(node.module.removeprefix("npattn.")) < ORDER.index(name), f"{name} imports {node.module}"
+        for module in imported(tree):
+            assert ORDER.index(module) < ORDER.index(name), f"{name} imports {module}"
+
+
+def imported(tree):
+    """The modules of npattn that are imported anywhere in a file, at its top or inside a function."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("npattn."):
+            package = node.module.removeprefix("npattn.")
+            for alias in node.names:  # a module of a package, or a name in a module
+                inner = f"{package}.{alias.name}"
+                yield inner if inner in ORDER else package
+
+
+def test_a_module_imported_from_its_package_is_seen():
+    tree = ast.parse("from npattn.verify import layers, verify\ndef f():\n    from npattn.masks import causal\n")
+    assert list(imported(tree)) == ["verify.layers", "verify", "masks"]
 
 
 def test_all_names_exist_and_are_documented():

@@ -8,11 +8,14 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import mutants
 import numpy as np
 import pytest
 from helpers import assert_close
-from mutants import (
+
+import npattn
+from npattn import GradcheckError, MultiHeadParams, RNNParams, gradcheck, multi_head_forward, rnn_forward
+from npattn.verify import mutants, verify
+from npattn.verify.mutants import (
     BY_NAME,
     EQUIVALENT,
     MULTI_HEAD_MUTANTS,
@@ -23,10 +26,6 @@ from mutants import (
     candidate,
     make,
 )
-
-import npattn
-from npattn import GradcheckError, MultiHeadParams, RNNParams, gradcheck, multi_head_forward, rnn_forward
-from npattn.verify import verify
 
 FORWARD = ("out", "lse")
 BACKWARD_ONLY = [name for name, m in MUTANTS.items() if m.where == "backward"]

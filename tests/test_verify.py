@@ -219,7 +219,7 @@ def test_stop_list_json_and_usage(run, tmp_path, capsys):
     found = json.loads((tmp_path / "found.json").read_text())
     assert status == 0
     assert found["candidate"] == "blockwise"
-    assert found["tested"] == found["total"] > 20
+    assert found["total"] >= found["tested"] > 20
     assert {"case", "features", "checks", "status"} <= set(found["results"][0])
     for arguments in (
         ["-k", "plain", "--json", "no/such/folder.json"],
@@ -255,10 +255,10 @@ def test_a_candidate_takes_causal_window_and_key_lengths_its_own_way():
         return attention_forward(q, k, v, mask=mask)[0]
 
     names = ("causal top_left", "window", "key_lengths", "window + key_lengths", "causal top_left + key_lengths")
-    results = list(verify(Candidate("own", forward), [c for c in CASES if c.name in names]))
+    results = verify(forward, cases=[c for c in CASES if c.name in names]).results
     assert [r.status for r in results] == ["ok"] * 5
     assert any(c[1] is not None and c[2] is not None for c in calls)
-    (r,) = verify(Candidate("own", forward), [c for c in CASES if c.name == "causal bottom_right"])
+    (r,) = verify(forward, cases=[c for c in CASES if c.name == "causal bottom_right"]).results
     assert r.status == "not supported"
     assert "causal bottom_right" in r.checks[0].text
 
@@ -300,10 +300,10 @@ def test_places_are_named_by_the_tensor():
     want, sigma = np.zeros((2, 3, 4), np.float32), np.full((2, 3, 4), 1e-7)
     got = want.copy()
     got[1] = 1
-    assert "batch 1" in compare("lse", got, want, sigma, np.float32).text
+    assert "batch 1" in compare("lse", got, want, sigma, [np.float32]).text
     got = np.zeros((2, 3, 4, 5), np.float32)
     got[:, :, 2] = 1
-    text = compare("dk", got, np.zeros_like(got), np.full(got.shape, 1e-7), np.float32).text
+    text = compare("dk", got, np.zeros_like(got), np.full(got.shape, 1e-7), [np.float32]).text
     assert "keys 2" in text
     assert "batch" not in text
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-import mutants
 import numpy as np
 import pytest
 from oracles import multi_head_loops, rnn_loops, softmax_loops
 
 import npattn
 from npattn import MultiHeadParams, RNNParams, convert
-from npattn.verify import layers
+from npattn.verify import layers, mutants
 from npattn.verify.layers import CASES, MISTAKES, LayerProblem
 from npattn.verify.precision import PRECISIONS, of_dtype
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from npattn._checks import Array
+from npattn._pairs import quiet
 from npattn.verify import layers
 from npattn.verify.mistakes import CHANGES
 from npattn.verify.precision import PRECISIONS, Precision, of_dtype
@@ -85,8 +86,9 @@ def near(apart: tuple[float, float], before: float) -> bool:
 class Diagnostician:
     """Explains case after case; what it has found once is tried first in the next."""
 
-    def __init__(self, align: str = "top_left", seconds: float = 3.0, pairs: int = 4) -> None:
+    def __init__(self, align: str = "top_left", seconds: float = 3.0, pairs: int = 3, total: float = 20.0) -> None:
         self.align, self.seconds = align, seconds
+        self.left = total  # seconds for all cases; after them only what has been seen is tried
         self.pairs_left = pairs  # searches for two changes are expensive: only for the first few cases that need one
         self.known: Counter[str] = Counter()
         self.right: dict[frozenset[str], tuple[Any, ...]] = {}  # cases that hold, one for each set of facts
@@ -126,6 +128,7 @@ class Diagnostician:
             return False
         return any(distance(values[t].astype(problem.dtype), other[t], sigma[t])[0] > 30 for t in tested if t in other)
 
+    @quiet
     def explain(
         self, problem: Any, given: dict[str, Any], sigma: dict[str, Array], got: dict[str, Any], wrong: Iterable[str],
         base: Iterable[Change] = (),
@@ -137,11 +140,21 @@ class Diagnostician:
         """
         if problem.op != "attention":
             return self._layer(problem, sigma, got, list(wrong))
+        started = time.perf_counter()
+        try:
+            return self._explain(problem, given, sigma, got, list(wrong), list(base))
+        finally:
+            self.left -= time.perf_counter() - started
+
+    def _explain(
+        self, problem: Any, given: dict[str, Any], sigma: dict[str, Array], got: dict[str, Any], wrong: list[str],
+        base: list[Change],
+    ) -> list[Explanation]:  # fmt: skip
         # What is wrong by its shape or dtype has been said.
         wrong = [t for t in wrong if t in sigma and isinstance(got.get(t), np.ndarray) and got[t].shape == sigma[t].shape]
         if not wrong:
             return []
-        search = _Search(self, problem, given, sigma, got, list(base))
+        search = _Search(self, problem, given, sigma, got, base)
         wrong = [t for t in wrong if search.before[t] > 3]
         found: list[Explanation] = []
         forward: tuple[Change, ...] = ()
@@ -205,6 +218,8 @@ class _Search:
         self.large = math.prod(problem.shape) > LARGE
         self.changes = changes
         self.known = sum(c.name in owner.known for c in changes)
+        if owner.left < 0:
+            self.changes = changes[: self.known]
         self.dtype = np.longdouble if problem.q.dtype == np.float64 else np.float64
         self.returned = [t for t in sigma if isinstance(got.get(t), np.ndarray)]
         right = self.values([])
@@ -257,6 +272,9 @@ class _Search:
         if matches:
             best, others = self._best(matches)
             return [Explanation((best[1].name,), tuple(wrong), best[0], others=others)], (best[1],)
+        rough = self.roughly(wrong)
+        if {t for e in rough for t in e.tensors} >= set(wrong):
+            return rough, ()
         pair = self._pair(returned)
         if pair is not None:
             return [Explanation(tuple(c.name for c in pair[1]), tuple(wrong), pair[0])], pair[1]
@@ -281,10 +299,10 @@ class _Search:
 
     def _pair(self, tensors: list[str]) -> tuple[float, tuple[Change, Change]] | None:
         """Two changes of the forward that together match; the commonest mistakes first, as long as there is time."""
-        if self.large or self.owner.pairs_left <= 0 or not tensors:
+        if self.large or self.owner.pairs_left <= 0 or self.owner.left < 0 or not tensors:
             return None
         self.owner.pairs_left -= 1
-        until = time.perf_counter() + 2 * self.owner.seconds
+        until = time.perf_counter() + self.owner.seconds
         few = [c for c in self.changes if not c.sized and c.stage in FORWARD_STAGES]
         for a, b in itertools.combinations(few, 2):
             apart = self.away(tensors, self.values([a, b], gradients=False))
@@ -342,7 +360,10 @@ class _Search:
         if not wrong or self.problem.q.dtype == np.float64 or self.large:
             return []
         best: tuple[float, str, float] | None = None
-        for name, precision in _roundings().items():
+        names = _roundings()
+        if self.owner.left < 0 or any(n in self.owner.known for n in names):  # it rounds the same everywhere
+            names = {n: p for n, p in names.items() if n in self.owner.known}
+        for name, precision in names.items():
             truth = self.problem.truth(precision)
             off = {t: distance(self.got[t], truth.values[t], truth.sigma[t]) for t in self.returned}
             rms = [off[t][0] for t in wrong]

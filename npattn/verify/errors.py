@@ -184,8 +184,10 @@ def predict(
     if rigorous:
         rho = np.expm1(np.minimum(rho, 700.0))
     else:
-        # exp of an error that is not small, as of large scores that are stored low: three deviations of it, over three.
-        rho = np.expm1(np.minimum(3 * rho, 300.0)) / 3
+        # exp of errors that are not small, as of large scores that are stored low: three deviations of its own and of that of
+        # the sum, over three. Scores that are equal are rounded alike, so the latter is not taken in quadrature.
+        both = 3 * np.hypot(rho, (p * rho).sum(-1, keepdims=True) + p_sink * rho_sink)
+        rho = rho * np.where(both == 0, 1.0, np.expm1(np.minimum(both, 300.0)) / np.where(both == 0, 1.0, both))
         rho = np.minimum(rho, 1 / np.maximum(p, 1e-300))  # a weight is at most 1
     mean_rho = kind.add(kind.sum(p * rho, -1), p_sink * rho_sink)  # of the sum of exp ...
     of_z = kind.rounding_of_sum(terms, -1)  # ... and of its own summation
@@ -214,7 +216,7 @@ def predict(
     log = (exp if rigorous else unit) * (lse[..., None] - top)
     of_sum = total if rigorous else kind.add(kind.sum(p * linear, -1), p_sink * rho_sink, of_z, 4 * unit)
     if low.inputs and not rigorous:  # the rounding of q is the same for all keys, and shifts their scores together
-        shift = np.sqrt(np.square(kind.low(low.inputs, q, low.subnormal) * (p @ k)).sum(-1, keepdims=True))
+        shift = np.sqrt(np.square(kind.low(low.inputs, q, low.subnormal) * ((p * slope) @ k)).sum(-1, keepdims=True))
         of_sum = kind.add(of_sum, a * shift)
     e_lse = kind.add(of_sum, unit * lse[..., None], log, unit * top)[..., 0]
     if dout is None or grads is None:

@@ -72,18 +72,20 @@ def of_dtype(dtype: Any) -> Precision:
 
 
 def round_to(x: Array, storage: str) -> Array:
-    """The nearest values that a format holds, in x's own dtype."""
+    """The nearest values that a format holds, in x's own dtype; what is not finite stays, float8 ends at 448.
+
+    bfloat16 and TF32 are made from float32.
+    """
     if storage in ("float32", "float64", "float16"):
         with np.errstate(over="ignore"):
             return x.astype(storage).astype(x.dtype)
     bits = {"bfloat16": 16, "tf32": 13}
     if storage in bits:
         n = np.uint32(bits[storage])
-        raw = np.ascontiguousarray(x, np.float32).view(np.uint32)
+        raw = np.asarray(x, np.float32).view(np.uint32)
         half = (np.uint32(1) << (n - np.uint32(1))) - np.uint32(1) + ((raw >> n) & np.uint32(1))
         kept = ((raw + half) >> n) << n
         return np.where(np.isfinite(x), kept.view(np.float32), x).astype(x.dtype)
     _, e = np.frexp(x.astype(np.float64))
     step = np.ldexp(1.0, np.maximum(e - 4, -9))
-    result: Array = np.clip(np.rint(x / step) * step, -448, 448).astype(x.dtype)
-    return result
+    return np.where(np.isfinite(x), np.clip(np.rint(x / step) * step, -448, 448), x).astype(x.dtype)

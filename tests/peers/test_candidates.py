@@ -11,13 +11,13 @@ import pytest
 for library in ("torch", "jax", "onnx", "onnxruntime", "transformers"):
     pytest.importorskip(library, reason="needs the peers extra: pip install npattn[peers]")
 
-from agree import multi_head_terms, rnn_terms  # noqa: E402
+from agree import multi_head_terms, rnn_terms
 
-import npattn as na  # noqa: E402
-from npattn.convert import multi_head_to_torch, rnn_to_onnx, rnn_to_torch  # noqa: E402
-from npattn.tolerances import TERMS_EPS  # noqa: E402
-from npattn.verify import CASES, Candidate, examine  # noqa: E402
-from npattn.verify.peers import PEERS  # noqa: E402
+import npattn as na
+from npattn.convert import multi_head_to_torch, rnn_to_onnx, rnn_to_torch
+from npattn.tolerances import TERMS_EPS
+from npattn.verify import CASES, Candidate, examine
+from npattn.verify.peers import PEERS
 
 # --- what is wrong, by our conventions, and why -----------------------------------------------------------------------------
 

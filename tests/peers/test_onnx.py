@@ -11,8 +11,8 @@ import pytest
 
 onnx = pytest.importorskip("onnx", reason="needs the peers extra: pip install npattn[peers]")
 
-import npattn as na  # noqa: E402
-from npattn.convert import rnn_from_onnx  # noqa: E402
+import npattn as na
+from npattn.convert import rnn_from_onnx
 
 with warnings.catch_warnings():
     # The generator overflows and divides by zero on purpose, in the cases of Cast, ReduceMax and others.
