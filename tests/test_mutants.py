@@ -7,6 +7,7 @@ import functools
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from helpers import assert_close
 
 import npattn
 from npattn import GradcheckError, MultiHeadParams, RNNParams, gradcheck, multi_head_forward, rnn_forward
-from npattn.verify import mutants, verify
+from npattn.verify import Settings, diagnose, examine, mutants, selftest
 from npattn.verify.mutants import (
     BY_NAME,
     EQUIVALENT,
@@ -32,7 +33,13 @@ BACKWARD_ONLY = [name for name, m in MUTANTS.items() if m.where == "backward"]
 
 
 def run(tested, names):
-    return list(verify(tested, [BY_NAME[name] for name in names], stop=True))
+    """The results of these cases, up to the first that is wrong."""
+    found = []
+    for name in names:
+        found.append(examine(tested, BY_NAME[name], 0, Settings(power=False)))
+        if found[-1].status == "wrong":
+            break
+    return found
 
 
 def wrong(result):
@@ -78,7 +85,7 @@ def test_the_honest_ones_hold_in_all_cases(implementation, align):
     aligned = align == {"dense": "top_left", "tiles": "bottom_right"}[implementation]
     # With the other alignment only what is aligned can be different.
     cases = [c for c in BY_NAME.values() if aligned or ({"causal", "window"} & set(c.features) and "long" not in c.features)]
-    found = list(verify(candidate(implementation, align=align), cases))
+    found = [examine(candidate(implementation, align=align), c, 0, Settings(power=False)) for c in cases]
     assert len(found) == len(cases) >= 15
     assert {r.case: wrong(r) for r in found if r.status != "ok"} == {}
     assert {c.status for r in found for c in r.checks} == {"ok"}
@@ -87,7 +94,7 @@ def test_the_honest_ones_hold_in_all_cases(implementation, align):
 def test_there_are_enough_of_each_kind():
     kinds = Counter(m.kind for table in (MUTANTS, RNN_MUTANTS, MULTI_HEAD_MUTANTS) for m in table.values())
     kinds += Counter({"9": len(REPEATS), "11": len(bad_calls())})
-    assert set(kinds) == {*map(str, range(1, 12)), "own"}
+    assert set(kinds) == set(selftest.CLASSES) == {*map(str, range(1, 13)), "own"}
     assert min(kinds.values()) >= 5
     assert len(MUTANTS) >= 70
     assert len(BACKWARD_ONLY) >= 30
@@ -108,6 +115,79 @@ def test_every_bad_line_is_in_a_table():
     either = {line for line in lines if line.endswith((" in dk", " in dv"))}  # one of the two is enough
     assert {line for line in lines - either if line not in named} == set()
     assert {line[:-2] for line in either} == {line[:-2] for line in either & named}
+
+
+# --- the self-test: all of it, with a diagnosis ------------------------------------------------------------------------
+
+UNNAMED = {
+    "keys past the end read": "what lies there is any number",
+    "max of the last tile": "a tile of another size does the same to fewer rows",
+    "max without the sink": "what overflows is the same without any maximum",
+    "empty tiles unguarded": "the same NaN as of masked scores of +inf",
+    "no key at all": "nothing is there to compare",
+    "padding rows enter": "what they hold is any number",
+    "lse of the padding rows not set": "NaN everywhere",
+    "operands in TF32": "one case does not tell it from scores of 11 bits",
+    "inputs in bfloat16": "one case does not tell it from scores of 8 bits",
+    "exp off by 1e-4": "no change of one stage",
+    "exp off by 1e-5": "no change of one stage",
+    "one key missing from one sum": "in one row alone",
+}
+"""Bugs that are caught and have no name, and why."""
+
+
+def self_test(monkeypatch, names=None):
+    """The verdict, the mark of each bug by its name, and the lines; of all bugs or of these."""
+    # A search that may take as long as it needs: what is found does not depend on the machine.
+    monkeypatch.setattr(diagnose, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+    for table in ("MUTANTS", "REPEATS", "MULTI_HEAD_MUTANTS", "RNN_MUTANTS"):
+        rows = getattr(mutants, table)
+        monkeypatch.setattr(mutants, table, {n: row for n, row in rows.items() if names is None or n in names})
+    lines: list[str] = []
+    verdict = selftest.run_self_test(lines.append)
+    marks = {line[18:71].strip(): line[2:12].strip() for line in lines if line.startswith("  ") and line[2] != " "}
+    return verdict, {n: m for n, m in marks.items() if m in ("named", "caught", "NOT CAUGHT")}, lines
+
+
+ALL = [n for table in (MUTANTS, REPEATS, MULTI_HEAD_MUTANTS, RNN_MUTANTS) for n in table]
+
+
+def test_every_fifth_is_named(monkeypatch):
+    sample = set(ALL[::5])
+    verdict, marks, lines = self_test(monkeypatch, sample)
+    assert verdict, lines
+    assert set(marks) == sample
+    assert {n for n, mark in marks.items() if mark != "named"} == sample & set(UNNAMED)
+    assert lines[-1].lstrip().startswith(f"RIGHT: {len(sample)} of {len(sample)} caught")
+
+
+@pytest.mark.slow
+def test_all_are_caught_and_all_but_a_few_named(monkeypatch):
+    verdict, marks, lines = self_test(monkeypatch)
+    assert verdict
+    assert set(marks) == set(ALL)
+    assert len(marks) >= 150
+    assert {n for n, mark in marks.items() if mark != "named"} == set(UNNAMED)
+    assert len(UNNAMED) <= 0.2 * len(marks)
+    for e in EQUIVALENT.values():
+        assert any(e.reason in line for line in lines)
+
+
+def test_the_self_test_says_what_it_does_not_catch(monkeypatch):
+    make_bad = mutants.make
+    monkeypatch.setattr(mutants, "make", lambda name: make_bad(name, undone=name == "causal sees one ahead"))
+    verdict, marks, lines = self_test(monkeypatch, {"causal sees one ahead", "causal the other way", "window counts one more"})
+    assert not verdict
+    assert marks["causal sees one ahead"] == "NOT CAUGHT"
+    assert marks["causal the other way"] == "named"
+    assert lines[-1].lstrip().startswith("WRONG: 2 of 3 caught, 2 named")
+
+
+def test_the_self_test_wants_most_of_them_named(monkeypatch):
+    names = {"causal the other way", "exp off by 1e-4", "window counts one more"}
+    verdict, marks, _ = self_test(monkeypatch, names)
+    assert sorted(marks.values()) == ["caught", "named", "named"]
+    assert not verdict, "two of three are fewer than four of five"
 
 
 # --- what verify cannot see -------------------------------------------------------------------------------------------

@@ -158,6 +158,8 @@ class Candidate:
     def changes(self) -> list[Change]:
         """What the convention changes in the equations."""
         found = [CHANGES[f"{n}={v}"] for n, v in self.convention.changes("expected").items() if f"{n}={v}" in CHANGES]
+        if self.convention.lse == "log2":  # and so is its gradient
+            found.append(CHANGES["dlse is taken in base 2"])
         return found if self.op == "attention" else []
 
     def undefined(self, problem: Any, features: list[str]) -> str:

@@ -160,12 +160,12 @@ PRESETS: dict[str, Preset] = {
         _READ + "onnx 1.18 to 1.20, Attention-23 before pull request 7867",
         "the softcap stood behind the mask and gave masked keys a weight"),
     "onnx25": Preset(
-        Convention(masked_nan="poisons", scale_on="both"),
+        Convention(mask_shape="full", no_limit="-1", masked_nan="poisons", scale_on="both"),
         _RUN + "onnx 1.23.2, the reference evaluator's Attention of opset 25",
-        "each of q and k is multiplied by the root of the scale"),
+        "each of q and k is multiplied by the root of the scale; a last axis of size 1 of a mask is not broadcast but filled up"),
     "onnxruntime": Preset(
-        Convention(masked_nan="poisons", scale_on="both"),
-        _RUN + "onnxruntime 1.32.0, Attention on the CPU"),
+        Convention(mask_shape="full", masked_nan="poisons", scale_on="both"),
+        _RUN + "onnxruntime 1.32.0, Attention of opset 24 on the CPU", "a scale above 0 only"),
     "flash2": Preset(
         Convention(causal="bottom_right", no_limit="-1", layout="BLHD", dead_lse="+inf", dlse="ignored", masked_nan="poisons"),
         _READ + "Dao-AILab/flash-attention 0251105a, flash_attn_interface.py and csrc/flash_attn/src/softmax.h",
@@ -185,10 +185,10 @@ PRESETS: dict[str, Preset] = {
         Convention(window="total", scale="none", alibi="signed"),
         _READ + "NVIDIA/cudnn-frontend 3929da2, fp16_ref.py", "the left bound of a window is exclusive"),
     "hf_eager": Preset(
-        Convention(mask_shape="full", window="total", dead_out="mean_v", dead_grad="leak", masked_nan="poisons",
-                   mask_with_causal="error", dropout="after"),
-        _RUN + "transformers 5.23.0, eager_attention_forward with a mask of finfo.min",
-        "masks are additive with finfo.min: a dead row is the mean of V"),
+        Convention(mask_shape="full", window="total", dead_out="mean_v", dead_grad="undefined", masked_nan="poisons",
+                   mask_with_causal="error", dropout="after", float64="float32"),
+        _RUN + "transformers 5.24.0, eager_attention_forward with a mask of finfo.min",
+        "masks are finfo.min, added: a dead row is the mean of V, and its gradient reaches q, k and v"),
     "xformers": Preset(
         Convention(layout="BLHD", window="total", dead_out="nan", dead_grad="undefined", scale_on="q", masked_nan="poisons"),
         _READ + "facebookresearch/xformers ca6d2aa and meta-pytorch/MSLK, mslk/attention/fmha",

@@ -86,9 +86,9 @@ def near(apart: tuple[float, float], before: float) -> bool:
 class Diagnostician:
     """Explains case after case; what it has found once is tried first in the next."""
 
-    def __init__(self, align: str = "top_left", seconds: float = 3.0, pairs: int = 3, total: float = 20.0) -> None:
+    def __init__(self, align: str = "top_left", seconds: float = 2.0, pairs: int = 3, total: float = 12.0) -> None:
         self.align, self.seconds = align, seconds
-        self.left = total  # seconds for all cases; after them only what has been seen is tried
+        self.left = total  # seconds of computing for all cases; after them only what has been seen is tried
         self.pairs_left = pairs  # searches for two changes are expensive: only for the first few cases that need one
         self.known: Counter[str] = Counter()
         self.right: dict[frozenset[str], tuple[Any, ...]] = {}  # cases that hold, one for each set of facts
@@ -140,11 +140,11 @@ class Diagnostician:
         """
         if problem.op != "attention":
             return self._layer(problem, sigma, got, list(wrong))
-        started = time.perf_counter()
+        started = time.thread_time()
         try:
             return self._explain(problem, given, sigma, got, list(wrong), list(base))
         finally:
-            self.left -= time.perf_counter() - started
+            self.left -= time.thread_time() - started
 
     def _explain(
         self, problem: Any, given: dict[str, Any], sigma: dict[str, Array], got: dict[str, Any], wrong: list[str],
@@ -163,6 +163,8 @@ class Diagnostician:
         gradients = [t for t in wrong if t not in FORWARD]
         if gradients:
             found += search.backward(gradients, forward)
+        found = [e for e in found if not _only_nan(e, got)]
+        found = [_detached(e, got) for e in found]
         explained = {t for e in found for t in e.tensors}
         found += search.roughly([t for t in wrong if t not in explained])
         self.known.update(name for e in found for name in e.names)
@@ -203,6 +205,19 @@ class Diagnostician:
         return list(found.values())
 
 
+def _only_nan(e: Explanation, got: dict[str, Any]) -> bool:
+    """Whether the evidence is NaN nearly everywhere, which several mistakes would give."""
+    return len(e.others) > 2 and all(np.isnan(got[t]).mean() > 0.9 for t in e.tensors)
+
+
+def _detached(e: Explanation, got: dict[str, Any]) -> Explanation:
+    """Gradients that are 0 everywhere are not said to be a matter of tiles."""
+    sized = all(n in CHANGES and CHANGES[n].sized for n in e.names)
+    if not sized or any(t in FORWARD or got[t].any() for t in e.tensors):
+        return e
+    return dataclasses.replace(e, names=("a gradient of 0 everywhere: detached, or not computed",), where="", others=())
+
+
 class _Search:
     """One case."""
 
@@ -224,7 +239,7 @@ class _Search:
         self.returned = [t for t in sigma if isinstance(got.get(t), np.ndarray)]
         right = self.values([])
         self.before = {t: distance(got[t], right[t], sigma[t])[0] if t in right else np.inf for t in self.returned}
-        self.until = time.perf_counter() + owner.seconds
+        self.until = time.thread_time() + owner.seconds
 
     def values(self, changes: Iterable[Change], **options: Any) -> dict[str, Array]:
         try:
@@ -247,7 +262,7 @@ class _Search:
 
     def enough(self, tried: int, matches: list[Any]) -> bool:
         """Whether to stop: all that is known was tried in a large case, or the time is over."""
-        return (self.large and tried >= self.known and bool(matches)) or time.perf_counter() > self.until
+        return (self.large and tried >= self.known and bool(matches)) or time.thread_time() > self.until
 
     # -- forward
 
@@ -302,13 +317,13 @@ class _Search:
         if self.large or self.owner.pairs_left <= 0 or self.owner.left < 0 or not tensors:
             return None
         self.owner.pairs_left -= 1
-        until = time.perf_counter() + self.owner.seconds
+        until = time.thread_time() + self.owner.seconds
         few = [c for c in self.changes if not c.sized and c.stage in FORWARD_STAGES]
         for a, b in itertools.combinations(few, 2):
             apart = self.away(tensors, self.values([a, b], gradients=False))
             if apart < np.inf:
                 return apart, (a, b)
-            if time.perf_counter() > until:
+            if time.thread_time() > until:
                 break
         return None
 
@@ -375,7 +390,7 @@ class _Search:
 
     def _added(self, tensor: str, last: Array) -> bool:
         right = self.values([]).get(tensor)
-        return right is not None and distance(self.got[tensor] - last, right, self.sigma[tensor])[0] <= 6
+        return right is not None and bool(np.isfinite(last).all()) and distance(self.got[tensor] - last, right, self.sigma[tensor])[0] <= 6
 
     # -- backward
 

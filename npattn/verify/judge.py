@@ -93,6 +93,7 @@ def units(got: Array, want: Array, sigma: Array, rest: Any = 0.0) -> Array:
     return np.asarray(np.where(same, 0.0, np.where(finite, np.abs(x - y - rest) / sigma, np.inf)), np.float64)
 
 
+@quiet
 def accepts(level: str, off: Array) -> bool:
     """Whether errors in sigma are good enough; for "bounded" they are errors over det."""
     if not off.size:

@@ -1236,7 +1236,7 @@ _add("12", "forward", {
     "exp off by 1e-4": ("a short polynomial", "plain", "out lse"),
     "exp off by 1e-5": ("a short polynomial", "plain", "out"),
     "scale off by 1e-4": ("a constant with four digits", "plain", "out"),
-    "scale off by 1e-5": ("a constant with five digits", "inputs x5", "out lse"),
+    "scale off by 1e-5": ("a constant with five digits", "inputs x5", "lse"),
     "one key missing from one sum": ("the first of the first row", "plain", "out lse"),
     "one element of out off by 1e-4": ("a store that races", "plain", "out"),
 })  # fmt: skip
