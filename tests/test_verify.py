@@ -146,7 +146,7 @@ def test_four_that_are_wrong_are_told_apart(run, arguments, case, line, diagnosi
     assert "elements" in told
     (found,) = [shown for shown in lines if shown.startswith("           => ")]
     assert f"matches {diagnosis}" in found
-    table = lines[[i for i, shown in enumerate(lines) if shown.startswith("it looks like")][0] + 1]
+    table = lines[next(i for i, shown in enumerate(lines) if shown.startswith("it looks like")) + 1]
     assert table.split("  ")[1] == diagnosis
 
 

@@ -181,7 +181,7 @@ class Candidate:
             values = run(problem, given, self.align, base, dtype=better(problem.dtype))
             plain = truth
             same = {n: values[n] for n in plain.values}
-            truth = Truth(same, _widened(values, plain.sigma), bound=lambda: _widened(values, plain.det))
+            truth = Truth(same, _widened(values, plain.sigma), bound=lambda: _widened(same, plain.det))
         open_ = {"out"} if dead and c.dead_out == "undefined" else set()
         open_ |= {"lse"} if dead and c.dead_lse == "undefined" else set()
         open_ |= {"dq", "dk", "dv", "dbias", "dsink"} if dead and c.dead_grad == "undefined" else set()

@@ -162,7 +162,7 @@ PRESETS: dict[str, Preset] = {
     "onnx25": Preset(
         Convention(mask_shape="full", no_limit="-1", masked_nan="poisons", scale_on="both"),
         _RUN + "onnx 1.23.2, the reference evaluator's Attention of opset 25",
-        "each of q and k is multiplied by the root of the scale; a last axis of size 1 of a mask is not broadcast but filled up"),
+        "q and k are each multiplied by the root of the scale; a last axis of size 1 of a mask is filled up, not broadcast"),
     "onnxruntime": Preset(
         Convention(mask_shape="full", masked_nan="poisons", scale_on="both"),
         _RUN + "onnxruntime 1.32.0, Attention of opset 24 on the CPU", "a scale above 0 only"),

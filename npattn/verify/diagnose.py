@@ -390,7 +390,9 @@ class _Search:
 
     def _added(self, tensor: str, last: Array) -> bool:
         right = self.values([]).get(tensor)
-        return right is not None and bool(np.isfinite(last).all()) and distance(self.got[tensor] - last, right, self.sigma[tensor])[0] <= 6
+        if right is None or not np.isfinite(last).all():
+            return False
+        return distance(self.got[tensor] - last, right, self.sigma[tensor])[0] <= 6
 
     # -- backward
 
