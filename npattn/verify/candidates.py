@@ -32,6 +32,7 @@ from npattn.verify.stages import Change, run
 CANONICAL = ("mask", "bias", "scale", "softcap", "sink", "dropout_mask")
 OWN_KEYWORDS = ("causal", "window", "key_lengths")  # given instead of a mask array to those who take them
 OWN = Convention()  # npattn's
+ALIAS = {"dead_out=nan": "dead rows are NaN"}  # a convention that is better known as a mistake
 OPS = ("attention", "multi_head", "rnn", "softmax")
 
 
@@ -157,7 +158,8 @@ class Candidate:
 
     def changes(self) -> list[Change]:
         """What the convention changes in the equations."""
-        found = [CHANGES[f"{n}={v}"] for n, v in self.convention.changes("expected").items() if f"{n}={v}" in CHANGES]
+        names = [ALIAS.get(f"{n}={v}", f"{n}={v}") for n, v in self.convention.changes("expected").items()]
+        found = [CHANGES[name] for name in names if name in CHANGES]
         if self.convention.lse == "log2":  # and so is its gradient
             found.append(CHANGES["dlse is taken in base 2"])
         return found if self.op == "attention" else []
@@ -201,8 +203,8 @@ def _widened(values: dict[str, Array], sigma: dict[str, Array]) -> dict[str, Arr
     wide = {}
     for name, s in sigma.items():
         known = s[np.isfinite(s) & (s > 0)]
-        floor = float(np.median(known)) if known.size else 0.0
         size = np.where(np.isfinite(values[name]), np.abs(values[name]), 0.0).astype(np.float64)
+        floor = float(np.median(known)) if known.size else 2.0**-25 * float(size.max(initial=0.0))
         wide[name] = np.maximum(np.maximum(s, floor), 2.0**-25 * size)
     return wide
 

@@ -53,7 +53,8 @@ def conditions(candidate: Candidate, problem: Problem, truth: Truth, values: dic
     if len(problem.shape) == 4 and problem.shape[0] > 1:
         yield _batch(candidate, problem, truth, level)
     hidden = _hidden(problem)
-    if hidden is not None:
+    contained = candidate.convention.dead_out == "zero" and candidate.convention.dead_grad == "zero"
+    if hidden is not None and contained:
         yield _same(
             "masked places", "other numbers in keys, values and queries that are masked", saved, _call(candidate, hidden)
         )

@@ -140,7 +140,7 @@ PRESETS: dict[str, Preset] = {
     "torch_sdpa": Preset(
         Convention(mask_with_causal="error", masked_nan="poisons", padded_queries="computed"),
         _RUN + "torch 2.13.0, scaled_dot_product_attention on the CPU",
-        "causal top-left; dead rows give 0; a boolean mask or a float one, never with is_causal; no lse"),
+        "causal top-left; dead rows give 0; a boolean mask or a float one, and is_causal beside it in some backends; no lse"),
     "torch_mha": Preset(
         Convention(mask="drop", dead_out="nan", dead_grad="undefined", masked_nan="poisons", mask_with_causal="error",
                    mask_shape="full", dropout="after"),
@@ -151,8 +151,8 @@ PRESETS: dict[str, Preset] = {
         _RUN + "torch 2.13.0, flex_attention, uncompiled, on the CPU",
         "no backward on the CPU; masks and biases are functions"),
     "jax": Preset(
-        Convention(mask_shape="full", layout="BLHD", lse_layout="BLH", dead_out="mean_v", dead_lse="fill", dead_grad="leak",
-                   dlse="ignored", masked_nan="poisons", float64="float32"),
+        Convention(layout="BLHD", lse_layout="BLH", dead_out="mean_v", dead_lse="fill", dead_grad="leak", dlse="ignored",
+                   masked_nan="poisons", float64="float32"),
         _RUN + "jax 0.10.2, jax.nn.dot_product_attention on the CPU",
         "masked scores are 0.7 finfo.min: a dead row is the mean of V; the softmax is computed in float32"),
     "onnx23": Preset(

@@ -434,6 +434,10 @@ def _(n: int) -> None:
 
 
 add("dvh", {
+    "dead_grad=leak": lambda x: x.dvh
+    + where(x.allowed.any(-1, keepdims=True), 0, x.dout).sum(-2, keepdims=True) / max(x.S, 1),
+}, convention=True)  # fmt: skip
+add("dvh", {
     "dv is made of weights before dropout": lambda x: swap(x.p) @ x.do,
     "dropout is applied twice in dv": lambda x: swap(x.dropped * x.drop) @ x.do,
     "dv is made of the mean of dout": lambda x: swap(x.dropped) @ np.broadcast_to(x.do.mean(-2, keepdims=True), x.do.shape),

@@ -31,7 +31,7 @@ q, v = torch.ones(1, 1, 1, 4), torch.ones(1, 1, 2, 4); v[..., 1, :] = torch.nan
 print(torch.nn.functional.scaled_dot_product_attention(q, v.nan_to_num(), v, attn_mask=torch.tensor([[True, False]])))"""),
     ("torch", "nn.MultiheadAttention: a query without keys gives NaN, 0 and NaN on its three paths", """\
 import torch; torch.manual_seed(0); x, dead = torch.ones(1, 2, 4), torch.tensor([[True, True], [False, False]])
-m = torch.nn.MultiheadAttention(4, 2, bias=False, batch_first=True).eval(); fast = torch.no_grad()(m)
+m = torch.nn.MultiheadAttention(4, 2, batch_first=True).eval(); fast = torch.no_grad()(m)
 print([f(x, x, x, attn_mask=dead, need_weights=w)[0][0, 0, 0].item() for f, w in ((m, True), (m, False), (fast, False))])"""),
     ("jax", "a query without keys gives the mean of all values, lse -2.4e38, and passes its gradient to them", """\
 import jax; q, v = jax.numpy.ones((1, 1, 1, 2)), jax.numpy.array([[[[1.0, 0]], [[3.0, 0]]]])

@@ -81,37 +81,70 @@ class Defect(NamedTuple):
     convention: str = ""  # under which the same call holds
 
 
-def scale(problem):
-    return problem.options.get("scale", problem.q.shape[-1] ** -0.5)
+def scale(p):
+    return p.options.get("scale", p.q.shape[-1] ** -0.5)
 
 
-def has_dead_rows(problem):
-    return bool(problem.parts) and not dense_mask(problem).any(-1).all()
+def has_dead_rows(p):
+    """Some query may see no key: by its mask, or by scores of -inf."""
+    if p.op == "attention":
+        return bool(p.parts) and not dense_mask(p).any(-1).all()
+    seen = np.asarray(p.options.get("mask", True))
+    return not (seen & (p.inputs["scores"] != -np.inf) if p.op == "softmax" else seen).any(-1).all()
+
+
+def is_nan(p, c):
+    return not np.isfinite(c.worst)
+
+
+def masked_nan(p, c):
+    return not all(np.isfinite(x).all() for x in (*p.inputs.values(), *p.cotangents.values()) if isinstance(x, np.ndarray))
+
+
+def rounded_root(p):
+    """Whether the root of the scale, a float32 attribute, is off in float64."""
+    root = np.sqrt(scale(p))
+    return np.float32(root) != root
 
 
 DEFECTS = {
     "torch's flash: a negative scale with is_causal": Defect(
         ("torch", "torch-flash"), "masked scores are -inf before the scale, which makes them +inf: NaN",
-        lambda p, c: scale(p) < 0 and any(part.keyword == "causal" for part in p.parts) and not np.isfinite(c.worst)),
+        lambda p, c: scale(p) < 0 and any(part.keyword == "causal" for part in p.parts) and is_nan(p, c)),
     "float64 in float32": Defect(
         ("jax", "transformers-eager"), "the softmax of float64 inputs is computed in float32",
         lambda p, c: p.dtype == np.float64 and not has_dead_rows(p), "float64=float32"),
-    "dead rows": Defect(
-        ("jax", "transformers-eager"), "masks are a large finite number: a query without keys gets the mean of all values",
+    "jax: dead rows": Defect(
+        ("jax",), "masks are a large finite number: a query without keys gets the mean of all values, and hands dout to them",
         lambda p, c: has_dead_rows(p) and (p.dtype == np.float64 or c.tensor in ("out", "lse", "dv"))),
+    "transformers: dead rows": Defect(
+        ("transformers-eager",), "the same, and as the number is added, its gradient also reaches q, k and a bias",
+        lambda p, c: has_dead_rows(p)),
     "onnx: a negative scale": Defect(
-        ("onnx",), "its root multiplies q and k: NaN", lambda p, c: scale(p) < 0 and not np.isfinite(c.worst)),
-    "onnxruntime: the scale of float64": Defect(
-        ("onnxruntime",), "1 / sqrt(D) is rounded to float32, also for float64 inputs",
-        lambda p, c: p.dtype == np.float64 and np.float32(scale(p)) != scale(p)),
+        ("onnx",), "its root multiplies q and k: NaN", lambda p, c: scale(p) < 0 and is_nan(p, c)),
+    "onnxruntime: float64 and a negative scale": Defect(
+        ("onnxruntime",), "float64 has no kernel: the operator is expanded, and q and k get the root of the scale",
+        lambda p, c: p.dtype == np.float64 and scale(p) < 0 and is_nan(p, c)),
+    "onnxruntime: float64 and its scale": Defect(
+        ("onnxruntime",), "and this root is computed in float32",
+        lambda p, c: p.dtype == np.float64 and scale(p) > 0 and rounded_root(p)),
     "gpt-oss: the gradient of the maximum": Defect(
         ("transformers-sink",), "the maximum is not detached: its gradient, 0 but for rounding, goes to the top key",
         lambda p, c: c.tensor[0] == "d" and c.level == "bounded"),
-    "onnx: lengths": Defect(
-        ("onnx-rnn",), "its reference does not read sequence_lens", lambda p, c: "lengths" in p.options),
+    "torch: NaN that is masked": Defect(
+        ("torch-mha", "torch-mha-weights"), "0 * NaN in a plain product with the values", masked_nan),
+    "torch: dead rows with weights": Defect(
+        ("torch-mha-weights",), "a softmax of a row of -inf is NaN", lambda p, c: has_dead_rows(p) and is_nan(p, c)),
+    "softmax: rows of -inf": Defect(
+        ("scipy-softmax", "torch-softmax", "jax-softmax"), "-inf - (-inf) is NaN; jax's `where` gives 0 where it masks alone",
+        lambda p, c: has_dead_rows(p) and is_nan(p, c)),
+    "onnx: lengths": Defect(("onnx-rnn",), "its reference does not read sequence_lens", lambda p, c: "lengths" in p.options),
     "onnxruntime: tanh": Defect(
-        ("onnxruntime-rnn",), "the tanh of its RNN is off by 1e-7 of 1 near 0, and Y_h of an empty sequence is 0",
-        lambda p, c: c.tensor in ("h", "h_last")),
+        ("onnxruntime-rnn",), "the tanh of its RNN is good to 1e-7, not to 1e-7 of its value",
+        lambda p, c: "nonlinearity" not in p.options and c.worst < 1e3),
+    "onnxruntime: the last state of an empty sequence": Defect(
+        ("onnxruntime-rnn",), "Y_h is 0 and not initial_h",
+        lambda p, c: c.tensor == "h_last" and 0 in p.options.get("lengths", ())),
 }  # fmt: skip
 
 
