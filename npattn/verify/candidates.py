@@ -202,9 +202,9 @@ def _widened(values: dict[str, Array], sigma: dict[str, Array]) -> dict[str, Arr
     """sigma where another convention gives a number that the reference has exactly: never below its median or half an ulp."""
     wide = {}
     for name, s in sigma.items():
-        known = s[np.isfinite(s) & (s > 0)]
+        known = s[np.isfinite(s) & (s > 1e-30)]  # less is only what may underflow
         size = np.where(np.isfinite(values[name]), np.abs(values[name]), 0.0).astype(np.float64)
-        floor = float(np.median(known)) if known.size else 2.0**-25 * float(size.max(initial=0.0))
+        floor = float(np.median(known)) if known.size else 2.0**-18 * float(size.max(initial=0.0))
         wide[name] = np.maximum(np.maximum(s, floor), 2.0**-25 * size)
     return wide
 

@@ -294,7 +294,7 @@ def test_preset(name):
 # A feature of which cases are wrong where a library is taken to speak npattn's words, and how many at least.
 FOREIGN = {
     "torch_sdpa": ("NaN containment", 5),
-    "torch_mha": ("mask", 10),
+    "torch_mha": ("mask", 5),
     "torch_flex": ("NaN containment", 3),
     "jax": ("plain", 1),
     "onnx25": ("mask", 1),
