@@ -24,10 +24,10 @@ from npattn.masks import as_mask
 from npattn.verify import layers
 from npattn.verify.cases import Problem, Truth, better
 from npattn.verify.conventions import Convention
-from npattn.verify.mistakes import CHANGES
+from npattn.verify.mistakes import CHANGES, GOES_WITH
 from npattn.verify.peers import PEERS
 from npattn.verify.precision import PRECISIONS, Precision
-from npattn.verify.stages import Change, run
+from npattn.verify.stages import Change, run, sum_to
 
 CANONICAL = ("mask", "bias", "scale", "softcap", "sink", "dropout_mask")
 OWN_KEYWORDS = ("causal", "window", "key_lengths")  # given instead of a mask array to those who take them
@@ -152,6 +152,10 @@ class Candidate:
         named = named_gradients(returned)
         if isinstance(named, str):
             return named
+        bias, dbias = given.get("bias"), named.get("dbias")
+        full = self.convention.mask_shape == "full" and isinstance(dbias, np.ndarray) and dbias.shape == problem.shape
+        if full and bias is not None:  # in the shape that the bias had before it was made full
+            named["dbias"] = sum_to(dbias.astype(np.float64), bias).astype(dbias.dtype)
         return {n: self._layout(x) if n in ("dq", "dk", "dv") else x for n, x in named.items()}
 
     # -- what is expected
@@ -159,10 +163,8 @@ class Candidate:
     def changes(self) -> list[Change]:
         """What the convention changes in the equations."""
         names = [ALIAS.get(f"{n}={v}", f"{n}={v}") for n, v in self.convention.changes("expected").items()]
-        found = [CHANGES[name] for name in names if name in CHANGES]
-        if self.convention.lse == "log2":  # and so is its gradient
-            found.append(CHANGES["dlse is taken in base 2"])
-        return found if self.op == "attention" else []
+        names += [other for name in names for other in GOES_WITH.get(name, ())]
+        return [CHANGES[name] for name in dict.fromkeys(names) if name in CHANGES] if self.op == "attention" else []
 
     def undefined(self, problem: Any, features: list[str]) -> str:
         """Why the convention leaves this case open, or nothing."""
@@ -174,6 +176,8 @@ class Candidate:
         c = self.convention
         if c.float64 == "float32" and problem.dtype == np.float64:
             precision = PRECISIONS["float32"]
+        if c.scale == "none" and problem.op == "attention":
+            problem = dataclasses.replace(problem, options={"scale": 1.0, **problem.options})
         truth: Truth | None = problem.truth(precision)
         if truth is None or problem.op != "attention":
             return truth

@@ -14,7 +14,7 @@ import numpy as np
 
 from npattn._checks import Array
 from npattn.verify.precision import round_to
-from npattn.verify.stages import Change, over_allowed, sum_to, swap, where
+from npattn.verify.stages import Change, over_allowed, sum_to, swap, tanh, where
 
 TILES = (8, 16, 32, 64, 128)
 
@@ -212,9 +212,7 @@ add("kh", {
     "k is laid out as (B, S, H, D)": lambda x: np.ascontiguousarray(x.kh).reshape(x.B, x.S, x.H, x.D).swapaxes(1, 2),
 })  # fmt: skip
 add("vh", {"v is read as if it were contiguous": lambda x: _memory(x, "v")[..., x.group, :, :]})
-add("capped", {
-    "softcap=after_bias": lambda x: x.softcap * np.tanh((x.raw + x.bias) / x.softcap) - x.bias,
-}, "softcap, bias", convention=True)  # fmt: skip
+add("capped", {"softcap=after_bias": lambda x: _cap_behind_bias(x)}, "softcap, bias", convention=True)
 add("capped", {
     "softcap is ignored": lambda x: x.raw,
     "softcap comes before the scale": lambda x: x.softcap * np.tanh(x.raw / x.scale / x.softcap) * x.scale,
@@ -241,9 +239,23 @@ def _(n: int) -> None:
     }, "bias")  # fmt: skip
 
 
-add("scores", {
-    "softcap=after_mask": lambda x: where(x.allowed, x.biased, -np.inf if x.softcap is None else -x.softcap),
-}, "softcap", convention=True)  # fmt: skip
+add("scores", {"softcap=after_mask": lambda x: _cap_behind_mask(x)}, "softcap", convention=True)
+
+
+def _cap_behind_bias(x: Any) -> Array:
+    """Less the bias that is added to it; -inf in a bias masks wherever it stands."""
+    bias = where(x.bias == -np.inf, 0, x.bias)
+    x.t = tanh((x.raw + bias) / x.softcap)
+    return np.asarray(x.softcap * x.t - bias)
+
+
+def _cap_behind_mask(x: Any) -> Array:
+    """-inf becomes -softcap: from there on all keys are seen."""
+    x.t = where(x.allowed, tanh((x.raw + (0 if x.bias is None else x.bias)) / x.softcap), -1)
+    x.allowed = np.ones_like(x.allowed)
+    return np.asarray(x.softcap * x.t)
+
+
 add("scores", {
     "the mask multiplies the scores": lambda x: x.biased * x.allowed,
     "the mask is added as 0 and 1": lambda x: x.biased + x.allowed,
@@ -406,6 +418,10 @@ add("ds", {
     "dlse is not multiplied by the weight": lambda x: where(x.allowed, x.p * (x.dp - x.delta) + x.dl),
     "dlse is multiplied by dropout": lambda x: where(x.allowed, x.p * (x.dp - x.delta + x.dl * x.drop)),
 }, "dlse")  # fmt: skip
+add("ds", {
+    "dlse flows through weights without the sink": lambda x: where(x.allowed, x.p * (x.dp - x.delta)
+    + x.dl * x.p / where(x.p.sum(-1, keepdims=True) == 0, 1, x.p.sum(-1, keepdims=True))),
+}, "dlse, sink")  # fmt: skip
 
 
 @each(*TILES)
@@ -641,3 +657,12 @@ def _bias_sum(x: Any, terms: Array, which: str = "") -> Array:
 
 def _of_group(terms: Array, x: Any) -> Array:
     return terms.reshape(x.B, x.G, x.H // x.G, *terms.shape[-2:])
+
+
+# What else a convention changes in the backward, where all of it follows the convention.
+GOES_WITH: dict[str, tuple[str, ...]] = {
+    "lse=log2": ("dlse is taken in base 2",),
+    "softcap=after_bias": ("dbias is multiplied by the slope of the softcap",),
+    "softcap=after_mask": ("dbias is multiplied by the slope of the softcap",),
+    "sink=not_in_lse": ("dlse flows through weights without the sink", "dlse is missing in dsink"),
+}

@@ -249,8 +249,9 @@ def run(
     changes  : of the forward, and of the backward too, unless ``backward`` gives others for it
     fused    : the backward uses the out and lse of the forward; else it makes its own
     """
-    changes = list(changes)
-    in_backward = changes if backward is None else list(backward)
+    here = facts(problem, given)
+    changes = [c for c in changes if c.needs <= here]
+    in_backward = changes if backward is None else [c for c in backward if c.needs <= here]
     with np.errstate(all="ignore"):
         x = perform(prepare(problem, given, align, dtype), FORWARD, changes)
         found = {"out": x.out, "lse": x.lse}
