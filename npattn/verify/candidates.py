@@ -153,8 +153,8 @@ class Candidate:
         if isinstance(named, str):
             return named
         bias, dbias = given.get("bias"), named.get("dbias")
-        full = self.convention.mask_shape == "full" and isinstance(dbias, np.ndarray) and dbias.shape == problem.shape
-        if full and bias is not None:  # in the shape that the bias had before it was made full
+        full = self.convention.mask_shape == "full" and np.shape(dbias) == problem.shape
+        if full and isinstance(bias, np.ndarray) and isinstance(dbias, np.ndarray):  # in the shape before it was made full
             named["dbias"] = sum_to(dbias.astype(np.float64), bias).astype(dbias.dtype)
         return {n: self._layout(x) if n in ("dq", "dk", "dv") else x for n, x in named.items()}
 
