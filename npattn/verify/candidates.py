@@ -152,10 +152,10 @@ class Candidate:
         named = named_gradients(returned)
         if isinstance(named, str):
             return named
-        bias, dbias = given.get("bias"), named.get("dbias")
-        full = self.convention.mask_shape == "full" and np.shape(dbias) == problem.shape
-        if full and isinstance(bias, np.ndarray) and isinstance(dbias, np.ndarray):  # in the shape before it was made full
-            named["dbias"] = sum_to(dbias.astype(np.float64), bias).astype(dbias.dtype)
+        dbias: Any = named.get("dbias")
+        if self.convention.mask_shape == "full" and "bias" in given and getattr(dbias, "shape", None) == problem.shape:
+            # In the shape that the bias had before it was made full.
+            named["dbias"] = np.asarray(sum_to(np.asarray(dbias, np.float64), given["bias"]), dbias.dtype)
         return {n: self._layout(x) if n in ("dq", "dk", "dv") else x for n, x in named.items()}
 
     # -- what is expected

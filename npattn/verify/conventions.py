@@ -164,8 +164,9 @@ PRESETS: dict[str, Preset] = {
         _RUN + "onnx 1.23.2, the reference evaluator's Attention of opset 25",
         "q and k are each multiplied by the root of the scale; a last axis of size 1 of a mask is filled up, not broadcast"),
     "onnxruntime": Preset(
-        Convention(mask_shape="full", masked_nan="poisons", scale_on="both"),
-        _RUN + "onnxruntime 1.32.0, Attention of opset 24 on the CPU", "a scale above 0 only"),
+        Convention(mask_shape="full", masked_nan="poisons", scale_on="both", float64="float32"),
+        _RUN + "onnxruntime 1.32.0, Attention of opset 24 on the CPU",
+        "a scale above 0 only; float64 is expanded, with the root of the scale in float32"),
     "flash2": Preset(
         Convention(causal="bottom_right", no_limit="-1", layout="BLHD", dead_lse="+inf", dlse="ignored", masked_nan="poisons"),
         _READ + "Dao-AILab/flash-attention 0251105a, flash_attn_interface.py and csrc/flash_attn/src/softmax.h",

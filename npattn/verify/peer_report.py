@@ -436,7 +436,7 @@ FINDINGS = [
         v = torch.tensor([[[[1.0], [torch.nan]]]])
         print(sdpa(x, x, v, attn_mask=no).flatten().tolist())
         """, r"\[nan, nan\]", "edge"),
-    Finding("torch", "and so it does in `flex_attention`", """
+    Finding("torch", "NaN in a value that is masked reaches the output of `flex_attention`, too", """
         from torch.nn.attention.flex_attention import flex_attention
         v = torch.tensor([[[[1.0], [torch.nan]]]])
         print(flex_attention(x, x, v, score_mod=lambda s, b, h, i, j: torch.where(j == 0, s, -torch.inf)).flatten().tolist())
@@ -445,7 +445,7 @@ FINDINGS = [
         out, lse = attend(x, x, x, mask=no, return_residual=True)
         print(out.ravel().tolist(), "%.3g" % lse.ravel()[0])
         """, r"\[2.0, 2.0\] -2.38e\+38"),
-    Finding("jax", "and hands its gradient to all values", """
+    Finding("jax", "A query that may see no key hands its gradient to all values", """
         print(jax.grad(lambda v: attend(x, x, v, mask=no).sum())(x).ravel().tolist())
         """, r"\[1.0, 1.0\]"),
     Finding("jax", "A bias of -inf in all of a row gives NaN, where a mask does not", """
@@ -491,7 +491,7 @@ FINDINGS = [
     Finding("onnxruntime", "Attention of opset 25 has no kernel and is expanded: a negative scale gives NaN", """
         print(run("Attention", ["Y"], 25, {"scale": -1.0}, Q=x, K=x, V=x)[0].ravel().tolist())
         """, r"\[nan, nan\]"),
-    Finding("onnxruntime", "and no key at all raises", """
+    Finding("onnxruntime", "Attention of opset 25: no key at all raises, where a query whose keys are all masked gives 0", """
         run("Attention", ["Y"], 25, Q=x, K=x[:, :, :0], V=x[:, :, :0])
         """, r"Fail: .*"),
     Finding("onnxruntime", "A mask of one row for all queries is refused, though ONNX broadcasts it", """
@@ -519,7 +519,7 @@ FINDINGS = [
     Finding("transformers", "A query that may see no key gets the mean of all values", """
         print(eager(layer, x, x, x, low, scaling=1.0)[0].flatten().tolist())
         """, r"\[2.0, 2.0\]"),
-    Finding("transformers", "and its gradient reaches q and k, as a mask is added to the scores", """
+    Finding("transformers", "The gradient of such a query reaches q and k, as a mask is added to the scores", """
         q = x.clone().requires_grad_()
         eager(layer, q, x, x, low, scaling=1.0)[0].sum().backward()
         print(q.grad.flatten().tolist())
@@ -597,7 +597,8 @@ class Peer:
             return "no"
         held = [c.worst for c in tested if c.status == "ok"]
         wrong = len(tested) - len(held)
-        return ", ".join([f"{max(held):.1f}"] * bool(held) + [f"{wrong} rejected"] * bool(wrong))
+        parts = [f"{max(held):.1f}"] if held else []
+        return ", ".join(parts + ([f"{wrong} rejected"] if wrong else []))
 
     @property
     def refusals(self) -> list[str]:
@@ -607,7 +608,8 @@ class Peer:
         listed: dict[str, None] = {}
         for text in texts:
             parts = text.split(", ")
-            for part in parts if set(parts) <= words else [re.split(r"[.:] ", text.rstrip("."))[0]]:
+            own = re.sub(r"^\w+: ", "", text)  # without the name of what says so
+            for part in parts if set(parts) <= words else [re.split(r"[.:] ", own.rstrip("."))[0]]:
                 listed[part] = None
         return list(listed)
 
