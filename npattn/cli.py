@@ -24,9 +24,10 @@ from npattn.verify import CandidateError, Report, Result, Settings, load, verify
 from npattn.verify.candidates import CANONICAL, OPS, OWN_KEYWORDS
 from npattn.verify.conditions import CONDITIONS
 from npattn.verify.conventions import FIELDS, PRESETS, parse
+from npattn.verify.diagnose import Diagnostician
 from npattn.verify.judge import LEVELS, RULES
 from npattn.verify.precision import PRECISIONS
-from npattn.verify.report import CASES_OF
+from npattn.verify.report import CASES_OF, examine_all
 
 OK, WRONG, USAGE = 0, 1, 2
 
@@ -97,6 +98,8 @@ def verify_command(given: argparse.Namespace) -> int:
     if given.list_candidates or given.list_conventions:
         print("\n".join(_candidates() if given.list_candidates else _conventions()))
         return OK
+    if given.seed < 0:
+        raise CandidateError(f"--seed {given.seed}: expected 0 or more")
     if given.self_test:
         from npattn.verify.selftest import run_self_test
 
@@ -180,7 +183,10 @@ def _failures(given: list[str]) -> dict[str, str]:
 def _writable(path: Path | None, option: str) -> None:
     if path is not None:
         try:
-            path.touch()
+            new = not path.exists()
+            path.open("ab").close()
+            if new:
+                path.unlink()  # perhaps there will be nothing to write
         except OSError as error:
             raise CandidateError(f"--{option} {path}: {error.strerror}") from None
 
@@ -196,31 +202,36 @@ def _one(given: argparse.Namespace, candidate: Any, cases: list[Any], report: Re
         return
     case = by_name[wrong.case]
     settings = Settings(given.level, None if given.precision is None else PRECISIONS[given.precision])
-    if given.shrink:
+    if given.shrink and wrong.status != "wrong":
+        yield f"\n{case.name} is not wrong: nothing to shrink"
+    elif given.shrink and candidate.op != "attention":
+        yield f"\n{case.name}: cases of {candidate.op} are not made smaller"
+    elif given.shrink:
         case = replay.shrink(candidate, case, wrong.seed, settings)
-        yield f"\n{case.name}, as small as it still fails: {replay.shapes(case)}"
-        from npattn.verify.judge import examine
-
-        wrong = examine(candidate, case, wrong.seed, settings)
-        yield from describe(wrong)
+        yield f"\n{case.name}, as small as it still fails: {replay.shapes(case, wrong.seed)}"
+        diagnostician = Diagnostician(candidate.align) if given.diagnose else None
+        wrong = examine_all(candidate, case, wrong.seed, settings, diagnostician)
+        yield from describe(wrong, given.seed)
     if given.save:
         replay.save(given.save, candidate, case, wrong.seed, settings, wrong)
         yield f"saved {case.name}, seed {wrong.seed}, to {given.save}"
 
 
 def _verdict(report: Report, untested: list[str]) -> tuple[str, int]:
-    expected = sum(bool(r.expected) for r in report.results)
+    expected = sum(bool(r.expected) and r.status == "wrong" for r in report.results)
     known = f", {expected} expected to fail" if expected else ""
     if not report.tested:
         return f"NOTHING TESTED: {report.candidate} supports none of these cases", USAGE
     if report.unexpected:
-        names = ", ".join(r.case for r in report.unexpected)
+        names = ", ".join(dict.fromkeys(r.case for r in report.unexpected))  # one case may be there with several seeds
         return f"UNEXPECTED: {names} holds, and was expected to fail: take it off the list", WRONG
     if report.wrong:
-        names = ", ".join(r.case for r in report.wrong[:4]) + (", ..." if len(report.wrong) > 4 else "")
+        cases = list(dict.fromkeys(r.case for r in report.wrong))
+        names = ", ".join(cases[:4]) + (", ..." if len(cases) > 4 else "")
         what = f"WRONG: {report.candidate} falls short in {len(report.wrong)} of {len(report.results)} cases{known}: {names}"
         if report.fits:
-            what += f"\nIts errors are those of {report.fits}: if that is what it computes in, say --precision {report.fits}"
+            fits = report.fits
+            what += f"\nIts errors are those of {fits}: if that is what it computes in, declare --precision {fits}"
         return what, WRONG
     if untested:
         return f"NOT TESTED: {', '.join(untested)}, which --require asks for", WRONG

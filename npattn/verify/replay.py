@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 
 import npattn
-from npattn.masks import as_mask
 from npattn.verify.candidates import Candidate, canonical
-from npattn.verify.judge import Result, Settings, call_backward, call_forward, examine
-from npattn.verify.precision import of_dtype
+from npattn.verify.cases import Truth, dense_mask
+from npattn.verify.judge import Result, Settings, call_backward, call_forward
+from npattn.verify.precision import Precision, of_dtype
+from npattn.verify.report import examine_all
 
 
 def fails(candidate: Candidate, case: Any, seed: int, settings: Settings) -> bool:
     """Whether a case of these sizes can be drawn and is wrong."""
     try:
-        return examine(candidate, case, seed, settings).status == "wrong"
+        return examine_all(candidate, case, seed, settings).status == "wrong"
     except (ValueError, IndexError, ZeroDivisionError):  # options that leave nothing to draw, or a twist that does not fit
         return False
 
@@ -51,16 +52,24 @@ def _smaller(case: Any) -> list[Any]:
     groups = [*together, ("L", "S"), ("L",), ("S",), *([("D", "E")] if sizes["D"] == sizes["E"] else []), ("D",), ("E",)]
     for halve in (True, False):
         for letters in groups:
-            new = {**sizes, **{n: max(1, sizes[n] // 2) if halve else sizes[n] - 1 for n in letters}}
+            new = {**sizes, **{n: min(sizes[n], max(1, sizes[n] // 2)) if halve else sizes[n] - 1 for n in letters}}
             if new != sizes and all(new[letter] >= 1 for letter in letters):
                 found.append(dataclasses.replace(case, sizes=new))
     return found
 
 
-def shapes(case: Any) -> str:
+def sizes_of(problem: Any) -> dict[str, int]:
+    """What the letters stand for in a problem of attention; its options may have changed the sizes of the case."""
+    q, k, v = problem.inputs.values()
+    heads = {"H": q.shape[-3], "G": k.shape[-3]} if q.ndim > 2 else {}
+    return {**heads, "L": q.shape[-2], "S": k.shape[-2], "D": q.shape[-1], "E": v.shape[-1]}
+
+
+def shapes(case: Any, seed: int = 0) -> str:
     """The sizes of a case in words."""
-    lead = ", ".join(map(str, case.lead))
-    return f"B={lead or '-'}, " + ", ".join(f"{letter}={n}" for letter, n in case.sizes.items())
+    problem = case.problem(seed)
+    lead = ", ".join(map(str, problem.q.shape[:-3]))
+    return f"B={lead or '-'}, " + ", ".join(f"{letter}={n}" for letter, n in sizes_of(problem).items())
 
 
 def save(path: Path, candidate: Candidate, case: Any, seed: int, settings: Settings, result: Result) -> None:
@@ -70,31 +79,45 @@ def save(path: Path, candidate: Candidate, case: Any, seed: int, settings: Setti
         problem, precision = problem.stored(precision), precision.declared()
     problem = canonical(problem)
     arrays: dict[str, Any] = {**problem.inputs, **problem.cotangents}
-    given, _ = candidate.arguments(problem, candidate.forward)
-    options = given | dict(problem.options)
-    if problem.op == "attention" and problem.parts:
-        options["allowed"] = as_mask("mask", problem.mask).bind(problem.shape).dense()
-    plain = {n: x for n, x in options.items() if isinstance(x, (int, float, str, bool))}
-    arrays |= {n: x for n, x in options.items() if n not in plain and x is not None}
-    truth = candidate.truth(problem, precision)
+    options, _ = candidate.arguments(problem, candidate.forward)
+    if problem.op == "attention":
+        options = candidate.present(options, problem.shape)
+        if problem.parts:
+            options["allowed"] = dense_mask(problem)
+    plain = {n: x for n, x in options.items() if isinstance(x, (int, float, str, bool, tuple))}  # a window may hold None
+    arrays |= {n: x for n, x in options.items() if n not in plain}
+    truth = _truth(candidate, problem, precision)
     if truth is not None:
         arrays |= {f"want_{n}": np.asarray(x, np.float64) for n, x in truth.values.items()}
         arrays |= {f"sigma_{n}": x for n, x in truth.sigma.items()}
-    forward = call_forward(candidate, problem)
-    backward = call_backward(candidate, problem, forward.values) if forward.values else forward
-    got = {**forward.values, **backward.values}
-    arrays |= {f"got_{n}": x for n, x in got.items() if isinstance(x, np.ndarray)}
     about = {
         "npattn": npattn.__version__, "candidate": candidate.name, "op": problem.op, "case": case.name, "seed": seed,
-        "sizes": dict(getattr(case, "sizes", {})), "lead": list(getattr(case, "lead", ())), "options": plain,
-        "level": settings.level, "precision": precision.name, "status": result.status,
+        "sizes": sizes_of(problem) if problem.op == "attention" else {}, "lead": list(getattr(case, "lead", ())),
+        "options": plain, "level": settings.level, "precision": precision.name, "status": result.status,
         "wrong": [c.text for c in result.checks if c.status == "wrong"],
         "diagnosis": [e.text for e in result.explanations],
     }  # fmt: skip
-    flat: dict[str, Any] = {"about": np.array(json.dumps(about))}
+    flat = {"about": np.array(json.dumps(about)), **_flat(arrays)}  # copies: a candidate may write on what it is given
+    forward = call_forward(candidate, problem)
+    flat |= _flat({f"got_{n}": x for n, x in forward.values.items() if isinstance(x, np.ndarray)})
+    if forward.values:
+        backward = call_backward(candidate, problem, forward.values)
+        flat |= _flat({f"got_{n}": x for n, x in backward.values.items() if isinstance(x, np.ndarray)})
+    with path.open("wb") as file:  # by its name, numpy would add .npz to it
+        np.savez(file, **flat)
+
+
+def _truth(candidate: Candidate, problem: Any, precision: Precision) -> Truth | None:
+    try:
+        return candidate.truth(problem, precision)
+    except NotImplementedError:  # a precision class that this op has no model of
+        return None
+
+
+def _flat(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Copies of the arrays, those of parameters by the names of both."""
+    flat: dict[str, Any] = {}
     for name, x in arrays.items():
         parts = x.items() if isinstance(x, dict) else x._asdict().items() if hasattr(x, "_asdict") else [("", x)]
-        for part, value in parts:
-            if value is not None:
-                flat[f"{name}_{part}" if part else name] = np.asarray(value)
-    np.savez(path, **flat)
+        flat |= {f"{name}_{part}" if part else name: np.array(value) for part, value in parts if value is not None}
+    return flat

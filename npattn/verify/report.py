@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from npattn.verify import layers
-from npattn.verify.candidates import Candidate, CandidateError, canonical, load
+from npattn.verify.candidates import OPS, OWN, Candidate, CandidateError, built_in, canonical, load
 from npattn.verify.cases import CASES
 from npattn.verify.conditions import CONDITIONS, examine_conditions
 from npattn.verify.conventions import Convention, parse
@@ -135,7 +136,7 @@ class Report:
 
 
 def verify(
-    function: Callable[..., Any] | Candidate | str, backward: Callable[..., Any] | None = None, *, op: str = "attention",
+    function: Callable[..., Any] | Candidate | str, backward: Callable[..., Any] | None = None, *, op: str | None = None,
     level: str = "good", precision: str | None = None, convention: str | Convention = "npattn",
     cases: Iterable[Any] | None = None, seeds: Iterable[int] = (0,), rules: Iterable[str] = (),
     expected_failures: Mapping[str, str] | None = None, stop: bool = False, diagnose: bool = True,
@@ -143,7 +144,7 @@ def verify(
 ) -> Report:  # fmt: skip
     """Verify a function of yours, a `Candidate`, or a built-in one by its name.
 
-    level, precision, convention, rules : names, as for ``npattn verify``
+    op, level, precision, convention, rules : names, as for ``npattn verify``; a `Candidate` has its own op and convention
     expected_failures : case (or a pattern with *) -> reason; they still run, and are reported when they hold
     stop              : go no further than the first case that is wrong
     Raises CandidateError for a name that is not known.
@@ -153,6 +154,7 @@ def verify(
     >>> report.passed, report.lines()
     (True, [])
     """
+    rules = tuple(rules)
     if level not in (*LEVELS, "bounded"):
         raise CandidateError(f"level {level!r}, expected one of tight, good, bounded")
     for rule in rules:
@@ -161,42 +163,59 @@ def verify(
     if precision is not None and precision not in PRECISIONS:
         raise CandidateError(f"precision {precision!r}, expected one of {', '.join(PRECISIONS)}")
     candidate = _candidate(function, backward, convention, op)
-    settings = Settings(level, None if precision is None else PRECISIONS[precision], tuple(rules))
+    if candidate.op != "attention" and (level == "bounded" or rules):
+        what = "level bounded is" if level == "bounded" else "rules are"
+        raise CandidateError(f"{what} for attention, and {candidate.name} is {candidate.op}")
+    settings = Settings(level, None if precision is None else PRECISIONS[precision], rules)
     chosen = list(CASES_OF[candidate.op] if cases is None else cases)
-    expected = _expected(expected_failures or {}, candidate.op)
+    expected = _expected(expected_failures or {}, [*CASES_OF[candidate.op], *chosen])
     diagnostician = Diagnostician(candidate.align) if diagnose else None
     results: list[Result] = []
-    for seed in seeds:
-        for case in chosen:
-            result = examine(candidate, case, seed, settings, diagnostician)
-            if result.status == "ok":
-                more = examine_conditions(candidate, case, seed, settings)
-                result = dataclasses.replace(result, checks=[*result.checks, *more])
-            result = dataclasses.replace(result, expected=expected.get(case.name, ""))
-            results.append(result)
-            if on_result is not None:
-                on_result(result)
-            if stop and result.status == "wrong" and not result.expected:
-                break
-    report = Report(candidate.name, results, candidate.op, level, precision or "", rules=tuple(rules))
+    for seed, case in itertools.product(seeds, chosen):
+        result = dataclasses.replace(
+            examine_all(candidate, case, seed, settings, diagnostician), expected=expected.get(case.name, "")
+        )
+        results.append(result)
+        if on_result is not None:
+            on_result(result)
+        if stop and result.status == "wrong" and not result.expected:
+            break
+    report = Report(candidate.name, results, candidate.op, level, precision or "", rules=rules)
     return dataclasses.replace(report, fits=_fits(candidate, report, chosen, settings))
 
 
-def _candidate(function: Any, backward: Any, convention: str | Convention, op: str) -> Candidate:
-    if isinstance(function, Candidate):
-        return function
+def examine_all(
+    candidate: Candidate, case: Any, seed: int, settings: Settings, diagnostician: Diagnostician | None = None
+) -> Result:
+    """`examine`, and the conditions where that holds."""
+    result = examine(candidate, case, seed, settings, diagnostician)
+    if result.status != "ok":
+        return result
+    return dataclasses.replace(result, checks=[*result.checks, *examine_conditions(candidate, case, seed, settings)])
+
+
+def _candidate(function: Any, backward: Any, convention: str | Convention, op: str | None) -> Candidate:
+    if op not in (None, *OPS):
+        raise CandidateError(f"op {op!r}, expected one of {', '.join(OPS)}")
     try:
         values = parse(convention) if isinstance(convention, str) else convention
     except ValueError as error:
         raise CandidateError(str(error)) from None
-    if isinstance(function, str):
-        return load(function, None, values)
-    return Candidate(getattr(function, "__name__", str(function)), function, backward, values, op)
+    if isinstance(function, Candidate):
+        if backward is not None or values != OWN or op not in (None, function.op):
+            raise CandidateError(f"{function.name} is a Candidate, with a backward, a convention and an op of its own")
+        return function
+    if not isinstance(function, str):
+        return Candidate(getattr(function, "__name__", str(function)), function, backward, values, op or "attention")
+    candidate = load(function, None, values, op)
+    if backward is not None and candidate.backward is not None:
+        raise CandidateError(f"the built-in candidate {function} has a backward of its own")
+    return candidate if backward is None else dataclasses.replace(candidate, backward=backward)
 
 
-def _expected(failures: Mapping[str, str], op: str) -> dict[str, str]:
+def _expected(failures: Mapping[str, str], cases: Iterable[Any]) -> dict[str, str]:
     """The reason by case. A name that no case has is an error: it would never fail."""
-    names = [case.name for case in CASES_OF[op]]
+    names = [case.name for case in cases]
     found: dict[str, str] = {}
     for pattern, reason in failures.items():
         hit = [n for n in names if n == pattern] or fnmatch.filter(names, pattern)
@@ -272,10 +291,13 @@ def parametrize(
     """
     import pytest
 
-    op = function.op if isinstance(function, Candidate) else options.get("op", "attention")
-    chosen = list(CASES_OF[op] if options.get("cases") is None else options.pop("cases"))
-    options.pop("cases", None)
-    expected = _expected(expected_failures or {}, op)
+    op = function.op if isinstance(function, Candidate) else options.get("op")
+    if op not in (None, *OPS):
+        raise CandidateError(f"op {op!r}, expected one of {', '.join(OPS)}")
+    op = op or next((name for name in OPS if function in built_in(name)), "attention")
+    given = options.pop("cases", None)
+    chosen = list(CASES_OF[op] if given is None else given)
+    expected = _expected(expected_failures or {}, [*CASES_OF[op], *chosen])
 
     def decorate(test: Callable[..., None]) -> Any:
         def run(case: Any) -> None:
@@ -283,14 +305,15 @@ def parametrize(
             report = verify(function, backward, cases=[case], expected_failures=reason, **options)
             if report.unexpected:
                 pytest.fail(report.lines()[0], pytrace=False)
-            if reason:
-                pytest.xfail(reason[case.name])
             if not report.tested:
                 pytest.skip(", ".join(dict.fromkeys(c.text for c in report.results[0].checks)))
+            if reason:
+                pytest.xfail(reason[case.name])
             report.require()
             test(*[report] if inspect.signature(test).parameters else [])
 
         run.__name__, run.__doc__, run.__module__ = test.__name__, test.__doc__, test.__module__
+        run.__dict__.update(test.__dict__)  # marks
         return pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in chosen])(run)
 
     return decorate
