@@ -23,6 +23,11 @@ ALL = slice(None)
 FAR = 1 << 61  # positions stay below this, so that differences of two fit into int64
 
 
+def slices(n: int, size: int) -> list[slice]:
+    """0 to n in pieces of ``size``, the last perhaps shorter."""
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
 class Bound:
     """What is known of each pair of scores of one shape. A subclass gives ``tile``."""
 
@@ -37,6 +42,10 @@ class Bound:
     def state(self, index: Shape, rows: slice, cols: slice) -> int:
         tile = self.tile(index, rows, cols)
         return FULL if tile.all() else PARTIAL if tile.any() else EMPTY
+
+    def states(self, index: Shape, rows: slice, size: int) -> Array:
+        """``state`` for one stretch of ``size`` keys after the other."""
+        return np.array([self.state(index, rows, cols) for cols in slices(self.shape[-1], size)], np.int8)
 
 
 class DenseBound(Bound):

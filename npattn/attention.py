@@ -42,6 +42,7 @@ class AttentionCache(NamedTuple):
     computing: np.dtype[Any]
     weights: Array | None = None  # (..., H, L, S) before dropout; None where they were never all there (blockwise)
     lse: Any = None  # (..., H, L) natural log of the sum of exp(scores) over the allowed keys, and of exp(sink)
+    kept: Any = None  # of blockwise: out and total, see `npattn.blockwise.Kept`
 
 
 class AttentionGrads(NamedTuple):
@@ -129,9 +130,8 @@ def attention_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     dq = c.scale * sums  # (1)
     dk = c.scale * product(swap(dscores), q, allowed_t)  # (1)
     dscale = (q * sums).sum(where=sums != 0)  # (1): sum_ij dscores_ij q_i . k_j; a query without keys may be NaN
-    return AttentionGrads(
-        dq.astype(c.q.dtype, copy=False), group_sum(dk, c.k), group_sum(dv, c.v), dbias, dsink, dscale
-    )
+    dq = dq.astype(c.q.dtype, copy=False)
+    return AttentionGrads(dq, group_sum(dk, c.k), group_sum(dv, c.v), dbias, dsink, dscale)
 
 
 def attention(

@@ -1,14 +1,19 @@
-"""Attention in tiles, by online softmax: the contract of `npattn.attention` in O(L + S) memory.
+"""Attention in tiles, by online softmax, on all cores: the contract of `npattn.attention` in O(L + S) memory.
 
-For a tile of queries the keys are visited a tile at a time. With the top score m seen so far, e_j = exp(s_j - m):
+A tile of scores is as large as the second-level cache. For a tile of queries the keys are visited a tile at a time. With the
+top score m seen so far, e_j = exp(s_j - m):
 
     m' = max(m, max_j s_j)             r = exp(m - m')               (5a)   what was summed up is rescaled to the new top
     z' = r z + sum_j e_j               a' = r a + sum_j e_j v_j      (5b)
     out = a / z                        lse = m + log z               (5c)   after the last tile
 
-(1) to (4), (6) and (7) are those of `npattn.attention`, tile by tile. The backward visits the keys twice: once for m, z and
-the mean of dp under p, once for the gradients with p_j = exp(s_j - m) / z, which is as accurate as the dense weights
-(exp(s_j - lse) would lose u |lse|). Milakov and Gimelshein 2018; Dao et al. 2022.
+It is tried with m = 0, where (5a) is nothing: z shows in the end whether exp has left its range. The backward visits each tile
+once, with p_j = exp(s_j - lse) / total: total, the sum of exp(s_j - lse), is 1 but for the rounding of lse, and is kept beside
+it, so that p is as good as the dense weights. sum_j p_j dp_j is dout . out. What is subtracted from a score or from dp is one
+more column of their product: [q, -lse] [k, 1]^T = q k^T - lse.
+
+(1) to (4), (6) and (7) are those of `npattn.attention`. Rows that see NaN, inf or numbers that overflow are left to it, a few
+at a time. docs/blockwise.md derives all of it. Milakov and Gimelshein 2018; Dao et al. 2022.
 
 Two disjoint sets of keys are merged by their lse alone: `merge`.
 """
@@ -21,89 +26,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npattn._checks import Array, Dims, Shape, check_class, check_cotangent, check_dtype, check_other_dtype
-from npattn._pairs import EMPTY, FULL, Pairs, product, quiet, select, swap
-from npattn.attention import AttentionCache, AttentionGrads, bind, check_cotangents, live, visible
+from npattn._pairs import EMPTY, FULL, Bound, Pairs, quiet, select, slices, swap
+from npattn._parallel import Turns, share
+from npattn.attention import (
+    AttentionCache,
+    AttentionGrads,
+    attention_backward,
+    attention_forward,
+    bind,
+    check_cotangents,
+    live,
+    visible,
+)
 
 TILE = (256, 512)  # queries, keys
-
-
-class _Tile(NamedTuple):
-    """One tile of scores of one head, after (4), and what the backward needs of it."""
-
-    cols: slice
-    k: Array  # (keys, D)
-    v: Array  # (keys, E)
-    scores: Array  # (queries, keys)
-    allowed: Array | None
-    capped: Any  # tanh of (2)
-    drop: Any
-
-
-def _slices(n: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, n)) for start in range(0, n, size))
-
-
-def _heads(c: AttentionCache) -> Iterator[tuple[Shape, Shape, int]]:
-    """The index of every query head, of the group of keys that it reads, and its number."""
-    if c.q.ndim == 2:
-        return iter([((), (), 0)])
-    readers = c.q.shape[-3] // c.k.shape[-3] if c.k.shape[-3] else 1
-    return ((i, (*i[:-1], i[-1] // readers), i[-1]) for i in np.ndindex(c.q.shape[:-2]))
-
-
-def _tiles(c: AttentionCache, index: Shape, group: Shape, rows: slice) -> Iterator[_Tile]:
-    """The tiles of scores of one head and its queries ``rows``, those without an allowed pair left out."""
-    q = c.q[index][rows].astype(c.computing, copy=False)
-    for cols in _slices(c.k.shape[-2], TILE[1]):
-        state = FULL if c.mask is None else c.mask.state(index, rows, cols)
-        if state == EMPTY:
-            continue
-        k, v = (x[group][cols].astype(c.computing, copy=False) for x in (c.k, c.v))
-        allowed, bias = visible(c if state != FULL else c._replace(mask=None), index, rows, cols)
-        scores, capped = c.scale * (q @ swap(k)), None  # (1)
-        if c.softcap is not None:
-            capped = np.tanh(scores / c.softcap)
-            scores = c.softcap * capped  # (2)
-        if bias is not None:
-            scores = scores + bias  # (3)
-        scores = select(allowed, scores, -np.inf)  # (4)
-        drop = None if c.dropout is None else c.dropout.tile(index, rows, cols)
-        yield _Tile(cols, k, v, scores, allowed, capped, drop)
-
-
-class _Sums:
-    """m, z and a of (5a) to (5c) for a tile of queries: the online softmax."""
-
-    def __init__(self, c: AttentionCache, rows: int, width: int, head: int) -> None:
-        self.m = np.full((rows, 1), -np.inf, np.empty(0, c.computing).real.dtype)
-        self.z = np.zeros((rows, 1), c.computing)
-        self.a = np.zeros((rows, width), c.computing)
-        self.seen = np.zeros((rows, 1), bool)  # a query without keys has output 0, whatever the sink is
-        if c.sink is not None:  # one more logit, without a value
-            self.m = np.maximum(self.m, c.sink[head].real)
-            self.z = np.exp(c.sink[head].astype(c.computing) - self.shift()) + self.z
-
-    def shift(self) -> Array:
-        """m, and 0 in rows that have no logit yet."""
-        return select(self.m != -np.inf, self.m)
-
-    def add(self, scores: Array, allowed: Array | None) -> Array:
-        """(5a), and z' of (5b): rescale to the new top, count the scores, return their e_j, which the caller adds to a."""
-        old, self.m = self.m, np.maximum(self.m, scores.real.max(-1, keepdims=True, initial=-np.inf))
-        rescale = np.exp(old - self.shift())
-        e: Array = np.exp(scores - self.shift())
-        self.z = rescale * self.z + e.sum(-1, keepdims=True)
-        self.a = rescale * self.a
-        self.seen = self.seen | (True if allowed is None else np.asarray(allowed.any(-1, keepdims=True)))
-        return e
-
-    def divisor(self) -> Array:
-        """z, and 1 in rows without a key or sink."""
-        return select(self.z != 0, self.z, 1.0)
-
-    def mean(self) -> Array:
-        """(5c): a / z, and 0 in rows without a key."""
-        return select(self.seen, self.a / self.divisor())
+FEW = 1 << 20  # scores at a time of what is left to `npattn.attention`
 
 
 @quiet
@@ -113,73 +50,380 @@ def blockwise_forward(
 ) -> tuple[Any, AttentionCache]:  # fmt: skip
     """`npattn.attention_forward` without an array of L x S elements; ``cache.weights`` is None.
 
-    Beyond inputs and outputs it needs a fixed number of tiles. Masks, biases and dropout masks are asked for their tiles, and
-    tiles without an allowed pair are skipped.
+    Beyond inputs and outputs it needs a copy of out, a few numbers a query, and some tiles a thread. Masks, biases and dropout
+    masks are asked for their tiles, and tiles without an allowed pair are skipped. The result does not depend on the number of
+    threads.
     """
     c = bind("blockwise", q, k, v, mask, bias, scale, softcap, sink, dropout_mask)
-    out = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
-    lse = np.empty(q.shape[:-1], c.computing)
-    for index, group, head in _heads(c):
-        for rows in _slices(q.shape[-2], TILE[0]):
-            sums = _Sums(c, rows.stop - rows.start, v.shape[-1], head)
-            for tile in _tiles(c, index, group, rows):
-                e = sums.add(tile.scores, tile.allowed)
-                dropped = e if tile.drop is None else e * tile.drop  # (6)
-                sums.a += product(dropped, tile.v, tile.allowed)  # (7), (5b)
-            out[index][rows] = sums.mean()  # (5c)
-            lse[index][rows] = (sums.shift() + np.log(sums.z))[:, 0]  # (5c)
-    return (out, lse) if return_lse else out, c._replace(lse=lse)
+    out = np.empty((*q.shape[:-1], v.shape[-1]), c.computing)
+    lse, total = (np.empty(q.shape[:-1], c.computing) for _ in range(2))
+
+    def work(task: tuple[Shape, slice], tiles: Tiles) -> None:
+        index, rows = task
+        found = attend(c, index, rows, tiles, True) or attend(c, index, rows, tiles, False) or attend_by_rows(c, index, rows)
+        out[index][rows], lse[index][rows], total[index][rows] = found
+
+    tasks = [(index, rows) for rows in reversed(slices(q.shape[-2], TILE[0])) for index in np.ndindex(q.shape[:-2])]
+    share(work, tasks, lambda: Tiles(c.computing))
+    cache = c._replace(lse=lse, kept=Kept(out, total))
+    out = out.astype(q.dtype)  # the caller may write into what is returned
+    return (out, lse) if return_lse else out, cache
+
+
+def attend(c: AttentionCache, index: Shape, rows: slice, tiles: Tiles, steady: bool) -> tuple[Array, Array, Array] | None:
+    """out, lse and total of some queries of one head; None where a number is not finite.
+
+    steady : m stays 0, and None is returned where that loses digits, too
+    """
+    group, head = group_of(c, index), index[-1] if index else 0
+    q = c.scale * c.q[index][rows].astype(c.computing, copy=False)
+    n, E = len(q), c.v.shape[-1]
+    ones = np.ones(TILE[1], c.computing)
+    z, a, seen = np.zeros(n, c.computing), np.zeros((n, E), c.computing), np.zeros(n, bool)
+    sink = -np.inf if c.sink is None else c.sink[head].astype(c.computing)
+    m = np.full(n, 0.0 if steady else sink.real, z.real.dtype)
+    z += 0.0 if sink == -np.inf else np.exp(sink - m)  # one more logit, without a value
+    for cols, allowed, bias in visible_tiles(c, index, rows):
+        k, v = (x[group][cols].astype(c.computing, copy=False) for x in (c.k, c.v))
+        s = np.matmul(q, swap(k), out=tiles.take(0, n, len(k)))  # (1)
+        if c.softcap is not None:
+            s /= c.softcap
+            np.tanh(s, out=s)
+            s *= c.softcap  # (2)
+        if bias is not None:
+            s += bias  # (3)
+        if allowed is not None:
+            hide(s, allowed)  # (4)
+            v = only(allowed.any(-2), v)
+        seen |= True if allowed is None else allowed.any(-1)
+        if not steady:
+            top = np.maximum(m, s.real.max(-1, initial=-np.inf))  # (5a)
+            shift = finite(top)
+            r = np.exp(m - shift)
+            m, z, a = top, r * z, r[:, None] * a
+            s -= shift[:, None]
+        e = np.exp(s, out=s)
+        z += e @ ones[: len(k)]  # (5b)
+        if c.dropout is not None:
+            e *= c.dropout.tile(index, rows, cols)  # (6)
+        a += np.matmul(e, v, out=tiles.take(1, n, E))  # (7), (5b)
+        if steady and not np.isfinite(z).all():
+            return None
+    least = np.finfo(c.computing).eps if steady else 0.0  # below it, terms that are lost as subnormal numbers would count
+    if not (np.isfinite(z).all() and np.isfinite(a).all() and (z.real[seen] >= least).all()):
+        return None
+    out = a / np.where(z == 0, 1, z)[:, None]  # (5c)
+    lse = finite(m) + np.log(z)  # (5c)
+    lse = np.where(seen & (z != 0), lse, sink)  # to the last bit
+    return out, lse, np.where(seen, total_of(z, finite(m), lse), 0)
 
 
 @quiet
 def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = None) -> AttentionGrads:
-    """`npattn.attention_backward` without an array of L x S elements."""
+    """`npattn.attention_backward` without an array of L x S elements, and independent of the number of threads."""
     c = cache
     check_cotangents("blockwise", c, dout, dlse)
-    dq, dk, dv = (np.zeros(x.shape, c.computing) for x in (c.q, c.k, c.v))
+    alive, rows = c.kept.total != 0, slices(c.q.shape[-2], TILE[0])
+    do, dl = live(c, dout, dlse)
+    do, total = only(alive, do), select(alive, c.kept.total, 1.0)
+    delta = np.einsum("...le,...le->...l", do, c.kept.out)  # (7), (5): sum_j p_j dp_j = dout . out
+    off = delta - (dl[..., 0] if dlse is not None else 0)  # what dp is less of in (5)
+    lse = select(c.lse != -np.inf, c.lse)
+    known = Known(do / total[..., None], lse, off / total, sound(c, do, off))
+    dq, dk, dv = (np.zeros(x.shape, dtype) for x, dtype in ((c.q, c.computing), (c.k, c.k.dtype), (c.v, c.v.dtype)))
     dbias = None if c.bias is None else c.bias.new_gradient()
     dsink: Any = None if c.sink is None else np.zeros(c.sink.shape, c.computing)
+    plans, turns = {index: plan(c, index, rows) for index in np.ndindex(c.q.shape[:-2])}, Turns()
+
+    def work(task: tuple[slice, Shape], tiles: Tiles) -> None:
+        cols, group = task
+        try:
+            if known.sound[group]:
+                differentiate(c, known, plans, turns, group, cols, tiles, dq, dk, dv, dbias)
+        except BaseException:
+            turns.stop()
+            raise
+
+    tasks = [(cols, group) for cols in slices(c.k.shape[-2], TILE[1]) for group in np.ndindex(c.k.shape[:-2])]
+    share(work, tasks, lambda: Tiles(c.computing), 1 if dbias is not None else None)
+
     dscale = c.computing.type(0)
-    for index, group, head in _heads(c):
-        for rows in _slices(c.q.shape[-2], TILE[0]):
-            q, (do, dl) = c.q[index][rows].astype(c.computing, copy=False), live(c, dout, dlse, index, rows)
-            sums = _Sums(c, rows.stop - rows.start, 1, head)
-            for tile in _tiles(c, index, group, rows):
-                e = sums.add(tile.scores, tile.allowed)
-                sums.a += (e * _dweights(do, tile)).sum(-1, keepdims=True)
-            mean = sums.mean()  # sum_j p_j dp_j
-            for tile in _tiles(c, index, group, rows):
-                allowed_t = None if tile.allowed is None else swap(tile.allowed)
-                weights = select(tile.allowed, np.exp(tile.scores - sums.shift()) / sums.divisor())
-                dropped = weights if tile.drop is None else weights * tile.drop
-                dv[group][tile.cols] += product(swap(dropped), do, allowed_t)  # (7)
-                dscores = select(tile.allowed, weights * (_dweights(do, tile) - mean + dl))  # (5), (4)
-                if dbias is not None:
-                    c.bias.add_gradient(dbias, index, rows, tile.cols, dscores)  # (3)
-                if c.softcap is not None:
-                    dscores = select(tile.allowed, dscores * (1 - tile.capped * tile.capped))  # (2)
-                dq[index][rows] += product(dscores, tile.k, tile.allowed)  # (1), times scale below
-                dk[group][tile.cols] += c.scale * product(swap(dscores), q, allowed_t)  # (1)
-            if c.sink is not None:
-                sink = c.sink[head].astype(c.computing)
-                p_sink = np.exp(sink - sums.shift()) / sums.divisor()
-                dsink[head] += select(sink != -np.inf, p_sink * (dl - mean)).sum()  # (5)
-            dscale += (q * dq[index][rows]).sum(where=dq[index][rows] != 0)  # (1)
-            dq[index][rows] *= c.scale
+    for index in np.ndindex(c.q.shape[:-2]):
+        head = index[-1] if index else 0
+        if not known.sound[group_of(c, index)]:
+            dscale += differentiate_by_rows(c, index, dout, dlse, (dq, dk, dv, dbias, dsink))
+            continue
+        for i in rows:
+            x = c.q[index][i].astype(c.computing, copy=False)
+            dscale += (x * dq[index][i]).sum(where=dq[index][i] != 0)  # (1): sum_ij dscores_ij q_i . k_j
+            dq[index][i] *= c.scale  # (1)
+        if c.sink is not None and c.sink[head] != -np.inf:
+            p_sink = np.exp(c.sink[head].astype(c.computing) - lse[index]) / total[index]
+            dsink[head] -= (p_sink * off[index]).sum()  # (5)
     return AttentionGrads(
-        dq.astype(c.q.dtype, copy=False),
-        dk.astype(c.k.dtype, copy=False),
-        dv.astype(c.v.dtype, copy=False),
+        dq.astype(c.q.dtype, copy=False), dk, dv,
         None if dbias is None else c.bias.finish(dbias),
         None if c.sink is None else dsink.astype(c.sink.dtype, copy=False),
         dscale,
+    )  # fmt: skip
+
+
+def differentiate(
+    c: AttentionCache, known: Known, plans: dict[Shape, Array], turns: Turns, group: Shape, cols: slice, tiles: Tiles,
+    dq: Array, dk: Array, dv: Array, dbias: Any,
+) -> None:  # fmt: skip
+    """dk and dv of some keys of one group, and what these keys give to dq and dbias."""
+    k, v = (with_ones(x[group][cols], c.computing) for x in (c.k, c.v))
+    D, E, j = k.shape[1] - 1, v.shape[1] - 1, cols.start // TILE[1]
+    sum_k, sum_v = np.zeros((len(k), D), c.computing), np.zeros((len(k), E), c.computing)
+    for index in readers(c, group):
+        for i, rows in enumerate(slices(c.q.shape[-2], TILE[0])):
+            first, stop, full, number = plans[index][i, j]
+            if first == stop:
+                continue
+            here, near = slice(first, stop), slice(first - cols.start, stop - cols.start)
+            n, width = rows.stop - rows.start, stop - first
+            q, k1, v1 = c.q[index][rows].astype(c.computing, copy=False), k[near], v[near]
+            allowed, bias = tile_of(c, index, rows, here, full)
+            if allowed is not None:
+                q, k1, v1 = only(allowed.any(-1), q), only(allowed.any(-2), k1), only(allowed.any(-2), v1)
+            q1, do1 = tiles.take(2, n, D + 1), tiles.take(3, n, E + 1)
+            np.multiply(q, c.scale, out=q1[:, :D])
+            q1[:, D], do1[:, :E], do1[:, E] = -known.lse[index][rows], known.do[index][rows], -known.off[index][rows]
+            s, dp = tiles.take(0, n, width), tiles.take(1, n, width)
+            if c.softcap is None:
+                np.matmul(q1, swap(k1), out=s)  # (1), less lse
+            else:
+                t = np.matmul(q1[:, :D], swap(k1[:, :D]), out=tiles.take(4, n, width))
+                t /= c.softcap
+                np.tanh(t, out=t)
+                np.multiply(t, c.softcap, out=s)  # (2)
+                s += q1[:, D:]
+            if bias is not None:
+                s += bias  # (3)
+            if allowed is not None:
+                hide(s, allowed)  # (4)
+            p = np.exp(s, out=s)  # (5), times total
+            if c.dropout is None:
+                dropped = p
+                np.matmul(do1, swap(v1), out=dp)  # (7): dp less its mean
+            else:
+                drop = c.dropout.tile(index, rows, here)
+                dropped = np.multiply(p, drop, out=tiles.take(5, n, width))  # (6)
+                np.matmul(do1[:, :E], swap(v1[:, :E]), out=dp)  # (7)
+                dp *= drop  # (6)
+                dp += do1[:, E:]
+            sum_v[near] += np.matmul(swap(dropped), do1[:, :E], out=tiles.take(6, width, E))  # (7)
+            ds = np.multiply(p, dp, out=s)  # (5)
+            if dbias is not None:
+                c.bias.add_gradient(dbias, index, rows, here, ds)  # (3)
+            if c.softcap is not None:
+                np.square(t, out=t)
+                ds *= np.subtract(1, t, out=t)  # (2)
+            sum_k[near] += np.matmul(swap(ds), q, out=tiles.take(6, width, D))  # (1)
+            of_q = np.matmul(ds, k1[:, :D], out=tiles.take(7, n, D))  # (1)
+            turns.wait((index, i), number)
+            dq[index][rows] += of_q
+            turns.next((index, i))
+    dk[group][cols] = c.scale * sum_k
+    dv[group][cols] = sum_v
+
+
+# --- the small print: which tiles, buffers, and what is left to `npattn.attention` ----------------------------------------
+
+class Kept(NamedTuple):
+    """What the forward keeps for the backward beside the inputs and lse."""
+
+    out: Array  # (..., H, L, E) in the computing dtype
+    total: Array  # (..., H, L) sum of exp(scores - lse): 1 but for rounding, 0 without a key, NaN where not all is finite
+
+
+class Known(NamedTuple):
+    """What the backward knows of each query, and of each group."""
+
+    do: Array  # (..., H, L, E) dout / total
+    lse: Array  # (..., H, L), 0 in rows without a key
+    off: Array  # (..., H, L) (sum_j p_j dp_j - dlse) / total
+    sound: Array  # (..., G) all numbers are finite
+
+
+class Tiles:
+    """The arrays that one thread computes in, allocated once."""
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self.dtype, self.flat = dtype, dict[int, Array]()
+
+    def take(self, number: int, rows: int, cols: int) -> Array:
+        flat = self.flat.get(number)
+        if flat is None or flat.size < rows * cols:
+            flat = self.flat[number] = np.empty(rows * cols, self.dtype)
+        return flat[: rows * cols].reshape(rows, cols)
+
+
+def hide(s: Array, allowed: Array) -> None:
+    """-inf where not allowed, without branches, and whatever stands there. NaN where allowed becomes inf."""
+    if s.dtype.kind == "c":
+        np.copyto(s, -np.inf, where=~allowed)
+    else:
+        edge = np.subtract(allowed, 0.5, dtype=s.dtype)
+        edge *= np.inf
+        np.fmin(s, edge, out=s)
+
+
+def only(some: Array, x: Array) -> Array:
+    """x, and 0 in its other rows, which may be NaN: nobody sees them, or they see nobody."""
+    return x if some.all() else select(some[..., None], x)
+
+
+def finite(m: Array) -> Array:
+    """The top score, and 0 in rows without one."""
+    return select(np.asarray(m != -np.inf), m)
+
+
+def total_of(z: Array, shift: Array, lse: Array) -> Array:
+    """The sum of exp(scores - lse): 1, but for the rounding of lse."""
+    wide = np.float64 if z.dtype == np.float32 else z.dtype
+    total: Array = z.astype(wide) * np.exp(shift.astype(wide) - lse.astype(wide))
+    return total.astype(z.dtype)
+
+
+def with_ones(x: Array, computing: np.dtype[Any]) -> Array:
+    """x and one more column of ones."""
+    result = np.empty((x.shape[0], x.shape[1] + 1), computing)
+    result[:, :-1], result[:, -1] = x, 1
+    return result
+
+
+def group_of(c: AttentionCache, index: Shape) -> Shape:
+    """The group of keys that a query head reads."""
+    return index and (*index[:-1], index[-1] // (c.q.shape[-3] // c.k.shape[-3]))
+
+
+def readers(c: AttentionCache, group: Shape) -> list[Shape]:
+    """The query heads that read a group."""
+    if not group:
+        return [()]
+    n = c.q.shape[-3] // c.k.shape[-3]
+    return [(*group[:-1], group[-1] * n + h) for h in range(n)]
+
+
+def plan(c: AttentionCache, index: Shape, rows: list[slice]) -> Array:
+    """For each tile of one head (first key, key behind the last, all allowed, number of tiles before it that are not empty)."""
+    spans = slices(c.k.shape[-2], TILE[1])
+    found = np.zeros((len(rows), len(spans), 4), np.int64)
+    for i, r in enumerate(rows):
+        number = 0
+        for j, cols in enumerate(spans):
+            found[i, j] = cols.start, cols.stop, True, j
+        if c.mask is None:
+            continue
+        states, unit = c.mask.states(index, r, max(TILE[1] // 2, 1)), max(TILE[1] // 2, 1)
+        for j, cols in enumerate(spans):
+            here = states[cols.start // unit : -(-cols.stop // unit)]
+            some = np.flatnonzero(here != EMPTY)
+            if not some.size:
+                found[i, j] = cols.start, cols.start, True, number
+                continue
+            first, last = some[0], some[-1]
+            full = (here[first : last + 1] == FULL).all()
+            found[i, j] = cols.start + unit * first, min(cols.start + unit * (last + 1), cols.stop), full, number
+            number += 1
+    return found
+
+
+def visible_tiles(c: AttentionCache, index: Shape, rows: slice) -> Iterator[tuple[slice, Any, Any]]:
+    """The tiles of keys that these queries may see: which, which pairs of them are allowed (None: all), and their bias."""
+    for first, stop, full, _ in plan(c, index, [rows])[0].tolist():
+        if first < stop:
+            cols = slice(first, stop)
+            yield cols, *tile_of(c, index, rows, cols, full)
+
+
+def tile_of(c: AttentionCache, index: Shape, rows: slice, cols: slice, full: bool) -> tuple[Any, Any]:
+    """Which pairs of a tile are allowed (None: all), and its bias."""
+    allowed, bias = visible(c._replace(mask=None) if full else c, index, rows, cols)
+    shape = (rows.stop - rows.start, cols.stop - cols.start)
+    return None if allowed is None else np.broadcast_to(allowed, shape), bias
+
+
+def sound(c: AttentionCache, do: Array, off: Array) -> Array:
+    """(..., G): whether all that a group and its readers see is finite."""
+    of_heads = np.isfinite(c.kept.total).all(-1) & np.isfinite(off).all(-1) & np.isfinite(do).all((-2, -1))
+    return np.array([all(of_heads[i] for i in readers(c, g)) for g in np.ndindex(c.k.shape[:-2])]).reshape(c.k.shape[:-2])
+
+
+class Part(Bound):
+    """What is known of each pair, of some rows of one head alone."""
+
+    def __init__(self, whole: Any, index: Shape, rows: slice, total: Any) -> None:
+        self.whole, self.index, self.rows, self.total = whole, index, rows, total
+
+    def bind(self, shape: Shape) -> Part:
+        self.shape = shape
+        return self
+
+    def _of_whole(self, rows: slice, cols: slice) -> tuple[Shape, slice, slice]:
+        start, stop, _ = rows.indices(self.shape[-2])
+        return self.index, slice(self.rows.start + start, self.rows.start + stop), slice(*cols.indices(self.shape[-1])[:2])
+
+    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+        result: Array = self.whole.tile(*self._of_whole(rows, cols))
+        return result
+
+    def new_gradient(self) -> Any:
+        return self.total  # what all parts add to
+
+    def add_gradient(self, total: Any, index: Shape, rows: slice, cols: slice, dscores: Array) -> None:
+        self.whole.add_gradient(total, *self._of_whole(rows, cols), dscores)
+
+    def finish(self, total: Any) -> Any:
+        return total
+
+
+def dense_rows(
+    c: AttentionCache, index: Shape, rows: slice, dbias: Any = None
+) -> tuple[tuple[Array, Array], AttentionCache]:
+    """`npattn.attention_forward` of some queries of one head: out, lse, and its cache."""
+    group, head = group_of(c, index), index[-1] if index else 0
+    q, k, v = (x.astype(c.computing, copy=False) for x in (c.q[index][rows], c.k[group], c.v[group]))
+    parts = {
+        name: None if whole is None else Part(whole, index, rows, dbias)
+        for name, whole in (("mask", c.mask), ("bias", c.bias), ("dropout_mask", c.dropout))
+    }
+    sink = None if c.sink is None else c.sink[head : head + 1].astype(c.computing, copy=False)
+    found: tuple[tuple[Array, Array], AttentionCache] = attention_forward(
+        q, k, v, scale=c.scale, softcap=c.softcap, sink=sink, return_lse=True, **parts
     )
+    return found
 
 
-def _dweights(dout: Array, tile: _Tile) -> Array:
-    """The gradient of the weights through (7) and (6)."""
-    dweights = select(tile.allowed, dout @ swap(tile.v))
-    return dweights if tile.drop is None else dweights * tile.drop
+def attend_by_rows(c: AttentionCache, index: Shape, rows: slice) -> tuple[Array, Array, Array]:
+    """out and lse as `npattn.attention` has them. Their total is NaN: the backward is left to it, too."""
+    found = [dense_rows(c, index, few)[0] for few in some_rows(c, rows)]
+    out, lse = (np.concatenate(x) for x in zip(*found, strict=True))
+    return out, lse, np.full(lse.shape, np.nan, lse.dtype)
+
+
+def some_rows(c: AttentionCache, rows: slice) -> list[slice]:
+    few = max(FEW // max(c.k.shape[-2], 1), 1)
+    return [slice(rows.start + x.start, rows.start + x.stop) for x in slices(rows.stop - rows.start, few)]
+
+
+def differentiate_by_rows(c: AttentionCache, index: Shape, dout: Array, dlse: Array | None, grads: tuple[Any, ...]) -> Any:
+    """One head by `npattn.attention_backward`, added to these gradients; returns its part of that of the scale."""
+    dq, dk, dv, dbias, dsink = grads
+    group, head, dscale = group_of(c, index), index[-1] if index else 0, c.computing.type(0)
+    for rows in some_rows(c, slice(0, c.q.shape[-2])):
+        _, cache = dense_rows(c, index, rows, dbias)
+        do, dl = dout[index][rows].astype(c.computing, copy=False), None if dlse is None else dlse[index][rows]
+        g: Any = attention_backward(do, cache, dl)
+        dq[index][rows] = g.q
+        dk[group] += g.k
+        dv[group] += g.v
+        dscale += g.scale
+        if dsink is not None:
+            dsink[head] += g.sink[0]
+    return dscale
 
 
 def blockwise(

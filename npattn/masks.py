@@ -16,6 +16,7 @@ import numpy as np
 
 from npattn._checks import Array, Shape, as_array, broadcast_pairs, check_array, check_integer, check_one_of, kind
 from npattn._pairs import (
+    ALL,
     EMPTY,
     FAR,
     FULL,
@@ -140,6 +141,9 @@ class BothBound(Bound):
     def state(self, index: Shape, rows: slice, cols: slice) -> int:
         return min(self.a.state(index, rows, cols), self.b.state(index, rows, cols))
 
+    def states(self, index: Shape, rows: slice, size: int) -> Array:
+        return np.minimum(self.a.states(index, rows, size), self.b.states(index, rows, size))
+
 
 @dataclass(eq=False)
 class InverseBound(Bound):
@@ -153,6 +157,9 @@ class InverseBound(Bound):
 
     def state(self, index: Shape, rows: slice, cols: slice) -> int:
         return FULL - self.a.state(index, rows, cols)
+
+    def states(self, index: Shape, rows: slice, size: int) -> Array:
+        return FULL - self.a.states(index, rows, size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,13 +197,22 @@ class WindowBound(Bound):
 
     def state(self, index: Shape, rows: slice, cols: slice) -> int:
         q, k = self._ends(index, rows, cols)
-        if not (q.size and k.size):
-            return FULL
-        nearest, farthest = k.min() - q.max(), k.max() - q.min()
-        if self._holds(nearest) and self._holds(farthest):
-            return FULL
-        beyond = (self.right is not None and nearest > self.right) or (self.left is not None and farthest < -self.left)
-        return EMPTY if beyond else PARTIAL
+        return FULL if not (q.size and k.size) else int(self._between(k.min() - q.max(), k.max() - q.min()))
+
+    def states(self, index: Shape, rows: slice, size: int) -> Array:
+        q, k = self._ends(index, rows, ALL)
+        starts = np.arange(0, self.shape[-1], size)
+        if not (q.size and k.size) or k.ndim > 1:
+            return super().states(index, rows, size)
+        least, most = (f.reduceat(k, starts) if k.size > 1 else k.repeat(len(starts)) for f in (np.minimum, np.maximum))
+        return np.asarray(self._between(least - q.max(), most - q.min()))
+
+    def _between(self, nearest: Any, farthest: Any) -> Any:
+        """The state of pairs whose distances lie between these."""
+        beyond = False if self.right is None else nearest > self.right
+        beyond = beyond if self.left is None else beyond | (farthest < -self.left)
+        within = self._holds(nearest) & self._holds(farthest)
+        return np.where(within, FULL, np.where(beyond, EMPTY, PARTIAL))
 
 
 def causal(
@@ -315,11 +331,21 @@ class SegmentsBound(Bound):
 
     def state(self, index: Shape, rows: slice, cols: slice) -> int:
         q, k = self.q[index][..., rows], self.k[index][..., cols]
-        if not (q.size and k.size):
-            return FULL
-        first, last = max(q.min(), k.min()), min(q.max(), k.max())
-        # The ids of both lie between these two; ids that do not meet are of different segments.
-        return EMPTY if first > last else FULL if min(q.min(), k.min()) == max(q.max(), k.max()) else PARTIAL
+        return FULL if not (q.size and k.size) else int(self._between(q, k.min(), k.max()))
+
+    def states(self, index: Shape, rows: slice, size: int) -> Array:
+        q, k = self.q[index][..., rows], self.k[index]
+        starts = np.arange(0, self.shape[-1], size)
+        if not (q.size and k.size) or k.ndim > 1:
+            return super().states(index, rows, size)
+        return np.asarray(self._between(q, np.minimum.reduceat(k, starts), np.maximum.reduceat(k, starts)))
+
+    def _between(self, q: Array, least: Any, most: Any) -> Any:
+        """The state of pairs whose keys have ids between these. Ids that do not meet are of different segments."""
+        first, last = q.min(), q.max()
+        apart = np.maximum(first, least) > np.minimum(last, most)
+        same = np.minimum(first, least) == np.maximum(last, most)
+        return np.where(apart, EMPTY, np.where(same, FULL, PARTIAL))
 
 
 def segments(q_ids: object, k_ids: object) -> Mask:

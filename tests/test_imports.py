@@ -11,6 +11,7 @@ PACKAGE = Path(npattn.__file__).parent
 ORDER = [
     "_checks",
     "_pairs",
+    "_parallel",
     "masks",
     "biases",
     "softmax",

@@ -1,0 +1,111 @@
+"""Threads of our own, each with a BLAS of one thread.
+
+A product of two tiles is too small to be worth sharing; whole tiles are not. So each of our threads takes one task after the
+other, and BLAS is kept from starting threads as well. That needs threadpoolctl (the extra npattn[fast]): without it there is
+one thread of ours, and BLAS has its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from npattn._pairs import quiet
+
+
+class _Blas:
+    """The BLAS libraries of this process, and how many calls of ours keep them at one thread."""
+
+    def __init__(self) -> None:
+        self.libraries: list[Any] = []
+        self.lock, self.users, self.threads = threading.Lock(), 0, [1]
+        try:
+            from threadpoolctl import ThreadpoolController
+        except ImportError:
+            return
+        self.libraries = ThreadpoolController().select(user_api="blas").lib_controllers
+
+    @contextmanager
+    def alone(self) -> Iterator[int]:
+        """How many threads BLAS would have used, which is how many we may use; within, it uses one.
+
+        Calls may overlap: the first sets the limit, the last takes it back.
+        """
+        with self.lock:
+            if not self.users:
+                self.threads = [x.num_threads or 1 for x in self.libraries]
+                for x in self.libraries:
+                    x.set_num_threads(1)
+            self.users += 1
+        try:
+            yield max(self.threads, default=1)
+        finally:
+            with self.lock:
+                self.users -= 1
+                if not self.users:
+                    for x, n in zip(self.libraries, self.threads, strict=True):
+                        x.set_num_threads(n)
+
+
+@functools.cache
+def _blas() -> _Blas:
+    return _Blas()
+
+
+def share(work: Callable[[Any, Any], None], tasks: Iterable[Any], buffers: Callable[[], Any], most: int | None = None) -> None:
+    """work(task, buffers) for all tasks, on as many threads as BLAS has, or ``most``; each has buffers of its own.
+
+    Tasks are begun in their order. An exception ends all threads, and is raised.
+    """
+    tasks = list(tasks)
+    rest, claim, failed = iter(tasks), threading.Lock(), list[BaseException]()
+
+    @quiet  # the state of np.errstate is each thread's own
+    def run() -> None:
+        own = buffers()
+        while not failed:
+            with claim:
+                task = next(rest, rest)
+            if task is rest:
+                return
+            try:
+                work(task, own)
+            except BaseException as error:
+                failed.append(error)
+
+    with _blas().alone() as threads:
+        others = [threading.Thread(target=run) for _ in range(min(threads, most or threads, len(tasks)) - 1)]
+        for thread in others:
+            thread.start()
+        run()
+        for thread in others:
+            thread.join()
+    if failed:
+        raise failed[0]
+
+
+class Turns:
+    """Sums that several threads add to, each in a fixed order: so that their last bits do not depend on who was first."""
+
+    def __init__(self) -> None:
+        self.done: dict[Any, int] = {}
+        self.changed, self.stopped = threading.Condition(), False
+
+    def wait(self, place: Any, number: int) -> None:
+        """Until ``number`` others have added to this place."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.stopped or self.done.get(place, 0) == number)
+
+    def next(self, place: Any) -> None:
+        with self.changed:
+            self.done[place] = self.done.get(place, 0) + 1
+            self.changed.notify_all()
+
+    def stop(self) -> None:
+        """Nobody waits any more: somebody has failed."""
+        with self.changed:
+            self.stopped = True
+            self.changed.notify_all()
