@@ -53,21 +53,22 @@ def rnn_forward(
     """
     check_one_of("rnn", "nonlinearity", nonlinearity, ("tanh", "relu"))
     valid, computing = _check(x, h0, params, lengths)
-    B, T, _ = x.shape
-    w_x, w_h, b = (None if p is None else p.astype(computing, copy=False) for p in params)
-    a = x.astype(computing, copy=False) @ w_x  # (1)
-    a = a if b is None else a + b  # (1)
-    states = np.zeros((B, T, params.w_h.shape[0]), computing)
-    h = np.zeros_like(states, shape=(B, states.shape[2])) if h0 is None else h0.astype(computing)
-    for t in range(T):
-        z = a[:, t] + h @ w_h  # (2)
-        new = np.tanh(z) if nonlinearity == "tanh" else select(~(z.real <= 0), z)  # (3); a NaN is passed on
-        now = None if valid is None else valid[:, t]
-        states[:, t] = select(now, new)
-        h = new if now is None else np.where(now, new, h)
-    return states.astype(x.dtype, copy=False), RNNCache(
-        x, h0, params, valid, nonlinearity, states, h.astype(x.dtype, copy=False)
-    )
+    (B, T, M), N = x.shape, params.w_h.shape[0]
+    w_x, w_h = (p.astype(computing, copy=False) for p in params[:2])
+    states = np.empty((T, B, N), computing)  # a step lies in one piece
+    np.matmul(by_step(x, computing).reshape(T * B, M), w_x, out=states.reshape(T * B, N))  # (1)
+    if params.b is not None:
+        states += params.b.astype(computing, copy=False)  # (1)
+    h, z = np.zeros((B, N), computing) if h0 is None else h0.astype(computing), np.empty((B, N), computing)
+    for t, h_t in enumerate(states):  # h_t holds a_t at first
+        z = np.add(h_t, np.matmul(h, w_h, out=z), out=z)  # (2)
+        new = np.tanh(z, out=h_t) if nonlinearity == "tanh" else select(~(z.real <= 0), z)  # (3); a NaN is passed on
+        if valid is not None:
+            new, h = select(valid[:, t], new), np.where(valid[:, t], new, h)
+        h_t[...] = new
+        h = h_t if valid is None else h
+    out = np.ascontiguousarray(swap_steps(states), x.dtype)
+    return out, RNNCache(x, h0, params, valid, nonlinearity, swap_steps(states), h.astype(x.dtype))
 
 
 @quiet
@@ -84,22 +85,36 @@ def rnn_backward(dh: Array, cache: RNNCache, dh_last: Array | None = None) -> RN
     if dh_last is not None:
         carry = check_cotangent("rnn", "dh_last", dh_last, (B, N), c.x.dtype, computing).copy()
     w_x, w_h = (p.astype(computing, copy=False) for p in params[:2])
-    slope = 1 - h * h if c.nonlinearity == "tanh" else np.where(h.real > 0, computing.type(1), 0 * h)  # (3); NaN is passed on
-    dz = np.zeros_like(h)
+    h, dz, slope = by_step(h, computing), np.empty((T, B, N), computing), np.empty((B, N), computing)
     for t in reversed(range(T)):
-        now = None if c.valid is None else c.valid[:, t]
-        dz[:, t] = select(now, (dh[:, t] + carry) * slope[:, t])  # (3)
-        back = dz[:, t] @ swap(w_h)  # (2)
+        if c.nonlinearity == "tanh":
+            np.subtract(1, np.square(h[t], out=slope), out=slope)
+        else:
+            slope = np.where(h[t].real > 0, computing.type(1), 0 * h[t])  # NaN is passed on
+        now, d = None if c.valid is None else c.valid[:, t], np.add(dh[:, t], carry, out=dz[t])
+        d *= slope  # (3)
+        d[...] = select(now, d)
+        back = np.matmul(d, swap(w_h), out=carry if now is None else None)  # (2)
         carry = back if now is None else np.where(now, back, carry)
-    first = np.zeros((B, 1, N), computing) if c.h0 is None else c.h0.astype(computing, copy=False)[:, None]
-    before = np.concatenate([first, h], axis=1)[:, :T]  # h_{t-1}
+    first = weight_gradient(c.h0, dz[0]) if c.h0 is not None and T else computing.type(0)  # h_{t-1} of the first step
     grads = RNNParams(
-        weight_gradient(c.x, dz).astype(params.w_x.dtype, copy=False),  # (1)
-        weight_gradient(before, dz).astype(params.w_h.dtype, copy=False),  # (2)
+        weight_gradient(by_step(c.x, computing), dz).astype(params.w_x.dtype, copy=False),  # (1)
+        (first + weight_gradient(h[: max(T - 1, 0)], dz[1:])).astype(params.w_h.dtype, copy=False),  # (2)
         None if params.b is None else dz.sum((0, 1)).astype(params.b.dtype, copy=False),  # (1)
     )
-    dx = (dz @ swap(w_x)).astype(c.x.dtype, copy=False)  # (1)
-    return RNNGrads(dx, carry.astype(c.x.dtype, copy=False), grads)
+    dx = swap_steps(dz @ swap(w_x)).astype(c.x.dtype, order="C")  # (1)
+    return RNNGrads(dx, carry.astype(c.x.dtype), grads)
+
+
+def swap_steps(x: Array) -> Array:
+    """(B, T, N) -> (T, B, N) and back, as a view."""
+    result: Array = x.swapaxes(0, 1)
+    return result
+
+
+def by_step(x: Array, computing: np.dtype[Any]) -> Array:
+    """(B, T, N) -> (T, B, N), each step in one piece: that is how they are computed."""
+    return np.ascontiguousarray(swap_steps(x), computing)
 
 
 def _check(x: Any, h0: Any, params: Any, lengths: Any) -> tuple[Array | None, np.dtype[Any]]:
