@@ -23,12 +23,13 @@ def normalize(scores: Array, allowed: Array | None = None, sink: Array | None = 
     if sink is not None:
         top = np.maximum(top, sink.real)
     top = select(top != -np.inf, top)  # a row without any logit: exp(-inf - 0) = 0
-    e = np.exp(scores - top)
+    e = np.subtract(scores, top)
+    np.exp(e, out=e)
     total = e.sum(-1, keepdims=True)
     if sink is not None:
         total = total + np.exp(sink - top)
-    weights = select(allowed, e / select(total != 0, total, 1.0))
-    return weights, (top + np.log(total))[..., 0]
+    e /= select(total != 0, total, 1.0)
+    return select(allowed, e), (top + np.log(total))[..., 0]
 
 
 def _scores(op: str, name: str, scores: object, mask: object) -> tuple[Array, Array | None]:
@@ -76,9 +77,11 @@ def softmax_backward(dweights: Array, cache: SoftmaxCache) -> SoftmaxGrads:
     check_class("softmax", "cache", cache, SoftmaxCache, ", from softmax_forward")
     dp = check_cotangent("softmax", "dweights", dweights, cache.weights.shape, cache.dtype, cache.weights.dtype)
     dp = select(cache.allowed, dp)
-    mean = (cache.weights * dp).sum(-1, keepdims=True)
-    dscores = select(cache.allowed, cache.weights * (dp - mean))  # (1)
-    return SoftmaxGrads(dscores.astype(cache.dtype, copy=False))
+    dscores = cache.weights * dp
+    mean = dscores.sum(-1, keepdims=True)
+    np.subtract(dp, mean, out=dscores)
+    dscores *= cache.weights
+    return SoftmaxGrads(select(cache.allowed, dscores).astype(cache.dtype, copy=False))  # (1)
 
 
 def softmax(scores: Array, *, mask: Any = None) -> Array:
