@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fnmatch
 import json
 import math
 import os
@@ -128,7 +129,8 @@ def verify_command(given: argparse.Namespace) -> int:
 
         report = verify(
             candidate, level=given.level, precision=given.precision, cases=cases, seeds=seeds, rules=given.rule,
-            expected_failures=_failures(given.expect_failure), stop=given.stop, diagnose=given.diagnose, on_result=show,
+            expected_failures=_failures(given.expect_failure, [case.name for case in cases]), stop=given.stop,
+            diagnose=given.diagnose, on_result=show,
         )  # fmt: skip
     if given.json:
         given.json.write_text(json.dumps(report.as_json(), indent=1, allow_nan=False) + "\n")
@@ -169,14 +171,16 @@ def _chosen(given: argparse.Namespace, op: str) -> list[Any]:
     return cases
 
 
-def _failures(given: list[str]) -> dict[str, str]:
-    """CASE=REASON; a case's own name may have a = in it."""
+def _failures(given: list[str], names: list[str]) -> dict[str, str]:
+    """CASE=REASON; either may have a = in it. The first that stands behind the name of a case, else the last one, is meant."""
     found = {}
     for text in given:
-        name, equals, reason = text.rpartition("=")
-        if not equals or not name.strip():
+        at = [i for i, letter in enumerate(text) if letter == "=" and text[:i].strip()]
+        ways = [(text[:i].strip(), text[i + 1 :].strip()) for i in at]
+        if not ways:
             raise CandidateError(f"--expect-failure {text}: expected CASE=REASON")
-        found[name.strip()] = reason.strip()
+        name, reason = next((way for way in ways if fnmatch.filter(names, way[0])), ways[-1])
+        found[name] = reason
     return found
 
 
@@ -268,14 +272,15 @@ def summary(report: Report, cases: int) -> Iterator[str]:
     yield f"\n{'feature':18} {'tested':>11}  {'worst':>9}  where"
     for feature, results in report.features().items():
         checks = [(r.case, c) for r in results for c in r.checks]
+        known = {r.case for r in report.results if r.expected}
         tested = [(name, c) for name, c in checks if c.status in ("ok", "wrong")]
         if not tested:
             reasons = dict.fromkeys(name for _, c in checks for name in c.text.split(", "))
             yield f"{feature:18} {f'0 of {len(checks)}':>11}  {'':9}  {', '.join(reasons)}"
             continue
-        name, worst = max(tested, key=lambda pair: (pair[1].status == "wrong", pair[1].worst))
+        name, worst = max(tested, key=lambda pair: (pair[1].status == "wrong", pair[0] not in known, pair[1].worst))
         where = f"{worst.tensor}[{', '.join(map(str, worst.index))}] in {name}" if worst.index else name
-        note = "  WRONG" if worst.status == "wrong" else ""
+        note = "" if worst.status != "wrong" else "  known" if name in known else "  WRONG"
         units = f"{worst.worst:9.3g}" if worst.worst < math.inf else f"{'-':>9}"
         yield f"{feature:18} {f'{len(tested)} of {len(checks)}':>11}  {units}  {where}{note}"
     if report.diagnosis:

@@ -163,35 +163,35 @@ def _largest(x: Array) -> float:
     return float(np.nanmax(np.abs(np.where(np.isfinite(x), x, 0.0)), initial=0.0))
 
 
-def _flash(got: Array, want: Array, low: Array, name: str) -> bool:
+def _flash(got: Array, want: Array, low: Array, name: str, storage: str = "") -> bool:
     """max |x - ref| <= 2 max |pt - ref| + 1e-5: twice the error of an eager implementation in the candidate's own precision."""
     return _same_pattern(got, want) and _largest(got - want) <= 2 * _largest(low - want) + 1e-5
 
 
-def _torch(got: Array, want: Array, low: Array, name: str) -> bool:
+def _torch(got: Array, want: Array, low: Array, name: str, storage: str = "") -> bool:
     """atol and rtol of the eager implementation's own error, times a factor of the tensor (PyTorch's test_transformers)."""
     factor = {"out": 4, "dq": 180, "dk": 16, "dv": 4}.get(name, 16)
-    rtol, atol = _defaults(name, low)
+    rtol, atol = _defaults(storage or low.dtype.name)
     with np.errstate(all="ignore"):
         relative = _largest((low - want) / np.where(want == 0, 1, want))
     return _allclose(got, want, factor * max(relative, rtol), factor * max(_largest(low - want), atol))
 
 
-def _defaults(name: str, low: Array) -> tuple[float, float]:
+def _defaults(storage: str) -> tuple[float, float]:
     """torch.testing.assert_close's (rtol, atol)."""
     table = {"float64": (1e-7, 1e-7), "float32": (1.3e-6, 1e-5), "float16": (1e-3, 1e-5)}
-    return table.get(low.dtype.name, (1.6e-2, 1e-5))
+    return table.get(storage, (1.6e-2, 1e-5))
 
 
 def _same_pattern(got: Array, want: Array) -> bool:
     return bool(((got == want) | (np.isnan(got) & np.isnan(want)) | (np.isfinite(got) & np.isfinite(want))).all())
 
 
-RULES: dict[str, Callable[[Array, Array, Array, str], bool]] = {
+RULES: dict[str, Callable[..., bool]] = {
     "flash2x": _flash,
     "torch": _torch,
-    "onnx": lambda got, want, low, name: _allclose(got, want, 1e-3, 1e-7),
-    "allclose": lambda got, want, low, name: _allclose(got, want, *_defaults(name, low)),
+    "onnx": lambda got, want, low, name, storage="": _allclose(got, want, 1e-3, 1e-7),
+    "allclose": lambda got, want, low, name, storage="": _allclose(got, want, *_defaults(storage or low.dtype.name)),
 }
 """The acceptance rules of FlashAttention 2, PyTorch's attention tests, ONNX's backend tests and torch.testing.assert_close."""
 
@@ -400,7 +400,7 @@ def _more(
     """What other rules say, whether the judge could have failed, and what a candidate that is wrong does instead."""
     checks = result.checks
     if settings.rules:
-        checks = [_with_rules(c, problem, truth, judged, settings.rules) for c in checks]
+        checks = [_with_rules(c, problem, truth, judged, settings) for c in checks]
     given, _ = candidate.arguments(problem, candidate.forward)
     base = candidate.changes()
     if settings.power:
@@ -420,21 +420,24 @@ def _more(
     return dataclasses.replace(result, checks=checks, explanations=explanations)
 
 
-def _with_rules(c: Check, problem: Problem, truth: Truth, judged: dict[str, Any], rules: tuple[str, ...]) -> Check:
+def _with_rules(c: Check, problem: Problem, truth: Truth, judged: dict[str, Any], settings: Settings) -> Check:
+    rules = settings.rules
     if c.status not in ("ok", "wrong") or not isinstance(judged.get(c.tensor), np.ndarray) or problem.op != "attention":
         return c
     got, want = judged[c.tensor], truth.values[c.tensor]
     if got.shape != want.shape:
         return dataclasses.replace(c, rules=dict.fromkeys(rules, False))
-    low = _eager(problem)[c.tensor]
+    low, storage = _eager(problem, settings.precision)[c.tensor], settings.precision.storage if settings.precision else ""
     with np.errstate(all="ignore"):
-        said = {name: RULES[name](got.astype(np.float64), want.astype(np.float64), low, c.tensor) for name in rules}
+        said = {name: RULES[name](got.astype(np.float64), want.astype(np.float64), low, c.tensor, storage) for name in rules}
     return dataclasses.replace(c, rules=said)
 
 
-def _eager(problem: Problem) -> dict[str, Array]:
-    """What an eager implementation in the precision of the problem's inputs returns."""
-    forward, backward = rounded(PRECISIONS[{"float16": "float16-M3"}.get(problem.dtype.name, problem.dtype.name)])
+def _eager(problem: Problem, declared: Precision | None = None) -> dict[str, Array]:
+    """What an eager implementation in the precision of the problem's inputs, or of the declared class, returns."""
+    storage = declared.storage if declared and declared.storage != "float32" else problem.dtype.name
+    eager = PRECISIONS.get(f"{storage}-M3") or (declared if declared and declared.dtype == problem.dtype else None)
+    forward, backward = rounded(eager or PRECISIONS[problem.dtype.name])
     options = dict(problem.options)
     if problem.parts:
         options["mask"] = dense_mask(problem)
