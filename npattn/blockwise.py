@@ -20,13 +20,14 @@ Two disjoint sets of keys are merged by their lse alone: `merge`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from npattn._checks import Array, Dims, Shape, check_class, check_cotangent, check_dtype, check_other_dtype
-from npattn._pairs import EMPTY, FULL, Bound, Pairs, quiet, select, slices, swap
+from npattn._pairs import EMPTY, FULL, Bound, Pairs, each_head, group_sum, quiet, select, slices, swap
 from npattn._parallel import Turns, share
 from npattn.attention import (
     AttentionCache,
@@ -40,6 +41,7 @@ from npattn.attention import (
 )
 
 TILE = (256, 512)  # queries, keys
+SMALL = 64 * 64  # heads with no more scores are computed together, as many as fill a tile
 FEW = 1 << 20  # scores at a time of what is left to `npattn.attention`
 
 
@@ -61,9 +63,9 @@ def blockwise_forward(
     def work(task: tuple[Shape, slice], tiles: Tiles) -> None:
         index, rows = task
         found = attend(c, index, rows, tiles, True) or attend(c, index, rows, tiles, False) or attend_by_rows(c, index, rows)
-        out[index][rows], lse[index][rows], total[index][rows] = found
+        out[index][..., rows, :], lse[index][..., rows], total[index][..., rows] = found
 
-    tasks = [(index, rows) for rows in reversed(slices(q.shape[-2], TILE[0])) for index in np.ndindex(q.shape[:-2])]
+    tasks = [(index, rows) for rows in reversed(slices(q.shape[-2], TILE[0])) for index in bundles(c)]
     share(work, tasks, lambda: Tiles(c.computing))
     cache = c._replace(lse=lse, kept=Kept(out, total))
     out = out.astype(q.dtype)  # the caller may write into what is returned
@@ -71,21 +73,21 @@ def blockwise_forward(
 
 
 def attend(c: AttentionCache, index: Shape, rows: slice, tiles: Tiles, steady: bool) -> tuple[Array, Array, Array] | None:
-    """out, lse and total of some queries of one head; None where a number is not finite.
+    """out, lse and total of some queries of a head (or bundle of heads); None where a number is not finite.
 
     steady : m stays 0, and None is returned where that loses digits, too
     """
-    group, head = group_of(c, index), index[-1] if index else 0
-    q = c.scale * c.q[index][rows].astype(c.computing, copy=False)
-    n, E = len(q), c.v.shape[-1]
+    q = c.scale * c.q[index][..., rows, :].astype(c.computing, copy=False)
+    n, E = q.shape[:-1], c.v.shape[-1]
     ones = np.ones(TILE[1], c.computing)
-    z, a, seen = np.zeros(n, c.computing), np.zeros((n, E), c.computing), np.zeros(n, bool)
-    sink = -np.inf if c.sink is None else c.sink[head].astype(c.computing)
-    m = np.full(n, 0.0 if steady else sink.real, z.real.dtype)
-    z += 0.0 if sink == -np.inf else np.exp(sink - m)  # one more logit, without a value
+    z, a, seen = np.zeros(n, c.computing), np.zeros((*n, E), c.computing), np.zeros(n, bool)
+    sink = sink_of(c, index)
+    m = np.zeros(n, z.real.dtype) + (0.0 if steady else sink.real)
+    z += select(sink != -np.inf, np.exp(sink - m))  # one more logit, without a value
     for cols, allowed, bias in visible_tiles(c, index, rows):
-        k, v = (x[group][cols].astype(c.computing, copy=False) for x in (c.k, c.v))
-        s = np.matmul(q, swap(k), out=tiles.take(0, n, len(k)))  # (1)
+        k, v = (keys_of(c, x, index, cols) for x in (c.k, c.v))
+        width = cols.stop - cols.start
+        s = np.matmul(q, swap(k), out=tiles.take(0, *n, width))  # (1)
         if c.softcap is not None:
             s /= c.softcap
             np.tanh(s, out=s)
@@ -100,19 +102,19 @@ def attend(c: AttentionCache, index: Shape, rows: slice, tiles: Tiles, steady: b
             top = np.maximum(m, s.real.max(-1, initial=-np.inf))  # (5a)
             shift = finite(top)
             r = np.exp(m - shift)
-            m, z, a = top, r * z, r[:, None] * a
-            s -= shift[:, None]
+            m, z, a = top, r * z, r[..., None] * a
+            s -= shift[..., None]
         e = np.exp(s, out=s)
-        z += e @ ones[: len(k)]  # (5b)
+        z += e @ ones[:width]  # (5b)
         if c.dropout is not None:
             e *= c.dropout.tile(index, rows, cols)  # (6)
-        a += np.matmul(e, v, out=tiles.take(1, n, E))  # (7), (5b)
+        a += np.matmul(e, v, out=tiles.take(1, *n, E))  # (7), (5b)
         if steady and not np.isfinite(z).all():
             return None
     least = np.finfo(c.computing).eps if steady else 0.0  # below it, terms that are lost as subnormal numbers would count
     if not (np.isfinite(z).all() and np.isfinite(a).all() and (z.real[seen] >= least).all()):
         return None
-    out = a / np.where(z == 0, 1, z)[:, None]  # (5c)
+    out = a / np.where(z == 0, 1, z)[..., None]  # (5c)
     lse = finite(m) + np.log(z)  # (5c)
     lse = np.where(seen & (z != 0), lse, sink)  # to the last bit
     return out, lse, np.where(seen, total_of(z, finite(m), lse), 0)
@@ -129,37 +131,42 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     delta = np.einsum("...le,...le->...l", do, c.kept.out)  # (7), (5): sum_j p_j dp_j = dout . out
     off = delta - (dl[..., 0] if dlse is not None else 0)  # what dp is less of in (5)
     lse = select(c.lse != -np.inf, c.lse)
-    known = Known(do / total[..., None], lse, off / total, sound(c, do, off))
+    known = Known(do / total[..., None], lse, off / total)
     dq, dk, dv = (np.zeros(x.shape, dtype) for x, dtype in ((c.q, c.computing), (c.k, c.k.dtype), (c.v, c.v.dtype)))
     dbias = None if c.bias is None else c.bias.new_gradient()
     dsink: Any = None if c.sink is None else np.zeros(c.sink.shape, c.computing)
-    plans, turns = {index: plan(c, index, rows) for index in np.ndindex(c.q.shape[:-2])}, Turns()
+    dscale = c.computing.type(0)
+    plans, turns, sound = {index: plan(c, index, rows) for index in bundles(c)}, Turns(), owners(c)
+    for owner in owners(c):
+        indices = readers(c, owner)
+        if all(np.isfinite(x[index]).all() for x in (c.kept.total, off, do) for index in indices):
+            continue
+        sound.remove(owner)  # what is not finite is left to `npattn.attention`
+        for head in (head for index in indices for head in heads_of(c, index)):
+            part = differentiate_by_rows(c, head, dout, dlse, dq, dk, dv, dbias)
+            dscale += part[0]
+            if dsink is not None:
+                dsink[head[-1:] or ...] += part[1]
 
     def work(task: tuple[slice, Shape], tiles: Tiles) -> None:
-        cols, group = task
         try:
-            if known.sound[group]:
-                differentiate(c, known, plans, turns, group, cols, tiles, dq, dk, dv, dbias)
+            differentiate(c, known, plans, turns, task[1], task[0], tiles, dq, dk, dv, dbias)
         except BaseException:
             turns.stop()
             raise
 
-    tasks = [(cols, group) for cols in slices(c.k.shape[-2], TILE[1]) for group in np.ndindex(c.k.shape[:-2])]
+    tasks = [(cols, owner) for cols in slices(c.k.shape[-2], TILE[1]) for owner in sound]
     share(work, tasks, lambda: Tiles(c.computing), 1 if dbias is not None else None)
 
-    dscale = c.computing.type(0)
-    for index in np.ndindex(c.q.shape[:-2]):
-        head = index[-1] if index else 0
-        if not known.sound[group_of(c, index)]:
-            dscale += differentiate_by_rows(c, index, dout, dlse, (dq, dk, dv, dbias, dsink))
-            continue
+    for index in (index for owner in sound for index in readers(c, owner)):
         for i in rows:
-            x = c.q[index][i].astype(c.computing, copy=False)
-            dscale += (x * dq[index][i]).sum(where=dq[index][i] != 0)  # (1): sum_ij dscores_ij q_i . k_j
-            dq[index][i] *= c.scale  # (1)
-        if c.sink is not None and c.sink[head] != -np.inf:
-            p_sink = np.exp(c.sink[head].astype(c.computing) - lse[index]) / total[index]
-            dsink[head] -= (p_sink * off[index]).sum()  # (5)
+            x, y = c.q[index][..., i, :].astype(c.computing, copy=False), dq[index][..., i, :]
+            dscale += (x * y).sum(where=y != 0)  # (1): sum_ij dscores_ij q_i . k_j
+            y *= c.scale  # (1)
+        if dsink is not None:
+            sink = sink_of(c, index)
+            p_sink = select(sink != -np.inf, np.exp(sink - lse[index]) / total[index])
+            add_by_head(dsink, index, c, -(p_sink * off[index]).sum(-1))  # (5)
     return AttentionGrads(
         dq.astype(c.q.dtype, copy=False), dk, dv,
         None if dbias is None else c.bias.finish(dbias),
@@ -169,36 +176,38 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
 
 
 def differentiate(
-    c: AttentionCache, known: Known, plans: dict[Shape, Array], turns: Turns, group: Shape, cols: slice, tiles: Tiles,
+    c: AttentionCache, known: Known, plans: dict[Shape, Array], turns: Turns, owner: Shape, cols: slice, tiles: Tiles,
     dq: Array, dk: Array, dv: Array, dbias: Any,
 ) -> None:  # fmt: skip
-    """dk and dv of some keys of one group, and what these keys give to dq and dbias."""
-    k, v = (with_ones(x[group][cols], c.computing) for x in (c.k, c.v))
-    D, E, j = k.shape[1] - 1, v.shape[1] - 1, cols.start // TILE[1]
-    sum_k, sum_v = np.zeros((len(k), D), c.computing), np.zeros((len(k), E), c.computing)
-    for index in readers(c, group):
+    """dk and dv of some keys of one group (or bundle of heads), and what these keys give to dq and dbias."""
+    j, (D, E) = cols.start // TILE[1], (c.k.shape[-1], c.v.shape[-1])
+    k, v = (with_ones(keys_of(c, x, readers(c, owner)[0], cols), c.computing) for x in (c.k, c.v))
+    sum_k, sum_v = np.zeros((*k.shape[:-1], D), c.computing), np.zeros((*v.shape[:-1], E), c.computing)
+    for index in readers(c, owner):
         for i, rows in enumerate(slices(c.q.shape[-2], TILE[0])):
-            first, stop, full, number = plans[index][i, j]
+            first, stop, full, number = plans[index][i, j].tolist()
             if first == stop:
                 continue
-            here, near = slice(first, stop), slice(first - cols.start, stop - cols.start)
-            n, width = rows.stop - rows.start, stop - first
-            q, k1, v1 = c.q[index][rows].astype(c.computing, copy=False), k[near], v[near]
-            allowed, bias = tile_of(c, index, rows, here, full)
+            here, near, width = slice(first, stop), slice(first - cols.start, stop - cols.start), stop - first
+            q, k1, v1 = c.q[index][..., rows, :].astype(c.computing, copy=False), k[..., near, :], v[..., near, :]
+            n = q.shape[:-1]
+            allowed, bias = tile_of(c, index, rows, here, bool(full))
             if allowed is not None:
                 q, k1, v1 = only(allowed.any(-1), q), only(allowed.any(-2), k1), only(allowed.any(-2), v1)
-            q1, do1 = tiles.take(2, n, D + 1), tiles.take(3, n, E + 1)
-            np.multiply(q, c.scale, out=q1[:, :D])
-            q1[:, D], do1[:, :E], do1[:, E] = -known.lse[index][rows], known.do[index][rows], -known.off[index][rows]
-            s, dp = tiles.take(0, n, width), tiles.take(1, n, width)
+            q1, do1 = tiles.take(2, *n, D + 1), tiles.take(3, *n, E + 1)
+            np.multiply(q, c.scale, out=q1[..., :D])
+            np.negative(known.lse[index][..., rows], out=q1[..., D])
+            do1[..., :E] = known.do[index][..., rows, :]
+            np.negative(known.off[index][..., rows], out=do1[..., E])
+            s, dp = tiles.take(0, *n, width), tiles.take(1, *n, width)
             if c.softcap is None:
                 np.matmul(q1, swap(k1), out=s)  # (1), less lse
             else:
-                t = np.matmul(q1[:, :D], swap(k1[:, :D]), out=tiles.take(4, n, width))
+                t = np.matmul(q1[..., :D], swap(k1[..., :D]), out=tiles.take(4, *n, width))
                 t /= c.softcap
                 np.tanh(t, out=t)
                 np.multiply(t, c.softcap, out=s)  # (2)
-                s += q1[:, D:]
+                s += q1[..., D:]
             if bias is not None:
                 s += bias  # (3)
             if allowed is not None:
@@ -209,24 +218,25 @@ def differentiate(
                 np.matmul(do1, swap(v1), out=dp)  # (7): dp less its mean
             else:
                 drop = c.dropout.tile(index, rows, here)
-                dropped = np.multiply(p, drop, out=tiles.take(5, n, width))  # (6)
-                np.matmul(do1[:, :E], swap(v1[:, :E]), out=dp)  # (7)
+                dropped = np.multiply(p, drop, out=tiles.take(5, *n, width))  # (6)
+                np.matmul(do1[..., :E], swap(v1[..., :E]), out=dp)  # (7)
                 dp *= drop  # (6)
-                dp += do1[:, E:]
-            sum_v[near] += np.matmul(swap(dropped), do1[:, :E], out=tiles.take(6, width, E))  # (7)
+                dp += do1[..., E:]
+            sum_v[..., near, :] += np.matmul(swap(dropped), do1[..., :E], out=tiles.take(6, *n[:-1], width, E))  # (7)
             ds = np.multiply(p, dp, out=s)  # (5)
             if dbias is not None:
                 c.bias.add_gradient(dbias, index, rows, here, ds)  # (3)
             if c.softcap is not None:
                 np.square(t, out=t)
                 ds *= np.subtract(1, t, out=t)  # (2)
-            sum_k[near] += np.matmul(swap(ds), q, out=tiles.take(6, width, D))  # (1)
-            of_q = np.matmul(ds, k1[:, :D], out=tiles.take(7, n, D))  # (1)
+            sum_k[..., near, :] += np.matmul(swap(ds), q, out=tiles.take(6, *n[:-1], width, D))  # (1)
+            of_q = np.matmul(ds, k1[..., :D], out=tiles.take(7, *n, D))  # (1)
             turns.wait((index, i), number)
-            dq[index][rows] += of_q
+            dq[index][..., rows, :] += of_q
             turns.next((index, i))
-    dk[group][cols] = c.scale * sum_k
-    dv[group][cols] = sum_v
+    sum_k *= c.scale
+    dk[owner][..., cols, :] = group_sum(sum_k, dk[owner][..., cols, :])
+    dv[owner][..., cols, :] = group_sum(sum_v, dv[owner][..., cols, :])
 
 
 # --- the small print: which tiles, buffers, and what is left to `npattn.attention` ----------------------------------------
@@ -239,12 +249,11 @@ class Kept(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What the backward knows of each query, and of each group."""
+    """What the backward knows of each query."""
 
     do: Array  # (..., H, L, E) dout / total
     lse: Array  # (..., H, L), 0 in rows without a key
     off: Array  # (..., H, L) (sum_j p_j dp_j - dlse) / total
-    sound: Array  # (..., G) all numbers are finite
 
 
 class Tiles:
@@ -253,11 +262,11 @@ class Tiles:
     def __init__(self, dtype: np.dtype[Any]) -> None:
         self.dtype, self.flat = dtype, dict[int, Array]()
 
-    def take(self, number: int, rows: int, cols: int) -> Array:
-        flat = self.flat.get(number)
-        if flat is None or flat.size < rows * cols:
-            flat = self.flat[number] = np.empty(rows * cols, self.dtype)
-        return flat[: rows * cols].reshape(rows, cols)
+    def take(self, number: int, *shape: int) -> Array:
+        flat, size = self.flat.get(number), math.prod(shape)
+        if flat is None or flat.size < size:
+            flat = self.flat[number] = np.empty(size, self.dtype)
+        return flat[:size].reshape(shape)
 
 
 def hide(s: Array, allowed: Array) -> None:
@@ -289,22 +298,68 @@ def total_of(z: Array, shift: Array, lse: Array) -> Array:
 
 def with_ones(x: Array, computing: np.dtype[Any]) -> Array:
     """x and one more column of ones."""
-    result = np.empty((x.shape[0], x.shape[1] + 1), computing)
-    result[:, :-1], result[:, -1] = x, 1
+    result = np.empty((*x.shape[:-1], x.shape[-1] + 1), computing)
+    result[..., :-1], result[..., -1] = x, 1
     return result
 
 
+# An index of all axes before (L, D) is one head. A shorter one is a bundle: all heads that begin with it.
+
+
+def bundles(c: AttentionCache) -> list[Shape]:
+    """The indices of what is computed together: one head each, or heads that are small."""
+    lead, (L, S) = c.q.shape[:-2], (c.q.shape[-2], c.k.shape[-2])
+    if min(SMALL, math.prod(TILE)) < L * S:
+        return list(np.ndindex(lead))
+    n = next(n for n in range(len(lead) + 1) if n == len(lead) or math.prod((*lead[n:], L, S)) <= math.prod(TILE))
+    return list(np.ndindex(lead[:n]))
+
+
+def owners(c: AttentionCache) -> list[Shape]:
+    """The indices of the keys of each bundle: a group for one head, or as long as the bundle's own."""
+    return list(dict.fromkeys(group_of(c, index) for index in bundles(c)))
+
+
 def group_of(c: AttentionCache, index: Shape) -> Shape:
-    """The group of keys that a query head reads."""
-    return index and (*index[:-1], index[-1] // (c.q.shape[-3] // c.k.shape[-3]))
+    """The index of the keys that a head or bundle reads."""
+    if not index or len(index) < c.q.ndim - 2:
+        return index
+    return (*index[:-1], index[-1] // (c.q.shape[-3] // c.k.shape[-3]))
 
 
-def readers(c: AttentionCache, group: Shape) -> list[Shape]:
-    """The query heads that read a group."""
-    if not group:
-        return [()]
+def readers(c: AttentionCache, owner: Shape) -> list[Shape]:
+    """The heads or bundle that read these keys."""
+    if not owner or len(owner) < c.q.ndim - 2:
+        return [owner]
     n = c.q.shape[-3] // c.k.shape[-3]
-    return [(*group[:-1], group[-1] * n + h) for h in range(n)]
+    return [(*owner[:-1], owner[-1] * n + h) for h in range(n)]
+
+
+def heads_of(c: AttentionCache, index: Shape) -> list[Shape]:
+    """The heads of a bundle."""
+    return [(*index, *rest) for rest in np.ndindex(c.q.shape[len(index) : -2])]
+
+
+def keys_of(c: AttentionCache, x: Array, index: Shape, cols: slice) -> Array:
+    """Some keys or values of a head, or for each head of a bundle."""
+    x = x[group_of(c, index)][..., cols, :]
+    return each_head(x, c.q.shape[-3] if x.ndim > 2 else 1, c.computing)
+
+
+def sink_of(c: AttentionCache, index: Shape) -> Array:
+    """The sink of a head, or (H, 1) beside (..., H, L) of a bundle; -inf where there is none."""
+    if c.sink is None:
+        return np.asarray(-np.inf, c.computing)
+    sink = c.sink.astype(c.computing, copy=False)
+    return np.asarray(sink[index[-1] if index else 0] if len(index) == c.q.ndim - 2 else sink[:, None])
+
+
+def add_by_head(total: Array, index: Shape, c: AttentionCache, x: Array) -> None:
+    """x of a head, or (..., H) of a bundle, to total (H,)."""
+    if len(index) == c.q.ndim - 2:
+        total[index[-1] if index else 0] += x
+    else:
+        total += x.sum(tuple(range(x.ndim - 1)))
 
 
 def plan(c: AttentionCache, index: Shape, rows: list[slice]) -> Array:
@@ -342,14 +397,8 @@ def visible_tiles(c: AttentionCache, index: Shape, rows: slice) -> Iterator[tupl
 def tile_of(c: AttentionCache, index: Shape, rows: slice, cols: slice, full: bool) -> tuple[Any, Any]:
     """Which pairs of a tile are allowed (None: all), and its bias."""
     allowed, bias = visible(c._replace(mask=None) if full else c, index, rows, cols)
-    shape = (rows.stop - rows.start, cols.stop - cols.start)
+    shape = (*c.q.shape[len(index) : -2], rows.stop - rows.start, cols.stop - cols.start)
     return None if allowed is None else np.broadcast_to(allowed, shape), bias
-
-
-def sound(c: AttentionCache, do: Array, off: Array) -> Array:
-    """(..., G): whether all that a group and its readers see is finite."""
-    of_heads = np.isfinite(c.kept.total).all(-1) & np.isfinite(off).all(-1) & np.isfinite(do).all((-2, -1))
-    return np.array([all(of_heads[i] for i in readers(c, g)) for g in np.ndindex(c.k.shape[:-2])]).reshape(c.k.shape[:-2])
 
 
 class Part(Bound):
@@ -399,8 +448,12 @@ def dense_rows(
 
 def attend_by_rows(c: AttentionCache, index: Shape, rows: slice) -> tuple[Array, Array, Array]:
     """out and lse as `npattn.attention` has them. Their total is NaN: the backward is left to it, too."""
-    found = [dense_rows(c, index, few)[0] for few in some_rows(c, rows)]
-    out, lse = (np.concatenate(x) for x in zip(*found, strict=True))
+    shape = (*c.q.shape[len(index) : -2], rows.stop - rows.start)
+    out, lse = np.empty((*shape, c.v.shape[-1]), c.computing), np.empty(shape, c.computing)
+    for rest in np.ndindex(shape[:-1]):
+        for few in some_rows(c, rows):
+            at = slice(few.start - rows.start, few.stop - rows.start)
+            (out[rest][at], lse[rest][at]), _ = dense_rows(c, (*index, *rest), few)
     return out, lse, np.full(lse.shape, np.nan, lse.dtype)
 
 
@@ -409,10 +462,11 @@ def some_rows(c: AttentionCache, rows: slice) -> list[slice]:
     return [slice(rows.start + x.start, rows.start + x.stop) for x in slices(rows.stop - rows.start, few)]
 
 
-def differentiate_by_rows(c: AttentionCache, index: Shape, dout: Array, dlse: Array | None, grads: tuple[Any, ...]) -> Any:
-    """One head by `npattn.attention_backward`, added to these gradients; returns its part of that of the scale."""
-    dq, dk, dv, dbias, dsink = grads
-    group, head, dscale = group_of(c, index), index[-1] if index else 0, c.computing.type(0)
+def differentiate_by_rows(
+    c: AttentionCache, index: Shape, dout: Array, dlse: Array | None, dq: Array, dk: Array, dv: Array, dbias: Any
+) -> tuple[Any, Any]:
+    """One head by `npattn.attention_backward`, added to these gradients. Returns its part of dscale and dsink."""
+    group, dscale, dsink = group_of(c, index), c.computing.type(0), c.computing.type(0)
     for rows in some_rows(c, slice(0, c.q.shape[-2])):
         _, cache = dense_rows(c, index, rows, dbias)
         do, dl = dout[index][rows].astype(c.computing, copy=False), None if dlse is None else dlse[index][rows]
@@ -420,10 +474,8 @@ def differentiate_by_rows(c: AttentionCache, index: Shape, dout: Array, dlse: Ar
         dq[index][rows] = g.q
         dk[group] += g.k
         dv[group] += g.v
-        dscale += g.scale
-        if dsink is not None:
-            dsink[head] += g.sink[0]
-    return dscale
+        dscale, dsink = dscale + g.scale, dsink + (0 if g.sink is None else g.sink[0])
+    return dscale, dsink
 
 
 def blockwise(

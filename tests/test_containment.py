@@ -79,7 +79,7 @@ def test_heads_see_for_themselves_in_the_gradients_of_their_weights(implementati
         got = getattr(gradients(which, token), name)
         head, other = got[:, :D], got[:, D:]
         assert np.isfinite(head).all(), name
-        assert np.abs(head - getattr(expected, name)[:, :D]).max() < 1e-12 * np.abs(head).max()
+        assert np.abs(head - getattr(expected, name)[:, :D]).max() < 1e-11 * np.abs(head).max()  # another way through it
         assert np.isnan(other).any(), f"{name}: head 1 sees that token"
     _, cache = multi_head_forward(*clean, params, H, mask=mask, implementation=implementation)
     spoilt = dout.copy()
