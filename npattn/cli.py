@@ -24,7 +24,7 @@ from npattn import environment
 from npattn.verify import CandidateError, Report, Result, Settings, load, verify
 from npattn.verify.candidates import CANONICAL, OPS, OWN_KEYWORDS
 from npattn.verify.conditions import CONDITIONS
-from npattn.verify.conventions import FIELDS, PRESETS, parse
+from npattn.verify.conventions import FIELDS, PRESETS, near, parse
 from npattn.verify.diagnose import Diagnostician
 from npattn.verify.judge import LEVELS, RULES
 from npattn.verify.precision import PRECISIONS
@@ -163,7 +163,8 @@ def _chosen(given: argparse.Namespace, op: str) -> list[Any]:
     if given.case is not None:
         named = [case for case in table if case.name == given.case]
         if not named:
-            raise CandidateError(f"--case {given.case}: no such case; --list lists them")
+            meant = near(given.case, [case.name for case in table])
+            raise CandidateError(f"--case {given.case}: no such case{meant}; --list lists them")
         return named
     cases = [case for case in table if text in case.name.lower() or text in map(str.lower, case.features)]
     if not cases:

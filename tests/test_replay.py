@@ -148,7 +148,7 @@ def test_what_is_said_about_it(tmp_path):
     assert about == {
         "npattn": npattn.__version__, "candidate": "uncapped", "op": "attention", "case": "softcap", "seed": 2,
         "sizes": {"H": 3, "G": 3, "L": 37, "S": 53, "D": 16, "E": 16}, "lead": [2], "options": {"softcap": 1.5},
-        "level": "tight", "precision": "tf32", "status": "wrong", "wrong": texts,
+        "convention": {}, "level": "tight", "precision": "tf32", "status": "wrong", "wrong": texts,
         "diagnosis": [e.text for e in result.explanations],
     }  # fmt: skip
     assert len(texts) == 2
@@ -240,7 +240,7 @@ def test_an_input_that_is_written_on_is_saved_as_it_was(tmp_path):
 
     case = Case("small", ("sink",), sizes=SMALL)
     arrays, about = saved(tmp_path, Candidate("overwrites", overwrites), case)
-    assert about["wrong"] == ["an input was modified"]
+    assert about["wrong"] == ["an input was modified: q, sink"]
     assert (arrays["q"] == case.problem().q).all()
     assert (arrays["sink"] == case.problem().options["sink"]).all()
     assert not any(name.startswith("got_") for name in arrays)
@@ -253,7 +253,7 @@ def test_an_output_that_the_backward_writes_on_is_saved_as_it_was(tmp_path):
 
     case = Case("small", sizes=SMALL)
     arrays, about = saved(tmp_path, Candidate("overwrites", lambda q, k, v: forward(q, k, v)[0], overwrites), case)
-    assert about["wrong"] == ["the backward modifies an input"]
+    assert about["wrong"] == ["the backward modifies an input: out"]
     assert np.abs(arrays["got_out"]).min() > 0
 
 
@@ -262,7 +262,8 @@ def test_what_raises_is_saved_without_what_it_would_have_returned(tmp_path):
         raise RuntimeError("out of shared memory")
 
     arrays, about = saved(tmp_path, Candidate("breaks", breaks), Case("small", sizes=SMALL))
-    assert (about["status"], about["wrong"]) == ("wrong", ["raises RuntimeError: out of shared memory"])
+    assert about["status"] == "wrong"
+    assert re.fullmatch(r"raises RuntimeError: out of shared memory \(test_replay.py:\d+\)", about["wrong"][0])
     assert {"q", "want_out", "sigma_dq"} <= set(arrays)
     assert not any(name.startswith("got_") for name in arrays)
     arrays, about = saved(tmp_path, HONEST, BY_NAME["causal top_left"])

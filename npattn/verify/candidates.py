@@ -23,7 +23,7 @@ from npattn._checks import Array
 from npattn.masks import as_mask
 from npattn.verify import layers
 from npattn.verify.cases import Problem, Truth, better
-from npattn.verify.conventions import Convention
+from npattn.verify.conventions import Convention, near
 from npattn.verify.mistakes import CHANGES, GOES_WITH
 from npattn.verify.peers import PEERS
 from npattn.verify.precision import PRECISIONS, Precision
@@ -273,7 +273,8 @@ def _function(name: str, like: str | None = None) -> Callable[..., Any]:
         where, attribute = ("" if like is None else like.rpartition(":")[0]), name
     if not where or not attribute:
         names = ", ".join([*BUILT_IN, *PEERS])
-        raise CandidateError(f"{name!r} is no candidate; expected {names}, package.module:function or path/to/file.py:function")
+        expected = f"expected {names}, package.module:function or path/to/file.py:function"
+        raise CandidateError(f"{name!r} is no candidate{near(name, [*BUILT_IN, *PEERS])}; {expected}")
     try:
         module = _module(where)
     except (Exception, SystemExit) as error:

@@ -12,6 +12,8 @@ value is used depends on the field:
 from __future__ import annotations
 
 import dataclasses
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -201,17 +203,26 @@ PRESETS: dict[str, Preset] = {
 }  # fmt: skip
 
 
+def near(name: str, names: Iterable[str]) -> str:
+    """For an error: the name that may be meant."""
+    close = difflib.get_close_matches(name, list(names), 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
 def parse(text: str) -> Convention:
     """``PRESET``, ``field=value,field=value``, or both: ``flash2,lse=log2``."""
     convention = Convention()
     for i, part in enumerate(p.strip() for p in text.split(",")):
         name, equals, value = part.partition("=")
         if not equals:
+            if i and name in PRESETS:
+                raise ValueError(f"convention: {name!r} behind a field, expected it first: a preset, then what differs from it")
             if i or name not in PRESETS:
-                raise ValueError(f"convention: {name!r}, expected one of {', '.join(PRESETS)}, or field=value")
+                meant = near(name, PRESETS)
+                raise ValueError(f"convention: {name!r}{meant}, expected one of {', '.join(PRESETS)}, or field=value")
             convention = PRESETS[name].convention
         elif name not in FIELDS:
-            raise ValueError(f"convention: no field {name!r}, expected one of {', '.join(FIELDS)}")
+            raise ValueError(f"convention: no field {name!r}{near(name, FIELDS)}, expected one of {', '.join(FIELDS)}")
         else:
             convention = dataclasses.replace(convention, **{name: value})
     return convention

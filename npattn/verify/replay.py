@@ -93,7 +93,8 @@ def save(path: Path, candidate: Candidate, case: Any, seed: int, settings: Setti
     about = {
         "npattn": npattn.__version__, "candidate": candidate.name, "op": problem.op, "case": case.name, "seed": seed,
         "sizes": sizes_of(problem) if problem.op == "attention" else {}, "lead": list(getattr(case, "lead", ())),
-        "options": plain, "level": settings.level, "precision": precision.name, "status": result.status,
+        "options": plain, "convention": candidate.convention.changes(), "level": settings.level, "precision": precision.name,
+        "status": result.status,
         "wrong": [c.text for c in result.checks if c.status == "wrong"],
         "diagnosis": [e.text for e in result.explanations],
     }  # fmt: skip

@@ -1,0 +1,394 @@
+"""The benchmarks run, check their rivals, say who is absent and store where they ran. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import npattn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import attention, harness, machine, memory, multihead, plots, readme, rivals, rnn, roofline, scaling, targets
+from benchmarks.__main__ import main
+from benchmarks.cases import Case, draw, heads, truth
+from benchmarks.company import report
+from benchmarks.harness import TINY, Measured, Plan, Rival
+from benchmarks.worker import Worker
+
+PEERS = ("torch", "jax", "onnxruntime", "onnx")
+MASKS = ("full", "causal", "window", "lengths", "packed")
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch):
+    """Nobody waits until others are at rest, nor for a rate to be known well."""
+    monkeypatch.setattr(harness, "WINDOW", 1e-4)
+    monkeypatch.setattr(roofline, "TRIAL", 1e-4)
+    monkeypatch.setattr(roofline, "SHAPES", roofline.SHAPES[:3])
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """No library but NumPy is installed."""
+    for name in PEERS:
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def stored(tmp_path, *arguments):
+    file = tmp_path / "results.json"
+    assert main([*arguments, "--tiny", "--no-company", "--json", str(file)]) == 0
+    return json.loads(file.read_text())
+
+
+# --- the harness ---------------------------------------------------------------------------------------------------------
+
+
+def rival(name, value, log, shape=(3,)):
+    def call():
+        log.append(name)
+        if isinstance(value, Exception):
+            raise value
+        return np.full(shape, value)
+
+    return Rival(name, call, lambda found: {"out": found}, {"out": np.ones(3)})
+
+
+def test_a_wrong_rival_is_reported_and_not_timed():
+    log = []
+    some = [
+        rival("right", 1.0, log), rival("near", 1 + 1e-6, log), rival("off", 1.1, log), rival("nan", np.nan, log),
+        rival("shape", 1.0, log, (2,)), rival("raises", ValueError("no kernel\nmore"), log),
+    ]  # fmt: skip
+    m = harness.measure(some, "right", 1e-4, TINY)
+    assert set(m.times) == {"right", "near"}
+    assert [log.count(name) for name in ("off", "nan", "shape", "raises")] == [1, 1, 1, 1]
+    assert m.left_out["off"] == "WRONG: out is off by 1.0e-01, 1e-04 is allowed"
+    assert m.left_out["nan"].startswith("WRONG: out is off by nan")
+    assert m.left_out["shape"] == "WRONG: out has shape (2,), expected (3,)"
+    assert m.left_out["raises"] == "cannot: no kernel"
+    assert m.errors["near"] == pytest.approx(1e-6)
+    row = harness.row("verb", "name", {}, m)
+    assert json.loads(json.dumps(row, allow_nan=False))["errors"]["nan"] is None
+
+
+def test_without_anybody_who_is_right_there_is_a_row_all_the_same():
+    m = harness.measure([rival("off", 2.0, [])], "off", 1e-4, TINY)
+    assert harness.row("verb", "name", {}, m)["seconds"] == {}
+
+
+def test_rivals_take_turns_forwards_and_back():
+    log = []
+    m = harness.measure([rival(n, 1.0, log) for n in "abc"], "a", 1e-4, Plan(budget=0.0, least=3, least_slow=3))
+    timed = [name for name, after in zip(log[3:], [*log[4:], ""], strict=True) if name != after]  # one call each warms up
+    assert "".join(timed) in ("abcbabc", "abcacbabc", "abcabac")
+    assert log[:3] == ["a", "b", "c"]
+    assert [len(x) for x in m.times.values()] == [3, 3, 3]
+
+
+def test_ratios_are_those_of_pairs():
+    m = Measured("ours", {"ours": [1.0, 2.0, 4.0], "theirs": [2.0, 6.0, 4.0], "slow": [9.0]})
+    assert m.ratios("theirs") == [2.0, 3.0, 1.0]
+    assert m.ratios("slow") == [9.0]
+    assert harness.spread(m.ratios("theirs")) == {"median": 2.0, "least": 1.0, "lower": 1.5, "upper": 2.5, "most": 3.0}
+    assert m.best(["theirs", "slow", "absent"]) == "theirs"
+
+
+@pytest.mark.parametrize(("busy", "quiet"), [(0.0, True), (0.03, True), (10.0, False)])
+def test_settle_waits_for_threads_that_run_on(monkeypatch, busy, quiet):
+    """Threads of others run for ``busy`` seconds more: the clock of the process goes on while we sleep."""
+    now = SimpleNamespace(wall=0.0)
+
+    def sleep(seconds):
+        now.wall += seconds
+
+    clock = SimpleNamespace(perf_counter=lambda: now.wall, process_time=lambda: min(now.wall, busy), sleep=sleep)
+    monkeypatch.setattr(harness, "time", clock)
+    assert harness.settle(limit=0.5) is quiet
+    assert now.wall >= min(busy, 0.4)
+
+
+def test_a_rival_whose_threads_run_on_is_named(monkeypatch):
+    monkeypatch.setattr(harness, "settle", lambda limit=0.5: False)
+    m = harness.measure([rival(n, 1.0, []) for n in "ab"], "a", 1e-4, TINY)
+    assert m.restless <= {"a", "b"}
+    assert m.restless
+
+
+def test_the_same_alone_and_in_company(capsys):
+    found = report(Case(8, 4, mask="causal"), 1, ("blockwise",))
+    assert set(found["ratios"]) == set(found["same"]) == {"blockwise"}
+    assert "alone in a process of its own" in capsys.readouterr().out
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks_mean_what_npattn_is_told(mask):
+    case = Case(73, 4, 2 if mask == "lengths" else 1, 2, mask=mask, width=5)
+    for batch in range(case.B):
+        allowed = case.allowed(slice(None), batch)
+        if mask == "full":
+            assert allowed is None
+            assert case.own_mask() is None
+            continue
+        bound = case.own_mask().bind((case.B, case.H, case.L, case.keys))
+        dense = np.broadcast_to(bound.dense(), (case.B, case.H, case.L, case.keys))
+        assert (dense[batch, 0] == allowed).all()
+        assert case.pairs() == dense.sum()
+
+
+def test_the_truth_is_that_of_attention_in_pieces_and_whole(monkeypatch):
+    case = Case(19, 4, 2, 4, 2, mask="causal", backward=True, dtype="float64")
+    monkeypatch.setattr("benchmarks.cases.CHUNK", 64)
+    x, found = draw(case), truth(case)
+    out, cache = npattn.attention_forward(x.q, x.k, x.v, mask=npattn.causal())
+    g = npattn.attention_backward(x.dout, cache)
+    for name, whole in rivals.first(case, (out, g.q, g.k, g.v)).items():
+        assert np.abs(found[name] - whole).max() < 1e-13
+    assert set(truth(replace(case, backward=False))) == {"out"}
+
+
+def test_rows_are_large_enough_and_have_names_of_their_own():
+    for size in ("tiny", "quick", "full"):
+        names = [case.name for case in attention.grid(size)]
+        assert len(set(names)) == len(names)
+    full = attention.grid("full")
+    assert {c.L for c in full} >= set(attention.LENGTHS)
+    assert {c.mask for c in full} == set(MASKS)
+    assert {c.dtype for c in full} == {"float32", "float64"}
+    assert any(c.G and c.G < c.H for c in full)
+    B, H = heads(512, 64)
+    assert 4 * B * H * 512**2 * 64 <= 2**33 < 8 * B * H * 512**2 * 64
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_limits_are_those_of_the_products_that_are_made(backward):
+    case = Case(40, 8, 1, 2, mask="causal", backward=backward)
+    limits = roofline.of_attention(case, draw(case))
+    assert limits.known
+    assert limits.made >= case.flops()
+    assert sum(limits.counts.values()) >= case.exponentials()
+    assert sys.modules["npattn.blockwise"].np is np
+    assert {r.name for r in limits.rivals()} == {"best product", "own products", "exponentials"}
+    assert all(r.call() > 0 for r in limits.rivals())
+
+
+def test_a_kernel_that_was_not_heard_has_no_first_limit():
+    a = np.ones((4, 4), np.float32)
+    limits = roofline.Limits([lambda: a @ a], 128.0, 0.0, "float32")
+    assert not limits.known
+    m = Measured("ours", {"ours": [1.0], "best product": [0.5]})
+    found = limits.fractions(m)
+    assert "own" not in found
+    assert found["best"]["median"] == 0.5
+
+
+# --- the verbs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("alone")
+def test_attention_without_peers(tmp_path, capsys):
+    found = stored(tmp_path, "attention")
+    text = capsys.readouterr().out
+    for name in PEERS:
+        assert f"absent: {name} is not installed" in text
+    assert "torch flash: absent: torch is not installed: pip install npattn[peers], or torch alone" in text
+    assert "BLAS" in text
+    assert "threads 1 for everybody" in text
+    assert text.count("not measured") >= 10
+    assert found["environment"]["torch"] == "absent"
+    assert {"NumPy", "BLAS", "kernels", "threads", "processor", "load", "time"} <= set(found["environment"])
+    rows = [r for r in found["results"] if "roofline" in r]
+    assert [r["name"] for r in rows] == [c.name for c in attention.grid("tiny")]
+    for r in rows:
+        assert {"blockwise", "dense", "best product", "own products", "exponentials"} == set(r["seconds"])
+        assert set(r["ratios"]["dense"]) == {"median", "least", "lower", "upper", "most"}
+        assert r["errors"]["blockwise"] < 1e-4
+        assert {"own", "best"} <= set(r["roofline"])
+        assert "jax" in r["left_out"]
+    gained = [r["gained"] for r in found["results"] if "gained" in r]
+    assert [set(x) for x in gained] == [{"causal", "window"}] * 2
+    assert [t["verdict"] for t in found["targets"]].count("not measured") == len(found["targets"])
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("verb", "rows"), [("multihead", len(multihead.grid("tiny"))), ("rnn", len(rnn.grid("tiny"))), ("decode", 1)]
+)
+def test_other_verbs_without_peers(tmp_path, capsys, verb, rows):
+    found = stored(tmp_path, verb)
+    assert len(found["results"]) == rows
+    assert found["environment"]["NumPy"] == np.__version__
+    text = capsys.readouterr().out
+    for r in found["results"]:
+        assert r["verb"] == verb
+        assert r["name"] in text
+        assert r["base"] in r["seconds"]
+    assert "absent: torch is not installed" in text
+
+
+@pytest.mark.usefixtures("alone")
+def test_memory_and_scaling(tmp_path, capsys):
+    (row,) = stored(tmp_path, "memory")["results"]
+    assert row["bytes"]["blockwise"]["tracemalloc"] > 0
+    found = stored(tmp_path, "scaling")["results"]
+    text = capsys.readouterr().out
+    assert "time of blockwise, causal, both: ~ L^" in text
+    assert "memory of blockwise, causal, both, by tracemalloc: ~ L^" in text
+    assert {r["verb"] for r in found} == {"scaling", "memory"}
+
+
+def test_memory_of_dense_holds_its_weights():
+    case = Case(256, 4, mask="causal")
+    with Worker() as worker:
+        worker.load(case, "dense")
+        worker.receive()
+        found = worker.ask(do="memory")
+    assert found["tracemalloc"] >= 256 * 256 * 4
+    assert found["outputs"] == 256 * 4 * 4
+
+
+def test_a_worker_says_what_it_cannot():
+    with Worker() as worker:
+        worker.load(Case(8, 4), "nobody")
+        with pytest.raises(RuntimeError, match="nobody"):
+            worker.receive()
+
+
+def test_fits():
+    lengths = [1024, 2048, 4096]
+    assert scaling.exponent(lengths, [3.0 * x**2 for x in lengths]) == (pytest.approx(2), pytest.approx(0, abs=1e-9))
+    assert scaling.line(lengths, [5 + 7 * x for x in lengths]) == pytest.approx((5, 7, 0))
+
+
+# --- what is aimed at, README, plots -------------------------------------------------------------------------------------
+
+
+def grid_of_results(torch=1.5):
+    """Rows as of a whole run, with invented times."""
+    spread = {name: dict.fromkeys(("median", "least", "lower", "upper", "most"), x)
+              for name, x in {"torch flash": torch, "jax": 5.0, "dense": 6.0, "onnxruntime": 1.1}.items()}  # fmt: skip
+    found = []
+    for case in attention.grid("full"):
+        found.append({
+            "verb": "attention", "name": case.name, "case": vars(case), "base": "blockwise", "flops": case.flops(),
+            "seconds": {"blockwise": 1.0, **{name: x["median"] for name, x in spread.items()}}, "ratios": spread,
+            "best_of": {"torch": "torch flash"}, "left_out": {}, "errors": {}, "restless": [],
+            "roofline": {"own": {"median": 0.9}, "best": {"median": 0.7}, "gflops": case.flops() / 1e9,
+                         "own_limit_gflops": 1.1 * case.flops() / 1e9, "best_limit_gflops": 1.4 * case.flops() / 1e9},
+        })  # fmt: skip
+    peaks = {"process": 63 * memory.MIB, "tracemalloc": 60 * memory.MIB}
+    for case, _ in memory.grid("full"):
+        found.append({"verb": "memory", "name": case.name, "case": vars(case), "bytes": {"blockwise": peaks}})
+    return found
+
+
+def test_targets(capsys):
+    found = {t.text: t for t in targets.targets(grid_of_results(), avx2=False)}
+    assert found["torch SDPA's best CPU backend, forward"].verdict == "reached"
+    assert found["torch SDPA's best CPU backend, forward + backward"].verdict == "NOT REACHED"
+    assert found["every row of the grid with L >= 256, of torch's best"].verdict == "reached"
+    assert found["torch.nn.RNN, forward"].verdict == "not measured"
+    assert found["memory at L = 65536, one head, D = 64, causal, forward + backward"].value == pytest.approx(63)
+    slower = {t.text: t for t in targets.targets(grid_of_results(1.3), avx2=True)}
+    assert slower["torch SDPA's best CPU backend, forward + backward"].verdict == "reached"
+    assert slower["onnxruntime Attention, forward"].needed == 0.75
+    part = targets.targets(grid_of_results()[:40], avx2=False)
+    assert part[0].verdict.endswith("so far")
+    targets.show(list(found.values()))
+    assert "NOT REACHED" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("alone")
+def test_readme_is_filled_between_its_comments(tmp_path, monkeypatch):
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- benchmark -->\nold\n<!-- /benchmark -->\nafter\n")
+    monkeypatch.setattr(plots, "throughput", lambda *args: False)
+    facts = machine.facts()
+    rows = grid_of_results()
+    readme.write(page, rows, facts, targets.targets(rows, avx2=False), "the command")
+    text = page.read_text()
+    assert text.startswith("before\n<!-- benchmark -->\n")
+    assert text.endswith("<!-- /benchmark -->\nafter\n")
+    assert "old" not in text
+    assert "`the command`" in text
+    assert "| forward | 2048 | 1000.0 ms |" in text
+    assert facts["BLAS"] in text
+    page.write_text("no comments")
+    with pytest.raises(SystemExit, match="expected one <!-- benchmark -->"):
+        readme.check(page)
+    with pytest.raises(SystemExit):
+        main(["rnn", "--write", str(page)])
+
+
+@pytest.mark.usefixtures("alone")
+def test_plots(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    rows = [r for r in grid_of_results() if r["case"]["D"] == 64 and r["case"]["mask"] == "causal"]
+    made = plots.draw_all(rows, machine.facts(), tmp_path / "all")
+    assert [f.name for f in made] == ["throughput.png", "speedup.png", "memory.png"]
+    page = tmp_path / "README.md"
+    page.write_text("<!-- benchmark --><!-- /benchmark -->")
+    some = [Case(L, 64, mask="causal", backward=b) for L in (8, 16) for b in (False, True)]
+    monkeypatch.setattr(attention, "grid", lambda size: some)
+    stored(tmp_path, "attention", "--only", "L=8 ", "--plot", str(tmp_path / "plots"), "--write", str(page))
+    for file in (*made, tmp_path / "plots" / "throughput.png", tmp_path / "docs" / "speed.png"):
+        assert file.read_bytes().startswith(b"\x89PNG")
+    assert "| forward | 8 |" in page.read_text()
+    assert "![" in page.read_text()
+    assert "written:" in capsys.readouterr().out
+
+
+# --- against installed libraries -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _backends():
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.backends.cuda.enable_flash_sdp(True)
+        torch.backends.cuda.enable_math_sdp(True)
+
+
+@pytest.mark.peers
+@pytest.mark.usefixtures("_backends")
+@pytest.mark.parametrize(("library", "names"), [("torch", rivals.TORCH), ("jax", ("jax",)), ("onnxruntime", ("onnxruntime",))])
+def test_adapters_of_attention_are_right(library, names):
+    pytest.importorskip(library)
+    backward = library != "onnxruntime"
+    masks = MASKS[2:] if library == "jax" else MASKS  # it compiles each
+    cases = [Case(72, 8, 2 if m == "lengths" else 1, 2, mask=m, width=5, backward=backward) for m in masks]
+    cases += [Case(16, 8, 2, 4, 2, mask="causal", backward=backward), Case(2, 8, 1, 4, 2, S=24)]
+    if library == "torch":  # in float64 the others take exp in float32, and are reported as wrong
+        cases.append(Case(16, 8, mask="causal", dtype="float64", backward=True))
+    for case in cases:
+        found, left_out = rivals.attention(case, draw(case), names)
+        assert [r.name for r in found] == list(names), left_out
+        for r in found:
+            error, wrong, _ = harness.examine(r, {"float32": 1e-5, "float64": 1e-13}[case.dtype])
+            assert wrong == "", (case.name, r.name, error)
+    if not backward:
+        _, left_out = rivals.attention(replace(cases[0], backward=True), draw(cases[0]), names)
+        assert left_out == {"onnxruntime": "cannot: onnxruntime has no backward of Attention"}
+
+
+@pytest.mark.peers
+@pytest.mark.usefixtures("_backends")
+def test_adapters_of_layers_are_right():
+    pytest.importorskip("torch")
+    for layer in multihead.grid("tiny"):
+        row = multihead.measure(layer, TINY)
+        assert {"blockwise", "dense", "torch"} <= set(row["seconds"]), row["left_out"]
+    for shape in rnn.grid("tiny"):
+        row = rnn.measure(shape, TINY)
+        assert {"npattn", "torch.nn.RNN"} <= set(row["seconds"]), row["left_out"]
+        assert not any(why.startswith("WRONG") for why in row["left_out"].values())
