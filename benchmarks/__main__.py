@@ -1,76 +1,123 @@
-"""``python -m benchmarks [TEXT]``: the long cases of `npattn.verify`, forward and forward + backward, for every rival.
+"""Timings: rivals on the same arrays, in turns, in one run. A benchmark is not a test.
 
-Rivals take turns within a round, so that a drift of the machine's speed hits all alike. What is printed is the median time
-of the dense reference, and the median over rounds of each rival's time over that of the dense reference in the same round.
+    python -m benchmarks attention     blockwise attention, its peers and its limits; then what is aimed at, reached or not
+    python -m benchmarks multihead     a layer, and torch's nn.MultiheadAttention
+    python -m benchmarks rnn           the recurrent layer, and torch.nn.RNN
+    python -m benchmarks decode        a few queries against a long cache
+    python -m benchmarks memory        what a call needs beyond its inputs and outputs
+    python -m benchmarks scaling       time against L^2, memory against L
+    python -m benchmarks accuracy      errors of both kernels in sigma
+
+Without a verb all of them, which takes an hour. NumPy is imported after the number of threads is set.
 """
 
 from __future__ import annotations
 
-import statistics
+import argparse
+import json
 import sys
-import time
+from pathlib import Path
 from typing import Any
 
-from npattn import attention_backward, attention_forward, environment
-from npattn.verify import CASES, Candidate, CandidateError, load
-from npattn.verify.candidates import canonical
-
-ROUNDS = 15
+VERBS = ("attention", "multihead", "rnn", "memory", "scaling", "decode", "accuracy")
 
 
-def dense() -> Candidate:
-    def backward(dout: Any, q: Any, k: Any, v: Any, *, dlse: Any = None, **options: Any) -> Any:
-        return attention_backward(dout, attention_forward(q, k, v, **options)[1], dlse)
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("verb", nargs="?", choices=VERBS, help="all of them unless given")
+    parser.add_argument("--quick", action="store_true", help="fewer rows, and fewer rounds")
+    parser.add_argument("--only", metavar="TEXT", default="", help='only rows with this in their name, as "L=2048 D=64 causal"')
+    parser.add_argument("--json", metavar="FILE", type=Path, help="store all results there, with the environment")
+    parser.add_argument("--plot", metavar="DIR", type=Path, help="draw what was measured (needs matplotlib)")
+    parser.add_argument("--write", metavar="README", type=Path, help="fill the part between two comments, and docs/speed.png")
+    parser.add_argument("--threads", metavar="N", type=int, help="for everybody (default: as many as there are processors)")
+    parser.add_argument("--no-company", action="store_true", help="do not check that figures are the same alone and in company")
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # for tests
+    given = parser.parse_args(arguments)
+    if given.write and given.verb not in (None, "attention"):
+        parser.error("--write is for attention")
+    return given
 
-    return Candidate("dense", lambda q, k, v, **options: attention_forward(q, k, v, **options)[0], backward)
+
+def main(arguments: list[str] | None = None) -> int:
+    given = parse(arguments)
+    from benchmarks import machine
+
+    if "numpy" not in sys.modules:
+        machine.limit(given.threads)
+    from benchmarks import plots, readme
+
+    if given.write:
+        readme.check(given.write)
+    if given.plot:
+        plots.pyplot()
+    facts = machine.facts()
+    machine.print_facts(facts)
+    results: dict[str, Any] = {"environment": facts, "command": command(arguments), "results": []}
+    try:
+        for verb in (given.verb,) if given.verb else VERBS:
+            run(verb, given, results)
+    finally:  # what was measured is not lost when a run is stopped
+        if given.json:
+            given.json.write_text(json.dumps(results, indent=1) + "\n")
+    summarize(given, results)
+    if given.json:
+        given.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
 
 
-def rivals() -> list[Candidate]:
-    found = [dense()]
-    for name in ("blockwise", "torch"):
-        try:
-            found.append(load(name))
-        except CandidateError as error:
-            print(f"absent: {error}")
-    return found
+def command(arguments: list[str] | None) -> str:
+    return " ".join(["python -m benchmarks", *(sys.argv[1:] if arguments is None else arguments)])
 
 
-def seconds(candidate: Candidate, problem: Any, backward: bool) -> float | None:
-    """One call; None where the candidate does not support the problem."""
-    function = candidate.backward if backward else candidate.forward
-    given, missing = candidate.arguments(problem, function)
-    if missing or (backward and problem.dlse is not None):
-        return None
-    start = time.perf_counter()
-    if backward:
-        function(problem.dout, problem.q, problem.k, problem.v, **given)
+def run(verb: str, given: argparse.Namespace, results: dict[str, Any]) -> None:
+    """One verb; its rows are added to the results as soon as they are there."""
+    from benchmarks import accuracy, attention, company, decode, harness, memory, multihead, rnn, scaling
+    from benchmarks.cases import Case
+
+    size = "tiny" if given.tiny else "quick" if given.quick else "full"
+    plan = {"tiny": harness.TINY, "quick": harness.QUICK, "full": harness.Plan()}[size]
+    rows, text = results["results"], given.only
+    if verb == "attention":
+        if not given.no_company:
+            case = Case(8, 4, 1, 2, mask="causal") if size == "tiny" else Case(1024, 64, 1, 8, mask="causal")
+            names = ("blockwise",) if size == "tiny" else None
+            results["company"] = company.report(case, {"tiny": 1, "quick": 5, "full": 15}[size], names)
+        attention.run(size, plan, text, rows.append)
+        if given.verb and not text and size != "tiny":  # what else is aimed at
+            rows += rnn.run(size, plan)
+            if size == "full":
+                rows += memory.run("longest")
+    elif verb == "memory":
+        rows += memory.run(size, text)
+    elif verb == "accuracy":
+        print()
+        rows += [{"verb": "accuracy", "name": r["inputs"], **r} for r in accuracy.main(size != "full")]
     else:
-        function(problem.q, problem.k, problem.v, **given)
-    return time.perf_counter() - start
+        module: Any = {"multihead": multihead, "rnn": rnn, "scaling": scaling, "decode": decode}[verb]
+        rows += module.run(size, plan, text)
 
 
-def main(text: str = "") -> None:
-    facts = environment.describe()
-    for fact in ("machine", "NumPy", "BLAS", "kernels", "threads"):
-        print(f"{fact:10} {facts[fact]}")
-    candidates = rivals()
-    print(f"\n{'case':44} {'':8} {'dense':>9}" + "".join(f"{c.name + ' / dense':>22}" for c in candidates[1:]))
-    for case in CASES:
-        if "long" not in case.features or text not in case.name:
-            continue
-        problem = canonical(case.problem())
-        for backward in (False, True):
-            rounds = [[seconds(c, problem, backward) for c in candidates] for _ in range(ROUNDS + 1)][1:]
-            if rounds[0][0] is None:
-                continue
-            own = 1e3 * statistics.median(r[0] for r in rounds)
-            line = f"{case.name:44} {'backward' if backward else 'forward':8} {own:6.2f} ms"
-            for i in range(1, len(candidates)):
-                ratios = sorted(r[i] / r[0] for r in rounds if r[i] is not None)
-                shown = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f})" if ratios else "not supported"
-                line += f"{shown:>22}"
-            print(line, flush=True)
+def summarize(given: argparse.Namespace, results: dict[str, Any]) -> None:
+    """What is aimed at, plots and README."""
+    from benchmarks import plots, readme, targets
+
+    rows, facts = results["results"], results["environment"]
+    found = targets.targets(rows)
+    results["targets"] = targets.as_rows(found)
+    if given.verb in (None, "attention"):
+        targets.show(found)
+    elif any(t.values for t in found):
+        targets.show([t for t in found if t.values])
+    written = plots.draw_all(rows, facts, given.plot) if given.plot else []
+    if given.write:
+        how = f"python -m benchmarks attention{' --quick' if given.quick else ''} --write {given.write.name}"
+        written += readme.write(given.write, rows, facts, found, how)
+    for file in written:
+        print(f"written: {file}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    raise SystemExit(main())

@@ -202,7 +202,7 @@ def test_attention_without_peers(tmp_path, capsys):
         assert f"absent: {name} is not installed" in text
     assert "torch flash: absent: torch is not installed: pip install npattn[peers], or torch alone" in text
     assert "BLAS" in text
-    assert "threads 1 for everybody" in text
+    assert f"threads {machine.threads()} for everybody" in text
     assert text.count("not measured") >= 10
     assert found["environment"]["torch"] == "absent"
     assert {"NumPy", "BLAS", "kernels", "threads", "processor", "load", "time"} <= set(found["environment"])

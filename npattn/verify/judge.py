@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +42,6 @@ class Settings:
     precision: Precision | None = None  # the declared class; None: that of the inputs' dtype
     rules: tuple[str, ...] = ()  # names of RULES, reported beside the verdict
     power: bool = True
-    fit: Precision | None = None  # judge as this class, with inputs as they are: how well does it fit?
 
 
 @dataclass(frozen=True)
@@ -292,9 +293,9 @@ def call_forward(candidate: Candidate, problem: Problem) -> Outcome:
     except NotImplementedError as error:
         return Outcome(status="not supported", text=str(error) or "raises NotImplementedError")
     except (Exception, SystemExit) as error:
-        return Outcome(status="wrong", text=f"raises {type(error).__name__}: {_line(error)}")
-    if _bytes(problem, given) != before:
-        return Outcome(status="wrong", text="an input was modified")
+        return Outcome(status="wrong", text=f"raises {_said(error)}")
+    if written := _written(before, _bytes(problem, given)):
+        return Outcome(status="wrong", text=f"an input was modified: {written}")
     if isinstance(returned, tuple) and len(returned) <= len(names):
         values = dict(zip(names, returned, strict=False))
     else:
@@ -309,15 +310,15 @@ def call_backward(candidate: Candidate, problem: Problem, values: dict[str, Any]
     given, missing = candidate.arguments(problem, candidate.backward, backward=True)
     if missing:
         return Outcome(status="not supported", text=", ".join(missing))
-    before = _bytes(problem, given) + _bytes(problem, values)
+    before = _bytes(problem, given, values)
     try:
         returned = candidate.run_backward(problem, given, values)
     except NotImplementedError as error:
         return Outcome(status="not supported", text=str(error) or "backward")
     except (Exception, SystemExit) as error:
-        return Outcome(status="wrong", text=f"the backward raises {type(error).__name__}: {_line(error)}")
-    if _bytes(problem, given) + _bytes(problem, values) != before:
-        return Outcome(status="wrong", text="the backward modifies an input")
+        return Outcome(status="wrong", text=f"the backward raises {_said(error)}")
+    if written := _written(before, _bytes(problem, given, values)):
+        return Outcome(status="wrong", text=f"the backward modifies an input: {written}")
     if not isinstance(returned, dict):
         return Outcome(status="wrong", text=str(returned))
     optional = ("dbias", "dsink")
@@ -342,7 +343,7 @@ def examine(
         result.checks.extend(Check(t, status, text) for t in wanted)
         return result
 
-    precision = settings.fit or settings.precision or of_dtype(problem.dtype)
+    precision = settings.precision or of_dtype(problem.dtype)
     if settings.precision is not None and problem.dtype == np.float64 and precision.dtype != np.float64:
         return all_of("not supported", f"float64 inputs, under {precision.name}")
     if settings.precision is not None:
@@ -446,12 +447,24 @@ def _eager(problem: Problem, declared: Precision | None = None) -> dict[str, Arr
     return {"out": out, "lse": lse, **{n: x for n, x in grads.items() if x is not None}}
 
 
-def _bytes(problem: Any, given: dict[str, Any]) -> list[bytes]:
-    arrays = [*problem.inputs.values(), *problem.cotangents.values(), *given.values()]
-    flat: list[Any] = []
-    for x in arrays:
-        flat.extend(x.values() if isinstance(x, dict) else x if isinstance(x, tuple) else [x])
-    return [x.tobytes() for x in flat if isinstance(x, np.ndarray)]
+def _bytes(problem: Any, *more: dict[str, Any]) -> dict[str, bytes]:
+    """The contents of all arrays that a function is given, by name."""
+    found: dict[str, bytes] = {}
+    for name, x in [item for given in (problem.inputs, problem.cotangents, *more) for item in given.items()]:
+        parts = x if isinstance(x, dict) else x._asdict() if hasattr(x, "_asdict") else {name: x}
+        found |= {n: y.tobytes() for n, y in parts.items() if isinstance(y, np.ndarray)}
+    return found
+
+
+def _written(before: dict[str, bytes], after: dict[str, bytes]) -> str:
+    return ", ".join(name for name, x in before.items() if after[name] != x)
+
+
+def _said(error: BaseException) -> str:
+    """An exception: what and where."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {_line(error)}{where}"
 
 
 def _line(error: BaseException) -> str:

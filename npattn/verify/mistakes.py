@@ -14,7 +14,7 @@ import numpy as np
 
 from npattn._checks import Array
 from npattn.verify.precision import round_to
-from npattn.verify.stages import Change, over_allowed, sum_to, swap, tanh, where
+from npattn.verify.stages import Change, exp_low, over_allowed, sum_to, swap, tanh, where
 
 TILES = (8, 16, 32, 64, 128)
 
@@ -205,6 +205,8 @@ add("group", {
     "head h reads key head h // G": lambda x: np.minimum(np.arange(x.H) // x.G, x.G - 1),
     "all heads read key head 0": lambda x: 0 * x.group,
 }, "grouped heads")  # fmt: skip
+add("k_group", {"keys are tiled over the heads, values are not": lambda x: np.arange(x.H) % x.G}, "grouped heads")
+add("v_group", {"values are tiled over the heads, keys are not": lambda x: np.arange(x.H) % x.G}, "grouped heads")
 add("q", {"q is read as if it were contiguous": lambda x: _memory(x, "q")})
 add("kh", {
     "k is read as if it were contiguous": lambda x: _memory(x, "k")[..., x.group, :, :],
@@ -237,6 +239,19 @@ def _(n: int) -> None:
         f"bias of the first {n} rows for every tile": lambda x: x.capped + _tiled(x.bias, n, 2),
         f"bias of the first {n} columns for every tile": lambda x: x.capped + _tiled(x.bias, n, 3),
     }, "bias")  # fmt: skip
+
+
+@each(10, 20, 50, 80, 100)
+def _(n: int) -> None:
+    add("biased", {
+        f"scores are cut off at +-{n}": lambda x: np.clip(x.biased, -n, n),
+        f"scores are cut off at +-{n}, and their gradients there": lambda x: _cut_off(x, n),
+    })  # fmt: skip
+
+
+def _cut_off(x: Any, n: float) -> Array:
+    x.inside = np.abs(x.biased) < n
+    return np.asarray(np.clip(x.biased, -n, n))
 
 
 add("scores", {"softcap=after_mask": lambda x: _cap_behind_mask(x)}, "softcap", convention=True)
@@ -300,9 +315,17 @@ add("top", {
     "one maximum for all rows": lambda x: np.full_like(x.top, x.scores.max(initial=-np.inf)),
     "the maximum is not below -5e4": lambda x: np.maximum(x.top, -5e4),
     "the maximum is not below 0": lambda x: np.maximum(x.top, 0),
+    "the maximum is not below 0, and a sum of 0 divides": lambda x: _from_zero(x),
     "the maximum is taken over masked keys too": lambda x: np.fmax.reduce(x.biased, -1, keepdims=True, initial=-np.inf),
     "the maximum is taken before a negative scale": lambda x: x.raw.min(-1, keepdims=True, initial=np.inf),
 })  # fmt: skip
+def _from_zero(x: Any) -> Array:
+    """NaN where all of a row underflows."""
+    top = np.maximum(x.top, 0)
+    empty = exp_low(x, x.scores - top).sum(-1, keepdims=True) == 0
+    return np.asarray(where(empty & x.allowed.any(-1, keepdims=True), np.nan, top))
+
+
 add("top", {"the maximum leaves the sink out": lambda x: _own_top(x)}, "sink")
 add("z", {
     "the softmax runs over the sequences": lambda x: x.e.sum(0, keepdims=True),
@@ -361,14 +384,13 @@ add("lse", {
     "lse is the sum, not its log": lambda x: x.z[..., 0],
     "lse of a dead row is NaN": lambda x: where(x.z[..., 0] == 0, np.nan, x.lse),
     "dead rows have lse -inf in spite of the sink": lambda x: where(x.allowed.any(-1), x.lse, -np.inf),
-    "lse of scores without the scale": lambda x: np.log(np.exp(x.scores / (x.scale or 1.0)).sum(-1)),
+    "lse of scores without the scale": lambda x: _log_sum(where(x.allowed, x.biased / (x.scale or 1.0), -np.inf))[..., 0],
 })  # fmt: skip
 add("out", {
     "heads are merged without a transpose": lambda x: x.out.swapaxes(1, 2).reshape(x.out.shape),
     "batch and heads are exchanged": lambda x: x.out.swapaxes(0, 1).reshape(x.out.shape),
     "only the first sequence is computed": lambda x: where(np.arange(x.B)[:, None, None, None] == 0, x.out),
     "NaN in the output becomes 0": lambda x: np.nan_to_num(x.out),
-    "0 times NaN of masked values": lambda x: x.dropped @ x.vh,
     "masked weights are not normalised again": lambda x: over_allowed(
         where(x.allowed, x.e / np.exp(x.biased - x.top).sum(-1, keepdims=True)) * x.drop, x.vh, x.allowed),
 })  # fmt: skip
@@ -377,6 +399,13 @@ add("out", {
 @each(*TILES)
 def _(n: int) -> None:
     add("out", {f"the output is not rescaled between tiles of {n} keys": lambda x: _online(x, n)[1] / x.z})
+
+
+def _log_sum(s: Array) -> Array:
+    """log of the sum of exp, each less its maximum: nothing overflows."""
+    top = s.max(-1, keepdims=True, initial=-np.inf)
+    top = where(np.isfinite(top), top, 0.0)
+    return np.asarray(top + np.log(np.exp(s - top).sum(-1, keepdims=True)))
 
 
 def _own_top(x: Any) -> Array:
@@ -412,6 +441,7 @@ add("dl", {
     "dlse has the other sign": lambda x: -x.dl,
     "dlse is taken in base 2": lambda x: x.dl / math.log(2),
     "dlse is multiplied by ln 2": lambda x: x.dl * math.log(2),
+    "dlse is multiplied by the scale": lambda x: x.dl * x.scale,
     "dlse of the first head of a group for all": lambda x: x.dl[:, np.arange(x.H) // (x.H // x.G) * (x.H // x.G)],
 }, "dlse")  # fmt: skip
 add("ds", {
@@ -514,7 +544,7 @@ add("dsink", {
     "dlse is missing in dsink": lambda x: _sink_sum(x, -x.p_sink * x.delta),
     "dsink lacks the sink's weight": lambda x: _sink_sum(x, x.dl - x.delta),
     "the sink's weight in dsink is that of a sum without it": lambda x: _sink_sum(
-        x, np.exp(x.sink - np.log(np.exp(x.scores).sum(-1, keepdims=True))) * (x.dl - x.delta)),
+        x, np.exp(x.sink - _log_sum(x.scores)) * (x.dl - x.delta)),
 }, "sink")  # fmt: skip
 add("dbias", {
     "dbias of the first sequence alone": lambda x: _bias_sum(x, x.ds, "first"),
@@ -538,6 +568,7 @@ def _(n: int) -> None:
 add("slope", {
     "the derivative of the softcap is missing": lambda x: 1.0,
     "the derivative of the softcap is 1 - t": lambda x: 1 - x.t,
+    "the derivative of the softcap takes the tanh of the capped score": lambda x: 1 - np.square(np.tanh(x.t)),
     "the derivative of the softcap is divided by the cap": lambda x: x.slope / x.softcap,
     "the derivative of the softcap is 1 - (s / cap)^2 of the raw score": lambda x: 1 - np.square(x.raw / x.softcap),
     "the derivative of the softcap is taken at the score with its bias": lambda x: 1 - np.square(x.scores / x.softcap),
@@ -550,7 +581,6 @@ add("dq", {
     "dq of rows from S on is missing": lambda x: where(_rows(x) < x.S, x.dq),
     "dq is made of the keys of the first sequence": lambda x: x.scale * (x.dcap @ x.kh[:1]),
     "dq of the first head for all": lambda x: np.repeat(x.dq[:, :1], x.H, 1),
-    "0 times NaN in dq": lambda x: x.scale * (x.dcap @ x.kh),
 })  # fmt: skip
 add("dkh", {
     "dk lacks the scale": lambda x: x.dkh / (x.scale or 1.0),
@@ -559,7 +589,6 @@ add("dkh", {
     "dk of keys from L on is missing": lambda x: where(np.arange(x.S)[:, None] < x.L, x.dkh),
     "dk of the neighbouring head": lambda x: _roll(-3)(x.dkh),
     "dk lacks its mean over D": lambda x: x.dkh - x.dkh.mean(-1, keepdims=True),
-    "0 times NaN in dk": lambda x: x.scale * (swap(x.dcap) @ x.q),
 })  # fmt: skip
 add("dkh", {"dk is made of ds, not of its transpose": lambda x: x.scale * (x.dcap @ x.q)}, "L = S")
 
@@ -658,6 +687,18 @@ def _bias_sum(x: Any, terms: Array, which: str = "") -> Array:
 def _of_group(terms: Array, x: Any) -> Array:
     return terms.reshape(x.B, x.G, x.H // x.G, *terms.shape[-2:])
 
+
+# 0 times NaN: products whose weight 0 does not keep out what is masked.
+UNPROTECTED = (
+    Change("masked_nan=poisons", "out", lambda x: x.dropped @ x.vh),
+    Change("masked_nan=poisons", "dvh", lambda x: swap(x.dropped) @ x.dout),
+    Change("masked_nan=poisons", "dq", lambda x: x.scale * (x.dcap @ x.kh)),
+    Change("masked_nan=poisons", "dkh", lambda x: x.scale * (swap(x.dcap) @ x.q)),
+)
+# What is still said where nothing but the places of NaN and inf differ.
+OF_NAN = frozenset(
+    name for name in CHANGES if "NaN" in name or name in ("0 / 0 where dout is 0", "dead_lse=+inf", "masked scores are +inf")
+)
 
 # What else a convention changes in the backward, where all of it follows the convention.
 GOES_WITH: dict[str, tuple[str, ...]] = {

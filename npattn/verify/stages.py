@@ -66,8 +66,10 @@ def where(condition: Any, a: Any, b: Any = 0) -> Any:
 def exp_low(x: Any, a: Array) -> Array:
     """exp that overflows and underflows where the candidate's does."""
     info = np.finfo(x.low)
-    e = exp(a)
-    return np.asarray(where(a > math.log(info.max), np.inf, where(e < float(info.smallest_subnormal) / 2, e * 0, e)))
+    e, least = exp(a), float(info.smallest_subnormal)
+    if e.dtype != np.dtype(object):  # what is subnormal has fewer digits
+        e = np.where(e < float(info.smallest_normal), np.rint(e / least) * least, e)
+    return np.asarray(where(a > math.log(info.max), np.inf, where(e < least / 2, e * 0, e)))
 
 
 def over_allowed(w: Array, a: Array, allowed: Array) -> Array:
@@ -90,11 +92,11 @@ def sum_to(terms: Array, like: Array) -> Array:
     return result
 
 
-def group_sum(terms: Array, x: Any) -> Array:
+def group_sum(terms: Array, x: Any, group: Array) -> Array:
     """(B, H, S, D) -> (B, G, S, D), by the groups that the heads have read."""
     total = np.zeros((*terms.shape[:-3], x.G, *terms.shape[-2:]), terms.dtype)
     for h in range(x.H):
-        total[..., int(x.group[h]), :, :] += terms[..., h, :, :]
+        total[..., int(group[h]), :, :] += terms[..., h, :, :]
     return total
 
 
@@ -109,6 +111,8 @@ SHAPE: list[Stage] = [
     ("scale", lambda x: x.D**-0.5 if x.scale is None else x.scale),
     ("sink", lambda x: None if x.sink is None else np.asarray(x.sink)[:, None, None]),
     ("group", lambda x: np.arange(x.H) // (x.H // x.G)),
+    ("k_group", lambda x: x.group),
+    ("v_group", lambda x: x.group),
 ]
 MASKS: list[Stage] = [
     ("ahead", lambda x: np.arange(x.S) - np.arange(x.L)[:, None] - x.shift),
@@ -120,11 +124,12 @@ MASKS: list[Stage] = [
     ("allowed", lambda x: np.broadcast_to(x.by_causal & x.by_window & x.by_lengths & x.by_array & x.by_bias, x.shape)),
 ]
 SCORES: list[Stage] = [
-    ("kh", lambda x: x.k[..., x.group, :, :]),
-    ("vh", lambda x: x.v[..., x.group, :, :]),
+    ("kh", lambda x: x.k[..., x.k_group, :, :]),
+    ("vh", lambda x: x.v[..., x.v_group, :, :]),
     ("raw", lambda x: x.scale * (x.q @ swap(x.kh))),  # (1)
     ("t", lambda x: None if x.softcap is None else tanh(x.raw / x.softcap)),
     ("capped", lambda x: x.raw if x.softcap is None else x.softcap * x.t),  # (2)
+    ("inside", lambda x: True),  # where a score was not cut off
     ("biased", lambda x: x.capped if x.bias is None else x.capped + x.bias),  # (3)
     ("scores", lambda x: where(x.allowed, x.biased, -np.inf)),  # (4)
 ]
@@ -151,7 +156,7 @@ BACKWARD: list[Stage] = [
     ("dvh", lambda x: over_allowed(swap(x.dropped), x.do, swap(x.allowed))),  # (7)
     ("dp", lambda x: where(x.allowed, x.do @ swap(x.vh)) * x.drop),  # (7), (6)
     ("delta", lambda x: (x.do * where(x.alive, x.kept_out)).sum(-1, keepdims=True)),
-    ("ds", lambda x: where(x.allowed, x.p * (x.dp - x.delta + x.dl))),  # (5), (4)
+    ("ds", lambda x: where(x.allowed & x.inside, x.p * (x.dp - x.delta + x.dl))),  # (5), (4)
     ("p_sink", lambda x: 0.0 if x.sink is None else exp_low(x, x.sink - where(x.alive, x.kept_lse[..., None]))),
     ("sink_rows", lambda x: x.p_sink * (_of_row(x.dl) - _of_row(x.delta))),
     ("dsink", lambda x: None if x.sink is None else np.broadcast_to(x.sink_rows, (*x.shape[:-1], 1)).sum((0, 2, 3))),
@@ -160,8 +165,8 @@ BACKWARD: list[Stage] = [
     ("dcap", lambda x: where(x.allowed, x.ds * x.slope)),  # (2)
     ("dq", lambda x: x.scale * over_allowed(x.dcap, x.kh, x.allowed)),  # (1)
     ("dkh", lambda x: x.scale * over_allowed(swap(x.dcap), x.q, swap(x.allowed))),  # (1)
-    ("dk", lambda x: group_sum(x.dkh, x)),
-    ("dv", lambda x: group_sum(x.dvh, x)),
+    ("dk", lambda x: group_sum(x.dkh, x, x.k_group)),
+    ("dv", lambda x: group_sum(x.dvh, x, x.v_group)),
 ]
 FORWARD_STAGES = frozenset(name for name, _ in FORWARD)
 
