@@ -1,0 +1,29 @@
+"""``python -m benchmarks decode``: one new query, or a few, against a long cache of keys; many heads, and grouped ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks import harness, table
+from benchmarks.attention import COLUMNS, measure
+from benchmarks.cases import Case
+
+
+def grid(size: str) -> list[Case]:
+    if size == "tiny":
+        return [Case(1, 4, 1, 4, 2, S=16)]
+    if size == "quick":
+        return [Case(1, 128, 1, 32, 8, S=8192), Case(4, 128, 1, 32, 8, S=8192)]
+    few = [Case(L, 128, 1, 32, 8, S=S) for S in (1024, 8192, 32768) for L in (1, 4, 16)]
+    return [*few, *(Case(1, 128, B, 32, 8, S=4096) for B in (8, 32)), Case(1, 64, 8, 16, S=4096), Case(1, 64, 1, 1, S=65536)]
+
+
+def run(size: str, plan: harness.Plan, text: str = "") -> list[dict[str, Any]]:
+    table.head("attention of a few queries to a long cache, float32", COLUMNS, 48)
+    rows = []
+    for case in grid(size):
+        if text in case.name:
+            rows.append(measure(case, plan, verb="decode"))
+            table.line(rows[-1], COLUMNS, 48)
+    table.notes(rows)
+    return rows

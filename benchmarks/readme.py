@@ -1,0 +1,75 @@
+"""The table and the plot of README.md, written by the run that measured them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import plots, table
+from benchmarks.targets import Target, best_of_torch, median
+
+Row = dict[str, Any]
+BEGIN, END = "<!-- benchmark -->", "<!-- /benchmark -->"
+PLOT = Path("docs", "speed.png")
+D, MASK = 64, "causal"
+
+
+def times(x: float | None) -> str:
+    return "-" if x is None else f"{x:.2f}x" if x < 10 else f"{x:.0f}x"
+
+
+def text(rows: Sequence[Row], facts: Mapping[str, str], found: Sequence[Target], command: str) -> str:
+    """Between the two comments: what was measured on what, the rows of one shape, and the means over all that are aimed at."""
+    lines = [
+        f"Causal attention, D = {D}, float32, on {facts['processor']} with {facts['threads']} threads for everybody; BLAS",
+        f"{facts['BLAS']} with its {facts['kernels']} kernels; {plots.versions(facts)}.",
+        f"Written by `{command}` on {facts['time'].partition(' ')[0]}.",
+        "How many times longer the others take, in the same rounds on the same arrays:",
+        "",
+        "| | L | ours | GFLOP/s | of its own products and exp | torch SDPA, best | jax, jitted | onnxruntime |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for kind, backward in plots.KINDS.items():
+        for r in plots.chosen(rows, D, MASK, backward):
+            limits = r["roofline"]
+            lines.append(
+                f"| {kind} | {r['case']['L']} | {table.duration(r['seconds']['blockwise'])} | {limits['gflops']:.0f} "
+                f"| {table.percent(limits.get('own'))} | {times(best_of_torch(r))} | {times(median(r, 'jax'))} "
+                f"| {times(median(r, 'onnxruntime'))} |"
+            )
+    lines += ["", "Geometric means over L = 512 to 8192, D = 64 and 128, causal and not; the worst row where it says so:", ""]
+    lines += ["| | measured | aimed at |", "|---|---:|---:|"]
+    for t in found:
+        if t.value is not None:
+            worst = "" if t.join is not min else ", worst row"
+            worst += "" if len(t.values) >= t.rows else f" ({len(t.values)} of {t.rows} rows)"
+            digits, sign = 0 if t.unit == "%" else 2, "at least" if t.least else "at most"
+            lines.append(f"| {t.text}{worst} | {t.value:.{digits}f}{t.unit} | {sign} {t.needed:g}{t.unit} |")
+    return "\n".join(lines)
+
+
+def check(file: Path) -> None:
+    """Before an hour of measuring: is there a place to write to?"""
+    page = file.read_text()
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise SystemExit(f"{file}: expected one {BEGIN} and behind it one {END}, between which the table goes")
+
+
+def write(file: Path, rows: Sequence[Row], facts: Mapping[str, str], found: Sequence[Target], command: str) -> list[Path]:
+    """Fills the page, and draws the plot that it shows; returns what was written."""
+    check(file)
+    written, picture = [file], file.parent / PLOT
+    shown = ""
+    try:
+        picture.parent.mkdir(exist_ok=True)
+        if plots.throughput(rows, facts, picture, [(D, MASK)]):
+            written.append(picture)
+            shown = f"\n![GFLOP/s against L: npattn, its limits and its peers]({PLOT.as_posix()})\n"
+    except ImportError as error:
+        print(error)
+    page = file.read_text()
+    before, rest = page.split(BEGIN)
+    _, after = rest.split(END)
+    file.write_text(f"{before}{BEGIN}\n{text(rows, facts, found, command)}\n{shown}{END}{after}")
+    return written
