@@ -20,8 +20,8 @@ Two disjoint sets of keys are merged by their lse alone: `merge`.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +40,7 @@ from npattn.attention import (
     visible,
 )
 
-TILE = (256, 512)  # queries, keys
+TILE = (512, 512)  # queries, keys
 SMALL = 64 * 64  # heads with no more scores are computed together, as many as fill a tile
 FEW = 1 << 20  # scores at a time of what is left to `npattn.attention`
 
@@ -57,18 +57,18 @@ def blockwise_forward(
     threads.
     """
     c = bind("blockwise", q, k, v, mask, bias, scale, softcap, sink, dropout_mask)
-    out = np.empty((*q.shape[:-1], v.shape[-1]), c.computing)
+    out, kept = (np.empty((*q.shape[:-1], v.shape[-1]), dtype) for dtype in (q.dtype, c.computing))
     lse, total = (np.empty(q.shape[:-1], c.computing) for _ in range(2))
 
     def work(task: tuple[Shape, slice], tiles: Tiles) -> None:
         index, rows = task
         found = attend(c, index, rows, tiles, True) or attend(c, index, rows, tiles, False) or attend_by_rows(c, index, rows)
-        out[index][..., rows, :], lse[index][..., rows], total[index][..., rows] = found
+        kept[index][..., rows, :], lse[index][..., rows], total[index][..., rows] = found
+        out[index][..., rows, :] = found[0]  # a copy: the caller may write into it
 
     tasks = [(index, rows) for rows in reversed(slices(q.shape[-2], TILE[0])) for index in bundles(c)]
     share(work, tasks, lambda: Tiles(c.computing))
-    cache = c._replace(lse=lse, kept=Kept(out, total))
-    out = out.astype(q.dtype)  # the caller may write into what is returned
+    cache = c._replace(lse=lse, kept=Kept(kept, total))
     return (out, lse) if return_lse else out, cache
 
 
@@ -84,10 +84,12 @@ def attend(c: AttentionCache, index: Shape, rows: slice, tiles: Tiles, steady: b
     sink = sink_of(c, index)
     m = np.zeros(n, z.real.dtype) + (0.0 if steady else sink.real)
     z += select(sink != -np.inf, np.exp(sink - m))  # one more logit, without a value
-    for cols, allowed, bias in visible_tiles(c, index, rows):
-        k, v = (keys_of(c, x, index, cols) for x in (c.k, c.v))
-        width = cols.stop - cols.start
-        s = np.matmul(q, swap(k), out=tiles.take(0, *n, width))  # (1)
+    for block in itertools.chain(*plan(c, index, rows)):
+        at = slice(block.rows.start - rows.start, block.rows.stop - rows.start)
+        k, v = (keys_of(c, x, index, block.cols) for x in (c.k, c.v))
+        allowed, bias = pairs_of(c, index, block)
+        shape, width = (*n[:-1], at.stop - at.start), block.cols.stop - block.cols.start
+        s = np.matmul(q[..., at, :], swap(k), out=tiles.take(0, *shape, width))  # (1)
         if c.softcap is not None:
             s /= c.softcap
             np.tanh(s, out=s)
@@ -97,18 +99,20 @@ def attend(c: AttentionCache, index: Shape, rows: slice, tiles: Tiles, steady: b
         if allowed is not None:
             hide(s, allowed)  # (4)
             v = only(allowed.any(-2), v)
-        seen |= True if allowed is None else allowed.any(-1)
+        seen[..., at] |= True if allowed is None else allowed.any(-1)
         if not steady:
-            top = np.maximum(m, s.real.max(-1, initial=-np.inf))  # (5a)
+            top = np.maximum(m[..., at], s.real.max(-1, initial=-np.inf))  # (5a)
             shift = finite(top)
-            r = np.exp(m - shift)
-            m, z, a = top, r * z, r[..., None] * a
+            r = np.exp(m[..., at] - shift)
+            m[..., at] = top
+            z[..., at] *= r
+            a[..., at, :] *= r[..., None]
             s -= shift[..., None]
         e = np.exp(s, out=s)
-        z += e @ ones[:width]  # (5b)
+        z[..., at] += e @ ones[:width]  # (5b)
         if c.dropout is not None:
-            e *= c.dropout.tile(index, rows, cols)  # (6)
-        a += np.matmul(e, v, out=tiles.take(1, *n, E))  # (7), (5b)
+            e *= c.dropout.tile(index, block.rows, block.cols)  # (6)
+        a[..., at, :] += np.matmul(e, v, out=tiles.take(1, *shape, E))  # (7), (5b)
         if steady and not np.isfinite(z).all():
             return None
     least = np.finfo(c.computing).eps if steady else 0.0  # below it, terms that are lost as subnormal numbers would count
@@ -136,7 +140,7 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     dbias = None if c.bias is None else c.bias.new_gradient()
     dsink: Any = None if c.sink is None else np.zeros(c.sink.shape, c.computing)
     dscale = c.computing.type(0)
-    plans, turns, sound = {index: plan(c, index, rows) for index in bundles(c)}, Turns(), owners(c)
+    plans, turns, sound = {i: [plan(c, i, r) for r in rows] for i in bundles(c)}, Turns(), owners(c)
     for owner in owners(c):
         indices = readers(c, owner)
         if all(np.isfinite(x[index]).all() for x in (c.kept.total, off, do) for index in indices):
@@ -176,22 +180,20 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
 
 
 def differentiate(
-    c: AttentionCache, known: Known, plans: dict[Shape, Array], turns: Turns, owner: Shape, cols: slice, tiles: Tiles,
-    dq: Array, dk: Array, dv: Array, dbias: Any,
+    c: AttentionCache, known: Known, plans: dict[Shape, list[list[list[Block]]]], turns: Turns, owner: Shape, cols: slice,
+    tiles: Tiles, dq: Array, dk: Array, dv: Array, dbias: Any,
 ) -> None:  # fmt: skip
     """dk and dv of some keys of one group (or bundle of heads), and what these keys give to dq and dbias."""
     j, (D, E) = cols.start // TILE[1], (c.k.shape[-1], c.v.shape[-1])
     k, v = (with_ones(keys_of(c, x, readers(c, owner)[0], cols), c.computing) for x in (c.k, c.v))
     sum_k, sum_v = np.zeros((*k.shape[:-1], D), c.computing), np.zeros((*v.shape[:-1], E), c.computing)
-    for index in readers(c, owner):
-        for i, rows in enumerate(slices(c.q.shape[-2], TILE[0])):
-            first, stop, full, number = plans[index][i, j].tolist()
-            if first == stop:
-                continue
-            here, near, width = slice(first, stop), slice(first - cols.start, stop - cols.start), stop - first
+    for index, i in itertools.product(readers(c, owner), range(-(-c.q.shape[-2] // TILE[0]))):
+        row = plans[index][i]
+        for block in row[j]:
+            rows, near = block.rows, slice(block.cols.start - cols.start, block.cols.stop - cols.start)
             q, k1, v1 = c.q[index][..., rows, :].astype(c.computing, copy=False), k[..., near, :], v[..., near, :]
-            n = q.shape[:-1]
-            allowed, bias = tile_of(c, index, rows, here, bool(full))
+            n, width = q.shape[:-1], near.stop - near.start
+            allowed, bias = pairs_of(c, index, block)
             if allowed is not None:
                 q, k1, v1 = only(allowed.any(-1), q), only(allowed.any(-2), k1), only(allowed.any(-2), v1)
             q1, do1 = tiles.take(2, *n, D + 1), tiles.take(3, *n, E + 1)
@@ -217,7 +219,7 @@ def differentiate(
                 dropped = p
                 np.matmul(do1, swap(v1), out=dp)  # (7): dp less its mean
             else:
-                drop = c.dropout.tile(index, rows, here)
+                drop = c.dropout.tile(index, rows, block.cols)
                 dropped = np.multiply(p, drop, out=tiles.take(5, *n, width))  # (6)
                 np.matmul(do1[..., :E], swap(v1[..., :E]), out=dp)  # (7)
                 dp *= drop  # (6)
@@ -225,14 +227,15 @@ def differentiate(
             sum_v[..., near, :] += np.matmul(swap(dropped), do1[..., :E], out=tiles.take(6, *n[:-1], width, E))  # (7)
             ds = np.multiply(p, dp, out=s)  # (5)
             if dbias is not None:
-                c.bias.add_gradient(dbias, index, rows, here, ds)  # (3)
+                c.bias.add_gradient(dbias, index, rows, block.cols, ds)  # (3)
             if c.softcap is not None:
                 np.square(t, out=t)
                 ds *= np.subtract(1, t, out=t)  # (2)
             sum_k[..., near, :] += np.matmul(swap(ds), q, out=tiles.take(6, *n[:-1], width, D))  # (1)
             of_q = np.matmul(ds, k1[..., :D], out=tiles.take(7, *n, D))  # (1)
-            turns.wait((index, i), number)
+            turns.wait((index, i), sum(map(bool, row[:j])))
             dq[index][..., rows, :] += of_q
+        if row[j]:
             turns.next((index, i))
     sum_k *= c.scale
     dk[owner][..., cols, :] = group_sum(sum_k, dk[owner][..., cols, :])
@@ -362,42 +365,46 @@ def add_by_head(total: Array, index: Shape, c: AttentionCache, x: Array) -> None
         total += x.sum(tuple(range(x.ndim - 1)))
 
 
-def plan(c: AttentionCache, index: Shape, rows: list[slice]) -> Array:
-    """For each tile of one head (first key, key behind the last, all allowed, number of tiles before it that are not empty)."""
+class Block(NamedTuple):
+    """A part of a tile that has to be computed."""
+
+    rows: slice
+    cols: slice
+    full: bool  # all of its pairs are allowed
+
+
+def plan(c: AttentionCache, index: Shape, rows: slice) -> list[list[Block]]:
+    """For each tile of keys what these queries may see of it, in halves: the empty ones are left out, equal ones are one."""
     spans = slices(c.k.shape[-2], TILE[1])
-    found = np.zeros((len(rows), len(spans), 4), np.int64)
-    for i, r in enumerate(rows):
-        number = 0
-        for j, cols in enumerate(spans):
-            found[i, j] = cols.start, cols.stop, True, j
-        if c.mask is None:
-            continue
-        states, unit = c.mask.states(index, r, max(TILE[1] // 2, 1)), max(TILE[1] // 2, 1)
-        for j, cols in enumerate(spans):
-            here = states[cols.start // unit : -(-cols.stop // unit)]
-            some = np.flatnonzero(here != EMPTY)
-            if not some.size:
-                found[i, j] = cols.start, cols.start, True, number
-                continue
-            first, last = some[0], some[-1]
-            full = (here[first : last + 1] == FULL).all()
-            found[i, j] = cols.start + unit * first, min(cols.start + unit * (last + 1), cols.stop), full, number
-            number += 1
+    if c.mask is None:
+        return [[Block(rows, cols, True)] for cols in spans]
+    high, wide = (max(n // 2, 1) for n in TILE)
+    halves = [slice(rows.start + x.start, rows.start + x.stop) for x in slices(rows.stop - rows.start, high)]
+    states = np.array([c.mask.states(index, x, wide) for x in halves]).T.tolist()
+    found: list[list[Block]] = []
+    for cols in spans:
+        blocks: list[Block] = []
+        for x in slices(cols.stop - cols.start, wide):
+            part = slice(cols.start + x.start, cols.start + x.stop)
+            state = states[part.start // wide]
+            some = [n for n, s in enumerate(state) if s != EMPTY]
+            if some:
+                full = all(s == FULL for s in state[some[0] : some[-1] + 1])
+                here = slice(halves[some[0]].start, halves[some[-1]].stop)
+                last = blocks[-1] if blocks else None
+                if last and (last.rows, last.cols.stop, last.full) == (here, part.start, full):
+                    part = slice(blocks.pop().cols.start, part.stop)
+                blocks.append(Block(here, part, full))
+        found.append(blocks)
     return found
 
 
-def visible_tiles(c: AttentionCache, index: Shape, rows: slice) -> Iterator[tuple[slice, Any, Any]]:
-    """The tiles of keys that these queries may see: which, which pairs of them are allowed (None: all), and their bias."""
-    for first, stop, full, _ in plan(c, index, [rows])[0].tolist():
-        if first < stop:
-            cols = slice(first, stop)
-            yield cols, *tile_of(c, index, rows, cols, full)
-
-
-def tile_of(c: AttentionCache, index: Shape, rows: slice, cols: slice, full: bool) -> tuple[Any, Any]:
-    """Which pairs of a tile are allowed (None: all), and its bias."""
-    allowed, bias = visible(c._replace(mask=None) if full else c, index, rows, cols)
-    shape = (*c.q.shape[len(index) : -2], rows.stop - rows.start, cols.stop - cols.start)
+def pairs_of(c: AttentionCache, index: Shape, block: Block) -> tuple[Any, Any]:
+    """Which pairs of a block are allowed (None: all), and their bias."""
+    if block.full and c.bias is None:
+        return None, None
+    allowed, bias = visible(c._replace(mask=None) if block.full else c, index, block.rows, block.cols)
+    shape = (*c.q.shape[len(index) : -2], block.rows.stop - block.rows.start, block.cols.stop - block.cols.start)
     return None if allowed is None else np.broadcast_to(allowed, shape), bias
 
 

@@ -191,9 +191,11 @@ class WindowBound(Bound):
         return right if self.left is None else right & (distance >= -self.left)
 
     def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
-        q, k = self._ends(index, rows, cols)
-        distance = k[..., None, :] - q[..., :, None]
-        return np.broadcast_to(self._holds(distance), distance.shape)
+        q, k = (x[..., None] for x in self._ends(index, rows, cols))
+        k = np.swapaxes(k, -1, -2)
+        shape = np.broadcast_shapes(q.shape, k.shape)
+        right = np.ones(shape, bool) if self.right is None else k <= q + self.right
+        return np.broadcast_to(right if self.left is None else right & (k >= q - self.left), shape)
 
     def state(self, index: Shape, rows: slice, cols: slice) -> int:
         q, k = self._ends(index, rows, cols)

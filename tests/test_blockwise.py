@@ -147,9 +147,9 @@ def test_the_work_is_that_of_the_pairs_that_are_allowed(mask, most):
     x = np.zeros((4096, 1), np.float32)
     c = tiled.bind("blockwise", x, x, x, mask, None, None, None, None, None)
     computed = sum(
-        (rows.stop - rows.start) * (cols.stop - cols.start)
+        (block.rows.stop - block.rows.start) * (block.cols.stop - block.cols.start)
         for rows in tiled.slices(4096, tiled.TILE[0])
-        for cols, _, _ in tiled.visible_tiles(c, (), rows)
+        for block in itertools.chain(*tiled.plan(c, (), rows))
     )
     pairs = 4096 * 4096 if mask is None else int(mask.bind((4096, 4096)).dense().sum())
     assert pairs <= computed <= most * pairs
