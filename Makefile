@@ -15,7 +15,7 @@ lint:
 type:
 	mypy --strict npattn
 
-bench:  ## how long a verification takes here
+bench:  ## beside other libraries on this machine, an hour; --quick for a look
 	python -m benchmarks
 
 docs:  ## every example in the documents and docstrings

@@ -54,7 +54,7 @@ def test_the_readers_own_test_in_the_readme(monkeypatch):
     scope["test_my_attention"]()
     theirs.my_attention = lambda q, k, v: v.mean(-2, keepdims=True) + 0 * q
     exec(block, scope)
-    with pytest.raises(AssertionError, match=r"falls short in .*\nplain: out"):
+    with pytest.raises(AssertionError, match=r"(?s)falls short in .*\nplain: out"):
         scope["test_my_attention"]()
 
     def nothing(q, k, v):
