@@ -165,6 +165,35 @@ def looks_behind_the_mask():
     return Candidate("looks", forward)
 
 
+def mask_by_shape():
+    """The first mask of a shape is kept for all that follow."""
+    kept = {}
+
+    def forward(q, k, v, *, mask=None):
+        return honest(q, k, v, mask=None if mask is None else kept.setdefault(mask.shape, mask))
+
+    return Candidate("kept", forward)
+
+
+def bias_by_shape():
+    kept = {}
+
+    def forward(q, k, v, *, bias=None):
+        return honest(q, k, v, bias=None if bias is None else kept.setdefault(bias.shape, bias))
+
+    return Candidate("kept", forward)
+
+
+KEPT = "out is wrong for another mask or bias of the same shape: state is kept between calls"
+
+
+@pytest.mark.parametrize(("make", "case"), [(mask_by_shape, "mask array"), (mask_by_shape, "key_lengths"),
+                                            (bias_by_shape, "bias BHLS")])  # fmt: skip
+def test_a_mask_that_is_kept_by_its_shape_is_caught(make, case):
+    assert is_judged_right(make(), case)
+    assert conditions(make(), case)[0]["other calls"] == KEPT
+
+
 BREAKS = {
     "repeat": (another_last_bit, "plain", "a second call"),
     "other calls": (one_buffer, "plain", "out is overwritten by the next call"),

@@ -22,10 +22,11 @@ from npattn.verify import CASES, PRECISIONS, Candidate, Convention, Settings, di
 from npattn.verify.candidates import canonical
 from npattn.verify.cases import SMALL, Case, draw
 from npattn.verify.conventions import FIELDS
-from npattn.verify.diagnose import Diagnostician, places
+from npattn.verify.diagnose import UNKNOWN, Diagnostician, places
 from npattn.verify.errors import predict
 from npattn.verify.judge import WORDS
 from npattn.verify.mistakes import CHANGES
+from npattn.verify.precision import round_to
 from npattn.verify.rounded import rounded
 from npattn.verify.stages import facts, run
 
@@ -291,8 +292,7 @@ def test_no_more_searches_for_two_than_allowed():
     owner = Diagnostician(pairs=0)
     tested = Candidate("by hand", changed(**PAIRS["causal=bottom_right", "lse=log2"][0])[0])
     result = examine(tested, BY_NAME["causal top_left"], 0, Settings(power=False), owner)
-    assert [e.names for e in result.explanations] == [("causal=bottom_right",)]
-    assert result.explanations[0].tensors == ("out",)
+    assert [(e.names, e.tensors) for e in result.explanations] == [(("causal=bottom_right",), ("out",)), ((UNKNOWN,), ("lse",))]
 
 
 def test_what_the_backward_does_is_told_from_the_forward():
@@ -373,7 +373,111 @@ def test_what_is_no_rounding_is_not_called_one():
         forward = changed(out=out)[0]
         result = examine(Candidate("noise", forward), BY_NAME["plain"], 0, Settings(power=False), Diagnostician(pairs=0))
         assert result.status == "wrong"
-        assert result.explanations == []
+        assert said(result.explanations) == {UNKNOWN}
+
+
+def test_weights_rounded_in_the_backward_alone_are_not_called_an_output():
+    (e,) = explained(changed()[0], rounded(dataclasses.replace(PRECISIONS["float32"], storage="bfloat16", weights=2.0**-8))[1])
+    assert (e.names, e.tensors, e.where) == (("weights rounded to 8 bits",), ("dv",), "in the backward")
+
+
+@pytest.mark.parametrize("tensor", ["dv", "dq"])
+def test_one_gradient_that_is_rounded_is_named_by_itself(tensor):
+    (e,) = explained(*changed(grads=lambda g: g | {tensor: round_to(g[tensor], "bfloat16")}))
+    assert (e.names, e.tensors) == ((f"{tensor} rounded to 8 bits",), (tensor,))
+
+
+def dense(weights=lambda s: s, top=lambda m: m, shift=None):
+    """Ordinary attention and its backward: with the products as they are, and with what is done to the scores changed."""
+
+    def parts(q, k, mask, causal):
+        s = weights(q @ k.swapaxes(-1, -2) * np.float32(q.shape[-1] ** -0.5))
+        s = np.where(tri(q, k, "bottom_right"), s, -np.inf) if causal else s
+        s = s if mask is None else np.where(mask, s, -np.inf)
+        m = top(s.max(-1, keepdims=True))
+        m = np.where(np.isfinite(m), m, np.float32(0))
+        e = np.exp(s - m)
+        z = e.sum(-1, keepdims=True)
+        lse = (m + np.log(z)).astype(q.dtype)
+        if shift == "lse":
+            return np.exp(s - lse), lse[..., 0]
+        p = e / z if shift == "unguarded" else np.where(z == 0, 0, e / np.where(z == 0, 1, z))
+        return p.astype(q.dtype), lse[..., 0]
+
+    @quiet
+    def forward(q, k, v, *, mask=None, causal=False):
+        p, lse = parts(q, k, mask, causal)
+        return p @ v, lse
+
+    @quiet
+    def backward(dout, q, k, v, *, mask=None, causal=False):
+        p, _ = parts(q, k, mask, causal)
+        dp = dout @ v.swapaxes(-1, -2)
+        ds = p * (dp - (p * dp).sum(-1, keepdims=True)) * np.float32(q.shape[-1] ** -0.5)
+        return ds @ k, ds.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ dout
+
+    return forward, backward
+
+
+@pytest.mark.parametrize("case", [c.name for c in CASES if "NaN" in c.name])
+def test_unprotected_products_are_a_convention(case):
+    """NaN comes through them behind a mask, and no mistake is named for that."""
+    forward, backward = dense()
+    owner = Diagnostician("bottom_right")
+    tested = Candidate("ordinary", forward, backward, Convention(causal="bottom_right"))
+    result = examine(tested, BY_NAME[case], 0, Settings(power=False), owner)
+    wrong = {c.tensor for c in result.checks if c.status == "wrong"}
+    (e,) = result.explanations
+    assert (e.names, set(e.tensors)) == (("masked_nan=poisons",), wrong)
+    declared = dataclasses.replace(tested, convention=Convention(causal="bottom_right", masked_nan="poisons"))
+    assert examine(declared, BY_NAME[case], 0, Settings(power=False), owner).status == "not supported"
+
+
+def test_places_of_nan_alone_are_no_other_mistake():
+    """NaN in the first row of what does not see it: neither a product nor anything that is known."""
+
+    def forward(q, k, v, *, mask=None):
+        out, lse = honest_forward(q, k, v, mask=mask)
+        out[:, :, 0] = np.nan if mask is not None else out[:, :, 0]
+        return out, lse
+
+    assert said(explained(forward, None, case="NaN behind the mask")) == {UNKNOWN}
+
+
+@pytest.mark.parametrize("n", [10, 20, 50, 80, 100])
+def test_scores_that_are_cut_off_are_named(n):
+    found = explained(*dense(weights=lambda s: np.clip(s, -n, n)), case="inputs x30")
+    assert f"scores are cut off at +-{n}" in said(found)
+    assert {t for e in found if f"scores are cut off at +-{n}" in e.names for t in e.tensors} >= {"out", "lse"}
+
+
+def test_a_maximum_that_starts_at_0_is_named():
+    found = explained(dense(top=lambda m: np.maximum(m, 0), shift="unguarded")[0], None, case="inputs K mean")
+    assert said(found) == {"the maximum is not below 0, and 0 / 0 where all underflows"}
+
+
+@pytest.mark.parametrize("case", ["inputs x30", "inputs near-tie"])
+def test_weights_of_a_rounded_lse_are_named(case):
+    found = explained(*dense(shift="lse"), case=case)
+    assert said(found) == {"each row is off by a factor, as of exp(s - lse) with a rounded lse"}
+
+
+def test_an_overflow_is_no_lse_without_the_scale():
+    found = explained(dense(top=lambda m: 0 * m, shift="unguarded")[0], None, case="inputs x30")
+    assert said(found) == {"no maximum is subtracted"}
+    assert "lse of scores without the scale" not in {name for e in found for name in e.others}
+
+
+def test_what_holds_in_a_second_call_is_said_to():
+    calls = []
+
+    def forward(q, k, v):
+        calls.append(q)
+        out, lse = honest_forward(q, k, v)
+        return (out if len(calls) > 1 else out[:, :, ::-1].copy() + np.float32(0.1) * out * out), lse
+
+    (e,) = explained(forward, None)
+    assert e.text == "out: holds when called again: state is kept between calls"
 
 
 # --- what is excluded, and what was before ---------------------------------------------------------------------------------
@@ -478,7 +582,7 @@ def test_what_has_no_name_is_localised():
         return out, lse
 
     result = examine(Candidate("noise", forward), BY_NAME["plain"], 0, Settings(power=False), Diagnostician(pairs=0))
-    assert result.explanations == []
+    assert [e.text for e in result.explanations] == ["out: nothing that is known matches; see the places above"]
     (wrong,) = [c for c in result.checks if c.status == "wrong"]
     assert "heads 1; queries from 32 on, where a tile of 32 begins" in wrong.text
 

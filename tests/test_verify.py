@@ -365,3 +365,21 @@ def test_env_says_when_better_kernels_are_left_unused(monkeypatch):
     assert "2.00x" in facts["measured"]
     monkeypatch.setattr(environment, "_has_avx512", lambda: False)
     assert "advice" not in environment.describe()
+
+
+@pytest.mark.parametrize("case", [c.name for c in CASES if c.dtype == "float64" and "-1e10" not in c.name])
+def test_a_change_that_does_nothing_takes_no_power(case):
+    """Alignment where nothing is aligned, and the noise of float64: 'causal=top_left' would pass, and so it should."""
+    row = next(c for c in CASES if c.name == case)
+    assert {c.status for c in examine(load("blockwise"), row).checks} == {"ok"}
+
+
+@pytest.mark.parametrize("declared", [None, "bfloat16-M1"])
+def test_the_class_is_told_on_inputs_that_it_holds(declared):
+    """On others the rounding of the inputs hides that of P and dS: M1 would seem to fit."""
+    from npattn.verify import PRECISIONS
+    from npattn.verify.rounded import rounded
+
+    rows = [c for c in CASES if c.name in ("plain", "mask array", "inputs x30")]
+    for name in ("bfloat16-M2", "bfloat16-M3"):
+        assert verify(*rounded(PRECISIONS[name]), cases=rows, precision=declared).fits == name

@@ -15,11 +15,11 @@ import numpy as np
 
 from npattn._checks import Array
 from npattn._pairs import quiet
-from npattn.masks import as_mask
+from npattn.masks import as_mask, key_lengths
 from npattn.verify.candidates import Candidate, canonical
-from npattn.verify.cases import Problem, Truth
+from npattn.verify.cases import Part, Problem, Truth
 from npattn.verify.judge import Check, Settings, accepts, call_backward, call_forward, units
-from npattn.verify.precision import of_dtype
+from npattn.verify.precision import Precision, of_dtype
 
 CONDITIONED = ("plain", "causal top_left", "mask array", "key_lengths", "G < H", "bias BHLS", "sink", "dead rows", "dlse")
 
@@ -36,18 +36,22 @@ def examine_conditions(candidate: Candidate, case: Any, seed: int, settings: Set
     truth = candidate.truth(problem, precision)
     if truth is None or "out" not in values or values["out"].shape != truth.values["out"].shape:
         return []
-    return list(conditions(candidate, problem, truth, values, settings.level))
+    return list(conditions(candidate, problem, truth, values, settings.level, precision))
 
 
-def conditions(candidate: Candidate, problem: Problem, truth: Truth, values: dict[str, Any], level: str) -> Iterator[Check]:
+def conditions(
+    candidate: Candidate, problem: Problem, truth: Truth, values: dict[str, Any], level: str,
+    precision: Precision | None = None,
+) -> Iterator[Check]:  # fmt: skip
     """All conditions of one case; ``values`` is what the candidate returned first."""
+    precision = precision or of_dtype(problem.dtype)
     level = "good" if level == "bounded" else level  # det is not cut to one sequence
     first = {n: x for n, x in values.items() if isinstance(x, np.ndarray)}
     if not first:
         return
     saved = {n: x.copy() for n, x in first.items()}
     yield _same("repeat", "a second call", saved, _call(candidate, problem))
-    yield _other(candidate, problem, first, saved)
+    yield _other(candidate, problem, first, saved, precision, level)
     yield _threads(candidate, problem, saved)
     yield _strided(candidate, problem, truth, level)
     if len(problem.shape) == 4 and problem.shape[0] > 1:
@@ -84,18 +88,51 @@ def _same(name: str, what: str, want: dict[str, Array], got: dict[str, Array]) -
     return Check(name, "ok", level="tight")
 
 
-def _other(candidate: Candidate, problem: Problem, first: dict[str, Array], saved: dict[str, Array]) -> Check:
-    """Calls with other numbers and another shape overwrite nothing, and a backward after them belongs to its own forward."""
+def _other(
+    candidate: Candidate, problem: Problem, first: dict[str, Array], saved: dict[str, Array], precision: Precision, level: str
+) -> Check:
+    """Calls with other numbers, another shape or another mask overwrite nothing and leave nothing behind.
+
+    A backward after them belongs to its own forward, and another mask or bias of the same shape is the one that counts.
+    """
     other = dataclasses.replace(problem, q=-problem.q, v=problem.v[..., ::-1].copy(), dout=-problem.dout)
     for p in (other, _cut(problem, 1)):
         _call(candidate, p)
+    masked = _otherwise(problem)
+    if masked is not None:
+        truth = candidate.truth(masked, precision)
+        got = _call(candidate, masked)
+        if truth is not None:
+            what = "for another mask or bias of the same shape: state is kept between calls"
+            check = _judged("other calls", what, got, truth.values, truth.sigma, level)
+            if check.status == "wrong":
+                return check
     for tensor, x in first.items():
         if x.tobytes() != saved[tensor].tobytes():
             return Check("other calls", "wrong", f"{tensor} is overwritten by the next call", worst=math.inf)
     backward = call_backward(candidate, problem, {n: saved[n] for n in problem.outputs if n in saved})
     got = {n: x for n, x in backward.values.items() if isinstance(x, np.ndarray)}
     want = {n: x for n, x in saved.items() if n in problem.gradients}
-    return _same("other calls", "a backward after another forward", want, got)
+    check = _same("other calls", "a backward after another forward", want, got)
+    return check if check.status == "wrong" else _same("other calls", "a call after others", saved, _call(candidate, problem))
+
+
+def _otherwise(problem: Problem) -> Problem | None:
+    """The same with another mask and bias of the same shapes, or None where there is neither."""
+
+    def part(p: Part) -> Part:
+        if isinstance(p.mask, np.ndarray) and p.keyword == "mask":
+            return dataclasses.replace(p, mask=np.roll(p.mask, 1, (-2, -1)))
+        if p.keyword == "key_lengths":
+            lengths = np.maximum(np.asarray(p.value) - 1, 1)
+            return dataclasses.replace(p, mask=key_lengths(lengths), value=lengths)
+        return p
+
+    parts, options = [part(p) for p in problem.parts], dict(problem.options)
+    if isinstance(options.get("bias"), np.ndarray):
+        options["bias"] = np.ascontiguousarray(options["bias"][..., ::-1])
+    same = all(p is q for p, q in zip(parts, problem.parts, strict=True)) and "bias" not in options
+    return None if same else dataclasses.replace(problem, parts=parts, options=options)
 
 
 def _threads(candidate: Candidate, problem: Problem, want: dict[str, Array]) -> Check:

@@ -21,8 +21,8 @@ import numpy as np
 from npattn._checks import Array
 from npattn._pairs import quiet
 from npattn.verify import layers
-from npattn.verify.mistakes import CHANGES
-from npattn.verify.precision import PRECISIONS, Precision, of_dtype
+from npattn.verify.mistakes import CHANGES, MAKES_NAN, OF_NAN, UNPROTECTED
+from npattn.verify.precision import PRECISIONS, Precision, of_dtype, round_to
 from npattn.verify.stages import FORWARD_STAGES, Change, facts, run
 
 FORWARD = ("out", "lse")
@@ -43,6 +43,8 @@ class Explanation:
     @property
     def text(self) -> str:
         name = " and ".join(self.names)
+        if self.distance == math.inf:  # it is no match
+            return f"{', '.join(self.tensors)}: {name}{self.where}"
         where = f" {self.where}" if self.where else ""
         others = (
             f" (here the same as: {'; '.join(self.others[:3])}{'; ...' if len(self.others) > 3 else ''})" if self.others else ""
@@ -81,6 +83,15 @@ def near(apart: tuple[float, float], before: float) -> bool:
     """
     rms, most = apart
     return (rms <= 6 and most <= 60 and rms < before / 3) or (rms <= 100 and most <= 2000 and rms < before / 1000)
+
+
+UNKNOWN = "nothing that is known"
+
+
+def _unknown(tensors: Iterable[str], searched: bool = True) -> Explanation:
+    """Says that there is no explanation."""
+    where = " matches; see the places above" if searched else " was tried any longer, or matches; see the places above"
+    return Explanation((UNKNOWN,), tuple(tensors), math.inf, where)
 
 
 class Diagnostician:
@@ -155,20 +166,26 @@ class Diagnostician:
         if not wrong:
             return []
         search = _Search(self, problem, given, sigma, got, base)
-        wrong = [t for t in wrong if search.before[t] > 3]
-        found: list[Explanation] = []
+        found: list[Explanation] = search.nan(wrong)
+        poisoned = {t for e in found for t in e.tensors}
+        everything, wrong = wrong, [t for t in wrong if search.before[t] > 3 and t not in poisoned]
         forward: tuple[Change, ...] = ()
         if set(wrong) & set(FORWARD):
-            found, forward = search.forward([t for t in FORWARD if t in wrong])
+            more, forward = search.forward([t for t in FORWARD if t in wrong])
+            found += more
         gradients = [t for t in wrong if t not in FORWARD]
         if gradients:
             found += search.backward(gradients, forward)
-        found = [e for e in found if not _only_nan(e, got)]
+        found = [e for e in found if set(e.tensors) <= poisoned or not _only_nan(e, got)]
         found = [_detached(e, got) for e in found]
         explained = {t for e in found for t in e.tensors}
         found += search.roughly([t for t in wrong if t not in explained])
+        explained = {t for e in found for t in e.tensors}
+        found += search.rows([t for t in everything if t not in explained])
         self.known.update(name for e in found for name in e.names)
-        return found
+        explained = {t for e in found for t in e.tensors}
+        left = [t for t in everything if t not in explained]
+        return [*found, _unknown(left, self.left >= 0)] if left else found
 
     def _layer(self, problem: Any, sigma: dict[str, Array], got: dict[str, Any], wrong: list[str]) -> list[Explanation]:
         """The known mistakes of another op: one for all that is wrong, or one for each tensor."""
@@ -202,12 +219,16 @@ class Diagnostician:
                 tensors = tuple(wrong) if not t else (*(found[name].tensors if name in found else ()), t)
                 found[name] = Explanation((name,), tensors, apart, others=tuple(n for _, n in ties[1:]))
         self.known.update(found.keys())
-        return list(found.values())
+        explained = {t for e in found.values() for t in e.tensors}
+        left = [t for t in wrong if t not in explained]
+        return [*found.values(), *([_unknown(left)] if left else [])]
 
 
 def _only_nan(e: Explanation, got: dict[str, Any]) -> bool:
     """Whether the evidence is NaN nearly everywhere, which several mistakes would give."""
-    return len(e.others) > 2 and all(np.isnan(got[t]).mean() > 0.9 for t in e.tensors)
+    if not all(np.isnan(got[t]).mean() > 0.9 for t in e.tensors):
+        return False
+    return len(e.others) > 2 or (e.where == "in the backward" and not set(e.names) <= MAKES_NAN)
 
 
 def _detached(e: Explanation, got: dict[str, Any]) -> Explanation:
@@ -239,6 +260,8 @@ class _Search:
         self.returned = [t for t in sigma if isinstance(got.get(t), np.ndarray)]
         right = self.values([])
         self.before = {t: distance(got[t], right[t], sigma[t])[0] if t in right else np.inf for t in self.returned}
+        self.only_nan = False
+        self.row_factor: Array | None = None
         self.until = time.thread_time() + owner.seconds
 
     def values(self, changes: Iterable[Change], **options: Any) -> dict[str, Array]:
@@ -246,6 +269,32 @@ class _Search:
             return run(self.problem, self.given, self.owner.align, [*self.base, *changes], dtype=self.dtype, **options)
         except CANNOT:
             return {}
+
+    def nan(self, wrong: list[str]) -> list[Explanation]:
+        """NaN and inf in masked places: whether nothing is wrong but that they have come through unprotected products.
+
+        If only the places of NaN and inf differ, and it is not that, no more is tried than what makes or hides them.
+        """
+        problem = self.problem
+        if all(np.isfinite(x).all() for x in (problem.q, problem.k, problem.v, problem.dout)):
+            return []
+        right = self.values([])
+        places = [t for t in wrong if t in right and _differ_in_nan(self.got[t], right[t], self.sigma[t])]
+        through: dict[str, Array] = {}
+        for change in UNPROTECTED:
+            tensor = {"dvh": "dv", "dkh": "dk"}.get(change.stage, change.stage)
+            through[tensor] = self.values([change]).get(tensor, np.array(0.0))
+        found = [
+            t for t in places
+            if t in through and not ((~np.isfinite(right[t]) | np.isnan(through[t])) & np.isfinite(self.got[t])).any()
+        ]  # fmt: skip
+        if "lse" in wrong:  # NaN among the scores themselves
+            found = []
+        if places and set(places) == set(wrong):
+            self.changes = [c for c in self.changes if c.name in OF_NAN]
+            self.only_nan = True
+        self.returned = [t for t in self.returned if t not in found]
+        return [Explanation(("masked_nan=poisons",), tuple(found), 0.0)] if found else []
 
     def away(self, tensors: Iterable[str], values: dict[str, Array]) -> float:
         """The largest distance of these tensors from what a change gives, inf where one does not match."""
@@ -314,7 +363,7 @@ class _Search:
 
     def _pair(self, tensors: list[str]) -> tuple[float, tuple[Change, Change]] | None:
         """Two changes of the forward that together match; the commonest mistakes first, as long as there is time."""
-        if self.large or self.owner.pairs_left <= 0 or self.owner.left < 0 or not tensors:
+        if self.large or self.owner.pairs_left <= 0 or self.owner.left < 0 or not tensors or self.only_nan:
             return None
         self.owner.pairs_left -= 1
         until = time.thread_time() + self.owner.seconds
@@ -340,7 +389,40 @@ class _Search:
             return scale
         found = [e for t in wrong for e in self._factor(t, right[t])]
         rest = [t for t in wrong if t not in {x for e in found for x in e.tensors}]
+        found += self.rows(rest)
+        rest = [t for t in rest if t not in {x for e in found for x in e.tensors}]
         return found + self._rounding(rest)
+
+    def rows(self, wrong: list[str]) -> list[Explanation]:
+        """Whether each row is right but for a factor that is as near to 1 as an lse that is rounded would make it.
+
+        The gradients of the same weights follow.
+        """
+        right, out = self.values([]), self.got.get("out")
+        if "out" in wrong and self.row_factor is None and isinstance(out, np.ndarray) and np.isfinite(out).all():
+            unit = float(np.finfo(self.problem.dtype).eps) / 2
+            near_one = 4 * unit * np.maximum(np.abs(np.where(np.isfinite(right["lse"]), right["lse"], 0)), 4)[..., None]
+            sigma = self.sigma["out"]
+            weight = np.where(np.isfinite(sigma) & (sigma > 0), 1 / np.maximum(sigma, 1e-300), 0)
+            norm = np.square(right["out"] * weight).sum(-1, keepdims=True)
+            norm = np.where(norm == 0, np.inf, norm)
+            off = ((out - right["out"]) * right["out"] * weight * weight).sum(-1, keepdims=True) / norm
+            most = np.abs(off).max(initial=0.0)
+            if (np.abs(off) <= near_one + 6 / np.sqrt(norm)).all() and most > 2 * unit:
+                self.row_factor = np.asarray(1 + off, np.float64)
+        factor = self.row_factor
+        if factor is None or self.before.get("lse", 0.0) > 3:
+            return []
+        forward = Change("rows", "weights", lambda x: x.weights * factor)  # and so Delta, if it is made of that output
+        values = self.values([forward], backward=[*self.base, Change("rows", "p", lambda x: x.p * factor)])
+        found, worst = [], 0.0
+        for t in [t for t in wrong if t in values]:
+            apart = distance(self.got[t], values[t], self.sigma[t])
+            if apart[0] <= 6 and apart[1] <= 60 and apart[1] < distance(self.got[t], right[t], self.sigma[t])[1] / 2:
+                found.append(t)
+                worst = max(worst, apart[0])
+        name = "each row is off by a factor, as of exp(s - lse) with a rounded lse"
+        return [Explanation((name,), tuple(found), worst)] if found else []
 
     def _factor(self, tensor: str, want: Array) -> list[Explanation]:
         got = np.asarray(self.got[tensor], np.float64)
@@ -371,22 +453,55 @@ class _Search:
         return [Explanation((f"scale is off by a factor of {1 + off:.6g}",), tuple(wrong), apart)]
 
     def _rounding(self, wrong: list[str]) -> list[Explanation]:
-        """The one rounding, or the class of precision, whose predicted errors are as large as those that are seen."""
+        """The one rounding, or the class of precision, whose predicted errors are as large as those that are seen.
+
+        All tensors that it reaches have to be wrong, on the sides, forward or backward, that are asked for. Where no single one
+        explains everything, each tensor gets its own.
+        """
         if not wrong or self.problem.q.dtype == np.float64 or self.large:
             return []
-        best: tuple[float, str, float] | None = None
         names = _roundings()
         if self.owner.left < 0 or any(n in self.owner.known for n in names):  # it rounds the same everywhere
-            names = {n: p for n, p in names.items() if n in self.owner.known}
+            ends = tuple(n.partition(" ")[2] for n in self.owner.known if " rounded to " in n)
+            names = {n: p for n, p in names.items() if n in self.owner.known or (n[:4] == "out " and n[4:] in ends)}
+        bad = {t for t in self.returned if self.before[t] > 3}
+        sides = {t in FORWARD for t in wrong}
+        found: list[tuple[float, Explanation]] = []
         for name, precision in names.items():
             truth = self.problem.truth(precision)
             off = {t: distance(self.got[t], truth.values[t], truth.sigma[t]) for t in self.returned}
-            rms = [off[t][0] for t in wrong]
-            if all(o[0] <= 3 and o[1] <= 16 for o in off.values()) and min(rms) >= 0.3 and max(rms) <= 1.7:
-                size = max(abs(math.log(r / 0.85)) for r in rms)
-                if best is None or size < best[0]:
-                    best = size, name, max(rms)
-        return [] if best is None else [Explanation((best[1],), tuple(wrong), best[2])]
+            reached = {t for t in self.returned if _median(truth.sigma[t]) > 8 * _median(self.sigma[t])}
+            if name.startswith("weights"):
+                reached -= {"dq", "dk", "dbias", "dsink"}  # by way of the output alone, if that is what Delta is made of
+            backward = bool(reached & set(FORWARD)) and not reached & set(FORWARD) & bad
+            reached = {t for t in reached if (t in FORWARD) in sides}
+            fits = {t for t in bad if 0.3 <= off[t][0] <= 1.7 and off[t][1] <= 16}
+            if name.startswith("out "):  # each tensor by itself, and seen in its digits
+                fits = {t for t in fits if t != "lse" and (round_to(self.got[t], precision.format) == self.got[t]).all()}
+                some = fits >= reached and "out" in bad
+                text = name if some else f"{{}} {name.partition(' ')[2]}"
+            else:
+                some, text = fits >= reached, name
+                fits = fits if some else set()
+            fits &= set(wrong)
+            if not fits:
+                continue
+            size = max(abs(math.log(off[t][0] / 0.85)) for t in fits) - name.startswith("out ")  # digits say more than sizes
+            order = [t for t in self.returned if t in fits]
+            text = text.format(", ".join(order))
+            where = "in the backward" if backward and name.startswith(("weights", "inputs", "scores")) else ""
+            found.append((size, Explanation((text,), tuple(order), max(off[t][0] for t in order), where)))
+        best: list[Explanation] = []
+        left = set(wrong)
+        while left and found:
+            whole = [f for f in found if set(f[1].tensors) >= left] or found
+            e = min(whole, key=lambda f: (len(left - set(f[1].tensors)), f[0]))[1]
+            if not left & set(e.tensors):
+                break
+            best.append(dataclasses.replace(e, tensors=tuple(t for t in e.tensors if t in left)))
+            left -= set(e.tensors)
+            found = [f for f in found if set(f[1].tensors) <= left]
+        return best
 
     def _added(self, tensor: str, last: Array) -> bool:
         right = self.values([]).get(tensor)
@@ -441,6 +556,20 @@ class _Search:
                 apart = max(apart, old.distance if old else 0.0)
                 found[change.name] = Explanation((change.name,), tensors, apart, where, others)
         return list(found.values())
+
+
+def _differ_in_nan(got: Array, right: Array, sigma: Array) -> bool:
+    """Whether what is finite in both is right, and something is finite in one alone."""
+    both = np.isfinite(got) & np.isfinite(right)
+    if (both == (np.isfinite(got) | np.isfinite(right))).all():
+        return False
+    rms, most = distance(np.where(both, got, 0), np.where(both, right, 0), np.where(both, sigma, 0))
+    return rms <= 6 and most <= 60
+
+
+def _median(sigma: Array) -> float:
+    known = sigma[np.isfinite(sigma) & (sigma > 0)]
+    return float(np.median(known)) if known.size else 0.0
 
 
 def _scaled(factor: float) -> Change:

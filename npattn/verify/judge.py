@@ -24,7 +24,7 @@ from npattn.verify import layers
 from npattn.verify.candidates import Candidate, canonical
 from npattn.verify.cases import Problem, Truth, dense_mask
 from npattn.verify.conventions import FIELDS
-from npattn.verify.diagnose import CANNOT, LARGE, Diagnostician, Explanation, places
+from npattn.verify.diagnose import CANNOT, LARGE, UNKNOWN, Diagnostician, Explanation, places
 from npattn.verify.mistakes import CHANGES
 from npattn.verify.precision import PRECISIONS, Precision, of_dtype
 from npattn.verify.rounded import rounded
@@ -220,9 +220,20 @@ def other_values(
     large = math.prod(problem.shape) > LARGE
     if not math.prod(problem.shape):
         return
+    unchanged = run(problem, given, align, base)
+    least = 16 if problem.dtype == np.float64 else 0  # these runs are in float64 themselves: less is their own rounding
     for change in neighbours(facts(problem, given))[: 6 if large else None]:
         with contextlib.suppress(*CANNOT):
-            yield change.name, run(problem, given, align, [*base, change])
+            values = run(problem, given, align, [*base, change])
+            if any(_moved(x, unchanged.get(t), truth.sigma.get(t), least) for t, x in values.items()):
+                yield change.name, values
+
+
+def _moved(a: Array, b: Array | None, sigma: Array | None, least: float) -> bool:
+    """Whether a change has changed anything: by more than ``least`` sigma."""
+    if b is None or sigma is None or a.shape != b.shape or a.shape != sigma.shape:
+        return True
+    return bool((units(a, b, np.maximum(sigma, 1e-300)) > least).any())
 
 
 LAYER_NEIGHBOURS = {
@@ -416,9 +427,34 @@ def _more(
     wrong = [c.tensor for c in checks if c.status == "wrong"]
     if diagnostician is not None and wrong:
         explanations = diagnostician.explain(problem, given, truth.sigma, judged, wrong, base)
+        explanations = _or_state(candidate, problem, truth, explanations, settings.level)
     if diagnostician is not None and problem.op == "attention":
         diagnostician.saw(problem, given, truth.sigma, truth.values, judged, wrong)
     return dataclasses.replace(result, checks=checks, explanations=explanations)
+
+
+KEPT = "holds when called again: state is kept between calls"
+
+
+def _or_state(
+    candidate: Candidate, problem: Any, truth: Truth, explanations: list[Explanation], level: str
+) -> list[Explanation]:
+    """Where there is no explanation: whether the same call holds when it is made again, after a call with other options."""
+    unknown = {t for e in explanations if UNKNOWN in e.names for t in e.tensors}
+    if not unknown or problem.op != "attention":
+        return explanations
+    other = dataclasses.replace(problem, q=-problem.q, parts=[], options={})
+    forward = call_forward(candidate, other)
+    call_backward(candidate, other, forward.values)
+    forward = call_forward(candidate, problem)
+    values = {**forward.values, **call_backward(candidate, problem, forward.values).values}
+    for t in unknown:
+        got, want = values.get(t), truth.values[t]
+        if not isinstance(got, np.ndarray) or got.shape != want.shape or not np.issubdtype(got.dtype, np.floating):
+            return explanations
+        if not accepts("good" if level == "bounded" else level, units(got, want, truth.sigma[t])):
+            return explanations
+    return [dataclasses.replace(e, names=(KEPT,), where="") if UNKNOWN in e.names else e for e in explanations]
 
 
 def _with_rules(c: Check, problem: Problem, truth: Truth, judged: dict[str, Any], settings: Settings) -> Check:

@@ -315,17 +315,9 @@ add("top", {
     "one maximum for all rows": lambda x: np.full_like(x.top, x.scores.max(initial=-np.inf)),
     "the maximum is not below -5e4": lambda x: np.maximum(x.top, -5e4),
     "the maximum is not below 0": lambda x: np.maximum(x.top, 0),
-    "the maximum is not below 0, and a sum of 0 divides": lambda x: _from_zero(x),
     "the maximum is taken over masked keys too": lambda x: np.fmax.reduce(x.biased, -1, keepdims=True, initial=-np.inf),
     "the maximum is taken before a negative scale": lambda x: x.raw.min(-1, keepdims=True, initial=np.inf),
 })  # fmt: skip
-def _from_zero(x: Any) -> Array:
-    """NaN where all of a row underflows."""
-    top = np.maximum(x.top, 0)
-    empty = exp_low(x, x.scores - top).sum(-1, keepdims=True) == 0
-    return np.asarray(where(empty & x.allowed.any(-1, keepdims=True), np.nan, top))
-
-
 add("top", {"the maximum leaves the sink out": lambda x: _own_top(x)}, "sink")
 add("z", {
     "the softmax runs over the sequences": lambda x: x.e.sum(0, keepdims=True),
@@ -349,6 +341,7 @@ def _(n: int) -> None:
 add("z", {"the sum is taken after dropout": lambda x: (x.e * x.drop).sum(-1, keepdims=True)}, "dropout_mask")
 add("weights", {
     "dead rows are NaN": lambda x: where(x.z == 0, np.nan, x.weights),
+    "the maximum is not below 0, and 0 / 0 where all underflows": lambda x: _from_zero(x),
     "no softmax at all": lambda x: where(x.allowed, x.scores),
     "NaN weights become 0": lambda x: np.nan_to_num(x.weights),
 })  # fmt: skip
@@ -399,6 +392,18 @@ add("out", {
 @each(*TILES)
 def _(n: int) -> None:
     add("out", {f"the output is not rescaled between tiles of {n} keys": lambda x: _online(x, n)[1] / x.z})
+
+
+def _nan_rows(x: Any) -> Array:
+    x.allowed = x.allowed | ~x.alive
+    return np.asarray(where(x.alive, x.p, np.nan))
+
+
+def _from_zero(x: Any) -> Array:
+    x.top = np.maximum(x.top, 0)
+    x.e = exp_low(x, x.scores - x.top)
+    x.z = x.e.sum(-1, keepdims=True) + (0.0 if x.sink is None else exp_low(x, x.sink - x.top))
+    return np.asarray(where(x.allowed, x.e / x.z))
 
 
 def _log_sum(s: Array) -> Array:
@@ -469,6 +474,7 @@ add("p", {
     "weights are shifted by the maximum, not by lse": lambda x: np.exp(x.scores - x.top),
     "weights below 1e-4 are taken for 0": lambda x: where(x.p < 1e-4, 0, x.p),
     "dead rows are NaN in the backward": lambda x: where(x.alive, x.p, np.nan),
+    "dead rows are NaN in the backward, and in dq and dk": lambda x: _nan_rows(x),
 })  # fmt: skip
 add("p", {"weights of the backward leave the sink out": lambda x: np.exp(
     x.scores - np.log(np.exp(x.scores - x.top).sum(-1, keepdims=True)) - x.top)}, "sink")  # fmt: skip
@@ -697,8 +703,11 @@ UNPROTECTED = (
 )
 # What is still said where nothing but the places of NaN and inf differ.
 OF_NAN = frozenset(
-    name for name in CHANGES if "NaN" in name or name in ("0 / 0 where dout is 0", "dead_lse=+inf", "masked scores are +inf")
-)
+    name for name in CHANGES
+    if "NaN" in name or name in ("0 / 0 where dout is 0", "dead_lse=+inf", "masked scores are +inf", "dead_grad=leak")
+)  # fmt: skip
+# What may give NaN everywhere where no input is NaN.
+MAKES_NAN = OF_NAN | {name for name in CHANGES if "maximum" in name or "overflow" in name}
 
 # What else a convention changes in the backward, where all of it follows the convention.
 GOES_WITH: dict[str, tuple[str, ...]] = {

@@ -274,6 +274,8 @@ def logits(q, k, bias, allowed, o, bug):
         return np.where(allowed, s, -np.inf if o.softcap is None else -o.softcap), raw, t, scale
     if bug == "score 0 is masked":
         return np.where(allowed & (s != 0), s, -np.inf), raw, t, scale
+    if bug == "scores clamped":
+        s = np.clip(s, -50, 50)
     if bug == "mask added to NaN":
         return s + np.where(allowed, 0, -np.inf).astype(s.dtype), raw, t, scale
     if bug == "filled with finfo.min":
@@ -386,6 +388,10 @@ def dense_forward(q, k, v, o, bug):
     shape = (*q.shape[:-1], k.shape[-2])
     H = shape[-3]
     kf, vf = each_head(k, H, bug), each_head(v, H, None if bug == "groups in reverse" else bug)
+    if bug == "keys tiled, values repeated":
+        kf = each_head(k, H, "heads interleaved")
+    if bug == "values tiled, keys repeated":
+        vf = each_head(v, H, "heads interleaved")
     bias = spread(o.bias, shape, bug)
     if bug == "k laid out as (B, S, H, D)":
         kf = np.ascontiguousarray(kf).reshape(kf.shape[0], *kf.shape[2:0:-1], kf.shape[3]).swapaxes(1, 2)
@@ -525,6 +531,8 @@ def dense_backward(dout, q, k, v, o, out, lse, dlse, bug):
         dl = -dl
     if bug == "dlse in base 2":
         dl = dl / math.log(2)
+    if bug == "dlse times the scale":
+        dl = dl * q.dtype.type(scale)
     if bug == "dlse of the first head of a group" and dlse is not None:
         dl = each_head(dl[:, :: H // k.shape[-3]], H, None)
 
@@ -646,6 +654,8 @@ def dense_backward(dout, q, k, v, o, out, lse, dlse, bug):
         slope = 1 - t * t
         if bug == "softcap derivative 1 - t":
             slope = 1 - t
+        if bug == "softcap derivative of the capped score":
+            slope = 1 - np.square(np.tanh(t))
         if bug == "softcap derivative over the cap":
             slope = slope / o.softcap
         if bug == "softcap derivative of the raw score":
@@ -1041,6 +1051,7 @@ _add("5", "forward", {
     "scale of 1 by default": ("1/sqrt(D) forgotten", "plain", "out lse"),
     "divided by the scale": ("sqrt(D) for 1/sqrt(D)", "plain", "out lse"),
     "scale 1/D": ("no root", "plain", "out lse"),
+    "scores clamped": ("to +-50, against overflow", "inputs x30", "out lse"),
     "scale 1/sqrt(E)": ("the values' width", "E != D", "out lse"),
     "scale of the padded width": ("D filled up to a multiple of 8", "D = 17", "out lse"),
     "scale without its sign": ("|scale|", "negative scale", "out lse"),
@@ -1098,6 +1109,8 @@ _add("7", "backward", {
 })  # fmt: skip
 _add("8", "forward", {
     "heads interleaved": ("head h reads h % G", "G < H", "out lse"),
+    "keys tiled, values repeated": ("h % G for k alone", "G < H", "out lse"),
+    "values tiled, keys repeated": ("h % G for v alone", "G < H", "out"),
     "head h reads h // G": ("for h // (H // G)", "G < H", "out lse"),
     "groups in reverse": ("the wrong keys", "plain", "out lse"),
     "heads merged without a transpose": ("reshape of (L, H, E)", "plain", "out"),
@@ -1162,6 +1175,7 @@ _add("own", "backward", {
     "dlse ignored": ("lse has no gradient", "dlse", "dq dk"),
     "dlse of the other sign": ("with Delta", "dlse", "dq dk"),
     "dlse not times p": ("added behind the softmax", "dlse", "dq dk"),
+    "dlse times the scale": ("as if it were a score", "dlse", "dq dk"),
     "dlse times dropout": ("lse knows of none", "dropout_mask + dlse", "dq dk"),
     "dsink without p_sink": ("a sum of Delta", "sink", "dsink"),
     "dsink of before the sink in lse": ("p_sink of another sum", "sink", "dsink"),
@@ -1183,6 +1197,7 @@ _add("own", "backward", {
     "dbias of the dropped weights": ("ds drop", "dropout_mask + bias BHLS", "dbias"),
     "softcap derivative forgotten": ("no (2)", "softcap", "dq dk"),
     "softcap derivative 1 - t": ("no square", "softcap", "dq dk"),
+    "softcap derivative of the capped score": ("tanh twice", "softcap", "dq dk"),
     "softcap derivative over the cap": ("d tanh(s / c) / ds", "softcap", "dq dk"),
     "softcap derivative of the raw score": ("1 - s^2", "softcap", "dq dk"),
     "softcap derivative of the score with its bias": ("behind (3)", "softcap + bias BHLS", "dq dk"),
@@ -1327,7 +1342,7 @@ NAMED: dict[str, tuple[str, ...]] = {
     "1e-6 beside the sum": ("1e-06 is added to the sum",),
     "scale of 1 by default": ("scale=none",),
     "divided by the scale": ("scale is sqrt(D), not 1/sqrt(D)",),
-    "scale 1/D": ("scale is 1/D",),
+    "scale 1/D": ("scale is 1/D",), "scores clamped": ("scores are cut off at +-50",),
     "scale 1/sqrt(E)": ("scale is 1/sqrt(E)",),
     "scale of the padded width": ("scale of a width padded to a multiple of 8",),
     "scale without its sign": ("scale loses its sign",),
@@ -1354,7 +1369,7 @@ NAMED: dict[str, tuple[str, ...]] = {
     "lse of a dead row -inf in spite of a sink": ("dead rows have lse -inf in spite of the sink",),
     "NaN weights are 0": ("NaN weights become 0",),
     "NaN output is 0": ("NaN in the output becomes 0",),
-    "0 times NaN": ("0 times NaN of masked values",),
+    "0 times NaN": ("masked_nan=poisons",),
     "mask added to NaN": ("-inf is added to masked scores, and NaN stays NaN",),
     "mean of the group in dv": ("dv is the mean of a group",),
     "mean of the group in dk": ("dk is the mean of a group",),
@@ -1373,6 +1388,8 @@ NAMED: dict[str, tuple[str, ...]] = {
     "dout read flat": ("dout is read as if it were contiguous",),
     "dv of k's width": ("dv has k's width",),
     "heads interleaved": ("heads=tile",),
+    "keys tiled, values repeated": ("keys are tiled over the heads, values are not",),
+    "values tiled, keys repeated": ("values are tiled over the heads, keys are not",),
     "head h reads h // G": ("head h reads key head h // G",),
     "groups in reverse": ("key heads are read in reverse",),
     "heads merged without a transpose": ("heads are merged without a transpose",),
@@ -1418,6 +1435,7 @@ NAMED: dict[str, tuple[str, ...]] = {
     "dlse ignored": ("dlse=ignored",),
     "dlse of the other sign": ("dlse has the other sign",),
     "dlse not times p": ("dlse is not multiplied by the weight",),
+    "dlse times the scale": ("dlse is multiplied by the scale",),
     "dlse times dropout": ("dlse is multiplied by dropout",),
     "dsink without p_sink": ("dsink lacks the sink's weight",),
     "dsink of before the sink in lse": ("the sink's weight in dsink is that of a sum without it",),
@@ -1438,6 +1456,7 @@ NAMED: dict[str, tuple[str, ...]] = {
     "dbias of the dropped weights": ("dbias is multiplied by dropout",),
     "softcap derivative forgotten": ("the derivative of the softcap is missing",),
     "softcap derivative 1 - t": ("the derivative of the softcap is 1 - t",),
+    "softcap derivative of the capped score": ("the derivative of the softcap takes the tanh of the capped score",),
     "softcap derivative over the cap": ("the derivative of the softcap is divided by the cap",),
     "softcap derivative of the raw score": ("the derivative of the softcap is 1 - (s / cap)^2 of the raw score",),
     "softcap derivative of the score with its bias": ("the derivative of the softcap is taken at the score with its bias",),
@@ -1451,9 +1470,9 @@ NAMED: dict[str, tuple[str, ...]] = {
     "dk and dv exchanged": ("dk and dv are exchanged",),
     "dk minus its mean": ("dk lacks its mean over D",),
     "gradients summed over the batch": ("dk is summed over the batch",),
-    "0 times NaN in dq": ("0 times NaN in dq",),
-    "0 times NaN in dk": ("0 times NaN in dk",),
-    "Delta of masked values": ("Delta counts masked values",),
+    "0 times NaN in dq": ("masked_nan=poisons",),
+    "0 times NaN in dk": ("masked_nan=poisons",),
+    "Delta of masked values": ("masked_nan=poisons",),
     "nothing done without dout": ("nothing is done where dout is 0",),
     "tiles skipped by their first row in the backward": ("causal tiles of 32 x 16 are skipped by their first row",),
     "last tile of keys left out of the backward": ("the last * keys or less, a partial tile, are left out",),
