@@ -538,7 +538,7 @@ def _nan_in_dead_query(p: Problem) -> Problem:
 
 def _minus_infinity(p: Problem) -> Problem:
     """A bias of -inf is a mask: some pairs, and all of query 1."""
-    bias = np.zeros(p.shape, p.q.dtype)
+    bias = np.random.default_rng(1).standard_normal(p.shape).astype(p.q.dtype)
     bias[..., ::3] = -np.inf
     bias[..., 1, :] = -np.inf
     p.options["bias"] = bias
@@ -565,6 +565,33 @@ def _key_of_nan(p: Problem) -> Problem:
     i, j = np.arange(p.shape[-2])[:, None], np.arange(p.shape[-1])
     p.parts.append(Part((i % 2 == 0) | (j != 3)))
     p.k[..., 3, :] = np.nan
+    return p
+
+
+def _query_of_nan(p: Problem) -> Problem:
+    """NaN in one query of the first head, which sees all keys: its row is NaN, and no other."""
+    p.q[:, 0, 2] = np.nan
+    return p
+
+
+def _row_dropped(p: Problem) -> Problem:
+    """Everything of one query is dropped: its output is 0."""
+    p.options["dropout_mask"][..., 1, :] = 0
+    return p
+
+
+def _small_dout(p: Problem) -> Problem:
+    p.dout *= 1e-6
+    return p
+
+
+def _heads_inside(p: Problem) -> Problem:
+    """Views of arrays (B, L, H, D), as projections give them."""
+
+    def transposed(x: Array) -> Array:
+        return np.swapaxes(np.ascontiguousarray(np.swapaxes(x, -3, -2)), -3, -2)
+
+    p.q, p.k, p.v, p.dout = (transposed(x) for x in (p.q, p.k, p.v, p.dout))
     return p
 
 
@@ -678,6 +705,10 @@ TWISTS: dict[str, Callable[[Problem], Problem]] = {
     "bias of -inf": _minus_infinity,
     "scores of -1e5": _far_below,
     "strided": _strided,
+    "layout BLHD": _heads_inside,
+    "NaN in a query": _query_of_nan,
+    "dout of 1e-6": _small_dout,
+    "a row is dropped": _row_dropped,
     "scores of -1e5 and a mask": _far_below_mask,
     "scores of -1e10 and a mask": _farther_below_mask,
     "mask HLS": _mask_of_each_head,
@@ -727,12 +758,18 @@ def _cases() -> list[Case]:
     for family in FAMILIES:
         if family != "normal":
             cases.append(Case(f"inputs {family}", family=family, feature="hard inputs"))
-    features = {"every row dead": "dead rows", "scores of -1e5": "hard inputs", "strided": "layout", "dead rows": "dead rows"}
+    features = {
+        "every row dead": "dead rows", "scores of -1e5": "hard inputs", "strided": "layout", "dead rows": "dead rows",
+        "dout of 1e-6": "hard inputs", "a row is dropped": "dropout",
+    }  # fmt: skip
     for twist in TWISTS:
         feature = features.get(twist, "NaN containment" if "NaN" in twist else twist.split()[0])
         feature = "hard inputs" if feature == "scores" else feature
         feature = "sink" if feature == "sinks" else feature
-        options = {"sink of -inf": ("sink",), "sinks far off": ("sink", "dlse"), "dlse alone": ("dlse",)}.get(twist, ())
+        options = {
+            "sink of -inf": ("sink",), "sinks far off": ("sink", "dlse"), "dlse alone": ("dlse",),
+            "a row is dropped": ("dropout_mask",),
+        }.get(twist, ())  # fmt: skip
         cases.append(Case(twist, options, twist=twist, feature=feature, dtype="float64" if "-1e10" in twist else "float32"))
     cases += [
         Case("dead rows + dlse", ("dlse",), twist="dead rows", feature="dead rows"),
@@ -758,6 +795,21 @@ def _cases() -> list[Case]:
     cases.append(Case("D = 64", sizes=_sized(D=64, E=64), feature="head widths"))
     cases.append(Case("D = 128", sizes=_sized(D=128, E=128), feature="head widths"))
     cases.append(Case("D = 17", sizes=_sized(D=17, E=17), feature="small sizes"))
+    together: list[tuple[str, dict[str, int], tuple[str, ...]]] = [  # a path of its own that forgets an option
+        ("L = 1", {"L": 1}, ("bias BHLS", "softcap", "sink")), ("L = 1", {"L": 1}, ("key_lengths", "dropout_mask")),
+        ("G = 1", {"G": 1}, ("causal top_left", "bias BHLS", "sink")), ("G = 1", {"G": 1}, ("window", "softcap")),
+        ("D = 64", {"D": 64, "E": 64}, ("causal top_left", "softcap", "sink")),
+        ("D = 128", {"D": 128, "E": 128}, ("mask array", "bias HLS")),
+        ("D = 256", {"D": 256, "E": 256}, ("causal top_left",)), ("H = 8", {"H": 8, "G": 2}, ("causal top_left",)),
+        ("L = 700", {"L": 700}, ("key_lengths",)), ("", {}, ("window", "softcap", "sink")),
+        ("", {}, ("G < H", "window", "bias BHLS")), ("", {}, ("G < H", "key_lengths", "bias HLS", "sink")),
+        ("", {}, ("E != D", "key_lengths", "softcap", "dropout_mask")), ("", {}, ("causal top_left", "window")),
+    ]  # fmt: skip
+    for size, sizes, both in together:
+        title = " + ".join([size] * bool(size) + list(both))
+        cases.append(Case(title, both, sizes=_sized(**sizes), feature="together"))
+    for both in (("causal top_left", "sink", "dropout_mask"), ("key_lengths", "bias BLS", "softcap"), ("sink", "dlse")):
+        cases.append(Case("long " + " + ".join(both), both, sizes=LONG, feature="long"))
     cases.append(Case("H = L", sizes=_sized(H=4, G=4, L=4), feature="small sizes"))
     for name in ((), ("causal bottom_right",), ("mask array", "G < H"), ("bias BHLS", "softcap", "dlse"), ("window",)):
         cases.append(Case("long " + " + ".join(name) if name else "long", name, sizes=LONG, feature="long"))
