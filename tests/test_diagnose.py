@@ -419,7 +419,7 @@ def dense(weights=lambda s: s, top=lambda m: m, shift=None):
     return forward, backward
 
 
-@pytest.mark.parametrize("case", [c.name for c in CASES if "NaN" in c.name])
+@pytest.mark.parametrize("case", [c.name for c in CASES if "NaN" in c.name and c.name != "NaN in a query"])
 def test_unprotected_products_are_a_convention(case):
     """NaN comes through them behind a mask, and no mistake is named for that."""
     forward, backward = dense()
