@@ -524,7 +524,18 @@ class _Search:
             apart = self.away(returned, following)
             if apart < np.inf:
                 return [Explanation(names, tuple(wrong), apart, "by way of its out and lse")]
-            wrong = [t for t in wrong if self.away([t], following) == np.inf and self.away([t], self.values(forward)) == np.inf]
+            alike = self.values(forward)
+            near_by = {t: min(self.away([t], following), self.away([t], alike)) for t in wrong}
+            follow = [t for t in wrong if near_by[t] < np.inf]
+            if follow:
+                more = [t for t in wrong if t not in follow]
+                apart = max(near_by[t] for t in follow)
+                rest = self._alone(more, returned, forward) if more else []
+                return [Explanation(names, tuple(follow), apart, "in the backward too"), *rest]
+        return self._alone(wrong, returned, forward)
+
+    def _alone(self, wrong: list[str], returned: list[str], forward: tuple[Change, ...]) -> list[Explanation]:
+        """What explains these gradients beside what the forward does."""
         for t in wrong:  # a buffer that was not cleared
             last = self.owner.last.get(t)
             if isinstance(last, np.ndarray) and last.shape == self.got[t].shape and self._added(t, last):
