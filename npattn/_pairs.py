@@ -4,7 +4,8 @@ A mask, bias or dropout mask knows nothing of shapes until an operation *binds* 
 (..., H, L, S).  What is bound never needs the whole L x S array:
 
     dense()                    all pairs, (..., H, L, S)
-    tile(index, rows, cols)    those of ``scores[index][..., rows, cols]``, or what broadcasts to it
+    tile(index, rows, cols)    those of ``scores[index][..., rows, cols]``, or what broadcasts to it; an index is integers,
+                               and perhaps a slice at its end
     state(index, rows, cols)   EMPTY, PARTIAL or FULL (masks only; PARTIAL is always a right answer)
 """
 
@@ -43,9 +44,24 @@ class Bound:
         tile = self.tile(index, rows, cols)
         return FULL if tile.all() else PARTIAL if tile.any() else EMPTY
 
-    def states(self, index: Shape, rows: slice, size: int) -> Array:
-        """``state`` for one stretch of ``size`` keys after the other."""
-        return np.array([self.state(index, rows, cols) for cols in slices(self.shape[-1], size)], np.int8)
+    def states(self, index: Shape, rows: slice, size: Shape) -> Array:
+        """``state`` of all parts of ``size`` = (queries, keys) of these rows, (parts of rows, parts of keys)."""
+        starts, found = np.arange(0, self.shape[-1], size[1]), []
+        for x in slices(rows.stop - rows.start, size[0]):
+            tile = self.tile(index, slice(rows.start + x.start, rows.start + x.stop), ALL)
+            others, shape = tuple(range(tile.ndim - 1)), (self.shape[-1],)
+            some, every = (np.broadcast_to(by(tile, others), shape) for by in (np.any, np.all))
+            found.append(np.add(np.logical_or.reduceat(some, starts), np.logical_and.reduceat(every, starts), dtype=np.int8))
+        return np.array(found)
+
+    def alike(self, index: Shape) -> Shape:
+        """An index that has the same tiles, 0 where an axis does not matter."""
+        return index
+
+
+def unvaried(index: Shape, *views: Array) -> Shape:
+    """The index, 0 for axes along which none of these varies."""
+    return tuple(i if any(x.strides[n] for x in views) else 0 for n, i in enumerate(index))
 
 
 class DenseBound(Bound):
@@ -60,6 +76,9 @@ class DenseBound(Bound):
     def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
         result: Array = self.view[index][..., rows, cols]
         return result
+
+    def alike(self, index: Shape) -> Shape:
+        return unvaried(index, self.view)
 
 
 class ForeignMask(Bound):
@@ -83,6 +102,12 @@ class ForeignMask(Bound):
         if hasattr(self.mask, "state"):
             return int(self.mask.state(index, rows, cols))
         return super().state(index, rows, cols)
+
+    def states(self, index: Shape, rows: slice, size: Shape) -> Array:
+        if not hasattr(self.mask, "state"):
+            return super().states(index, rows, size)
+        parts = [slice(rows.start + x.start, rows.start + x.stop) for x in slices(rows.stop - rows.start, size[0])]
+        return np.array([[self.state(index, x, y) for y in slices(self.shape[-1], size[1])] for x in parts], np.int8)
 
 
 @runtime_checkable

@@ -30,7 +30,7 @@ from npattn._checks import (
     computing_dtype,
     kind,
 )
-from npattn._pairs import Bound, Positions, heads_first, integers, is_bias, is_bindable
+from npattn._pairs import ALL, Bound, Positions, heads_first, integers, is_bias, is_bindable
 
 
 def bind_bias(op: str, bias: object, shape: Shape, dtype: np.dtype[Any], computing: np.dtype[Any]) -> Any:
@@ -78,7 +78,8 @@ class ArrayBound(ParameterBound):
 
     def add_gradient(self, total: Array, index: Shape, rows: slice, cols: slice, dscores: Array) -> None:
         here = total.reshape(self.full)  # a view: total is contiguous
-        place: Any = (*(i if n > 1 else 0 for i, n in zip(index, self.full, strict=False)), ...)
+        alone = [ALL if isinstance(i, slice) else 0 for i in index]
+        place: Any = (*(i if n > 1 else one for i, one, n in zip(index, alone, self.full, strict=False)), ...)
         at = here[place][..., rows if self.full[-2] > 1 else slice(None), cols if self.full[-1] > 1 else slice(None)]
         sums = tuple(a - at.ndim for a in range(at.ndim) if at.shape[a] == 1)
         at += dscores.sum(sums, keepdims=True)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,12 +37,13 @@ from npattn.attention import (
     attention_forward,
     bind,
     check_cotangents,
-    live,
     visible,
 )
 
-TILE = (512, 512)  # queries, keys
-SMALL = 64 * 64  # heads with no more scores are computed together, as many as fill a tile
+TILE = (512, 512)  # queries, keys; where there are fewer of one there are more of the other, up to LONG
+LONG = 8192
+SMALL = 256 * 256  # heads with no more scores are computed together, as many as fill a tile
+PARTS = 4  # what may be left out of a tile, or need no mask, is found in steps of 1 / PARTS of its sides
 FEW = 1 << 20  # scores at a time of what is left to `npattn.attention`
 
 
@@ -59,47 +61,54 @@ def blockwise_forward(
     c = bind("blockwise", q, k, v, mask, bias, scale, softcap, sink, dropout_mask)
     out, kept = (np.empty((*q.shape[:-1], v.shape[-1]), dtype) for dtype in (q.dtype, c.computing))
     lse, total = (np.empty(q.shape[:-1], c.computing) for _ in range(2))
+    plans = dict[Any, list[list[Block]]]()
 
-    def work(task: tuple[Shape, slice], tiles: Tiles) -> None:
-        index, rows = task
-        found = attend(c, index, rows, tiles, True) or attend(c, index, rows, tiles, False) or attend_by_rows(c, index, rows)
-        kept[index][..., rows, :], lse[index][..., rows], total[index][..., rows] = found
-        out[index][..., rows, :] = found[0]  # a copy: the caller may write into it
+    def work(task: tuple[Heads, slice], tiles: Tiles) -> None:
+        heads, rows = task
+        if (key := (heads.like, rows.start)) not in plans:
+            plans[key] = plan(c, heads, rows)
+        a, blocks = kept[heads.index][..., rows, :], list(itertools.chain(*plans[key]))
+        lse[heads.index][..., rows], total[heads.index][..., rows] = (
+            attend(c, heads, rows, blocks, tiles, a, True)
+            or attend(c, heads, rows, blocks, tiles, a, False)
+            or attend_by_rows(c, heads, rows, a)
+        )
+        out[heads.index][..., rows, :] = a  # a copy: the caller may write into it
 
-    tasks = [(index, rows) for rows in reversed(slices(q.shape[-2], TILE[0])) for index in bundles(c)]
+    tasks = [(heads, rows) for rows in reversed(slices(q.shape[-2], tile_of(c)[0])) for heads in bundles(c)]
     share(work, tasks, lambda: Tiles(c.computing))
     cache = c._replace(lse=lse, kept=Kept(kept, total))
     return (out, lse) if return_lse else out, cache
 
 
-def attend(c: AttentionCache, index: Shape, rows: slice, tiles: Tiles, steady: bool) -> tuple[Array, Array, Array] | None:
-    """out, lse and total of some queries of a head (or bundle of heads); None where a number is not finite.
+def attend(
+    c: AttentionCache, heads: Heads, rows: slice, blocks: list[Block], tiles: Tiles, a: Array, steady: bool
+) -> tuple[Array, Array] | None:
+    """lse and total of some queries of a head (or of small heads), and their out in a; None where a number is not finite.
 
     steady : m stays 0, and None is returned where that loses digits, too
     """
-    q = c.scale * c.q[index][..., rows, :].astype(c.computing, copy=False)
-    n, E = q.shape[:-1], c.v.shape[-1]
-    ones = np.ones(TILE[1], c.computing)
-    z, a, seen = np.zeros(n, c.computing), np.zeros((*n, E), c.computing), np.zeros(n, bool)
-    sink = sink_of(c, index)
-    m = np.zeros(n, z.real.dtype) + (0.0 if steady else sink.real)
-    z += select(sink != -np.inf, np.exp(sink - m))  # one more logit, without a value
-    for block in itertools.chain(*plan(c, index, rows)):
-        at = slice(block.rows.start - rows.start, block.rows.stop - rows.start)
-        k, v = (keys_of(c, x, index, block.cols) for x in (c.k, c.v))
-        allowed, bias = pairs_of(c, index, block)
-        shape, width = (*n[:-1], at.stop - at.start), block.cols.stop - block.cols.start
-        s = np.matmul(q[..., at, :], swap(k), out=tiles.take(0, *shape, width))  # (1)
+    q = c.q[heads.index][..., rows, :].astype(c.computing, copy=False)
+    q = np.multiply(c.scale, q, out=tiles.take(0, *q.shape))
+    (*n, _, D), E = q.shape, c.v.shape[-1]
+    k, v = (keys_of(c, x, heads) for x in (c.k, c.v))
+    sink = sink_of(c, heads)
+    m = np.zeros(q.shape[:-1], c.computing).real + (0.0 if steady else sink.real)
+    alone = select(sink != -np.inf, np.exp(sink - m))  # one more logit, without a value
+    z, a[...] = alone.copy(), 0
+    for block in blocks:
+        at, cols = slice(block.rows.start - rows.start, block.rows.stop - rows.start), block.cols
+        high, wide = at.stop - at.start, cols.stop - cols.start
+        pairs = pairs_of(c, heads, block, tiles)
+        k_j, v_j = (x[..., cols, :].astype(c.computing, copy=False) for x in (k, v))
+        s = np.matmul(q[..., at, :], swap(k_j), out=tiles.take(1, *n, high, wide))  # (1)
         if c.softcap is not None:
             s /= c.softcap
             np.tanh(s, out=s)
             s *= c.softcap  # (2)
-        if bias is not None:
-            s += bias  # (3)
-        if allowed is not None:
-            hide(s, allowed)  # (4)
-            v = only(allowed.any(-2), v)
-        seen[..., at] |= True if allowed is None else allowed.any(-1)
+        if pairs.bias is not None:
+            s += pairs.bias  # (3)
+        pairs.hide(s)  # (4)
         if not steady:
             top = np.maximum(m[..., at], s.real.max(-1, initial=-np.inf))  # (5a)
             shift = finite(top)
@@ -109,19 +118,22 @@ def attend(c: AttentionCache, index: Shape, rows: slice, tiles: Tiles, steady: b
             a[..., at, :] *= r[..., None]
             s -= shift[..., None]
         e = np.exp(s, out=s)
-        z[..., at] += e @ ones[:width]  # (5b)
+        z[..., at] += e @ tiles.ones(wide)  # (5b)
         if c.dropout is not None:
-            e *= c.dropout.tile(index, block.rows, block.cols)  # (6)
-        a[..., at, :] += np.matmul(e, v, out=tiles.take(1, *shape, E))  # (7), (5b)
-        if steady and not np.isfinite(z).all():
-            return None
+            e *= c.dropout.tile(heads.index, block.rows, cols)  # (6)
+        a[..., at, :] += np.matmul(e, only(pairs.seen, v_j), out=tiles.take(2, *n, high, E))  # (7), (5b)
+        if steady and block is blocks[0] and not np.isfinite(z).all():
+            return None  # as soon as that shows
     least = np.finfo(c.computing).eps if steady else 0.0  # below it, terms that are lost as subnormal numbers would count
-    if not (np.isfinite(z).all() and np.isfinite(a).all() and (z.real[seen] >= least).all()):
+    seen: Any = (z != alone) & (z.real >= least)
+    if not seen.all():
+        seen = sees(c, heads, rows, blocks, tiles)
+    if not (np.isfinite(z).all() and np.isfinite(a).all() and (z.real >= least).all(where=seen)):
         return None
-    out = a / np.where(z == 0, 1, z)[..., None]  # (5c)
+    a /= np.where(z == 0, 1, z)[..., None]  # (5c)
     lse = finite(m) + np.log(z)  # (5c)
     lse = np.where(seen & (z != 0), lse, sink)  # to the last bit
-    return out, lse, np.where(seen, total_of(z, finite(m), lse), 0)
+    return lse, np.where(seen, total_of(z, finite(m), lse), 0)
 
 
 @quiet
@@ -129,117 +141,127 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     """`npattn.attention_backward` without an array of L x S elements, and independent of the number of threads."""
     c = cache
     check_cotangents("blockwise", c, dout, dlse)
-    alive, rows = c.kept.total != 0, slices(c.q.shape[-2], TILE[0])
-    do, dl = live(c, dout, dlse)
-    do, total = only(alive, do), select(alive, c.kept.total, 1.0)
-    delta = np.einsum("...le,...le->...l", do, c.kept.out)  # (7), (5): sum_j p_j dp_j = dout . out
-    off = delta - (dl[..., 0] if dlse is not None else 0)  # what dp is less of in (5)
-    lse = select(c.lse != -np.inf, c.lse)
-    known = Known(do / total[..., None], lse, off / total)
+    (high, wide), (L, S) = tile_of(c), (c.q.shape[-2], c.k.shape[-2])
+    known = Known(*(np.empty((*x.shape[:-1], x.shape[-1] + 1), c.computing) for x in (c.q, dout)), np.empty_like(c.kept.total))
     dq, dk, dv = (np.zeros(x.shape, dtype) for x, dtype in ((c.q, c.computing), (c.k, c.k.dtype), (c.v, c.v.dtype)))
     dbias = None if c.bias is None else c.bias.new_gradient()
     dsink: Any = None if c.sink is None else np.zeros(c.sink.shape, c.computing)
-    dscale = c.computing.type(0)
-    plans, turns, sound = {i: [plan(c, i, r) for r in rows] for i in bundles(c)}, Turns(), owners(c)
-    for owner in owners(c):
-        indices = readers(c, owner)
-        if all(np.isfinite(x[index]).all() for x in (c.kept.total, off, do) for index in indices):
-            continue
-        sound.remove(owner)  # what is not finite is left to `npattn.attention`
-        for head in (head for index in indices for head in heads_of(c, index)):
-            part = differentiate_by_rows(c, head, dout, dlse, dq, dk, dv, dbias)
-            dscale += part[0]
-            if dsink is not None:
-                dsink[head[-1:] or ...] += part[1]
+    plans, turns, sound, dscales = dict[Any, list[list[list[Block]]]](), Turns(), set[int](), dict[int, Any]()
 
-    def work(task: tuple[slice, Shape], tiles: Tiles) -> None:
+    def before(heads: Heads, tiles: Tiles) -> None:
+        if prepare(c, known, heads, dout, dlse):
+            sound.add(heads.number)
+            if heads.like not in plans:
+                plans[heads.like] = [plan(c, heads, rows) for rows in slices(L, high)]
+
+    def work(task: tuple[int, slice, list[Heads]], tiles: Tiles) -> None:
         try:
-            differentiate(c, known, plans, turns, task[1], task[0], tiles, dq, dk, dv, dbias)
+            differentiate(c, known, plans, turns, *task, tiles, dq, dk, dv, dbias)
         except BaseException:
             turns.stop()
             raise
 
-    tasks = [(cols, owner) for cols in slices(c.k.shape[-2], TILE[1]) for owner in sound]
-    share(work, tasks, lambda: Tiles(c.computing), 1 if dbias is not None else None)
+    def after(heads: Heads, tiles: Tiles) -> None:
+        x, y = c.q[heads.index].astype(c.computing, copy=False), dq[heads.index]
+        dscale = np.einsum("...ld,...ld->...l", x, y).sum()  # (1): sum_ij dscores_ij q_i . k_j
+        dscales[heads.number] = dscale if np.isfinite(dscale) else (x * y).sum(where=y != 0)
+        y *= c.scale  # (1)
 
-    for index in (index for owner in sound for index in readers(c, owner)):
-        for i in rows:
-            x, y = c.q[index][..., i, :].astype(c.computing, copy=False), dq[index][..., i, :]
-            dscale += (x * y).sum(where=y != 0)  # (1): sum_ij dscores_ij q_i . k_j
-            y *= c.scale  # (1)
-        if dsink is not None:
-            sink = sink_of(c, index)
-            p_sink = select(sink != -np.inf, np.exp(sink - lse[index]) / total[index])
-            add_by_head(dsink, index, c, -(p_sink * off[index]).sum(-1))  # (5)
+    share(before, bundles(c), lambda: Tiles(c.computing))
+    whole = [all(heads.number in sound for heads in group) for group in groups(c)]
+    for group in itertools.compress(groups(c), map(operator.not_, whole)):  # not all is finite: left to `npattn.attention`
+        for heads, index in ((heads, index) for heads in group for index in each_index(c, heads)):
+            dscale, part = differentiate_by_rows(c, index, dout, dlse, dq, dk, dv, dbias)
+            dscales[heads.number] = dscales.get(heads.number, 0) + dscale
+            if dsink is not None:
+                dsink[index[-1:] or ...] += part
+    rest = list(itertools.compress(groups(c), whole))
+    tasks = [(j, cols, group) for j, cols in enumerate(slices(S, wide)) for group in rest]
+    share(work, tasks, lambda: Tiles(c.computing), 1 if dbias is not None else None)
+    share(after, itertools.chain(*rest), lambda: Tiles(c.computing))
+
+    if dsink is not None:
+        for heads in itertools.chain(*rest):
+            np.subtract.at(dsink, heads.names, (sink_weight(c, heads) * known.off[heads.index]).sum(-1))  # (5)
     return AttentionGrads(
         dq.astype(c.q.dtype, copy=False), dk, dv,
         None if dbias is None else c.bias.finish(dbias),
         None if c.sink is None else dsink.astype(c.sink.dtype, copy=False),
-        dscale,
+        sum((dscales[number] for number in sorted(dscales)), c.computing.type(0)),
     )  # fmt: skip
 
 
+def prepare(c: AttentionCache, known: Known, heads: Heads, dout: Array, dlse: Array | None) -> bool:
+    """What is known of each query; True if all of it is finite."""
+    index, (D, E) = heads.index, (c.k.shape[-1], c.v.shape[-1])
+    q, do, off, total, lse = (x[index] for x in (c.q, dout, known.off, c.kept.total, c.lse))
+    alive, total = total != 0, select(total != 0, total, 1.0)
+    do = only(alive, do.astype(c.computing, copy=False))
+    np.einsum("...le,...le->...l", do, c.kept.out[index], out=off)  # (7), (5): sum_j p_j dp_j = dout . out
+    if dlse is not None:
+        off -= select(lse != -np.inf, dlse[index])  # what dp is less of in (5)
+    q1, do1 = known.q1[index], known.do1[index]
+    np.multiply(c.scale, only(alive, q.astype(c.computing, copy=False)), out=q1[..., :D])
+    np.divide(do, total[..., None], out=do1[..., :E])
+    q1[..., D], do1[..., E] = -select(lse != -np.inf, lse), -off / total
+    return bool(np.isfinite(total).all() and np.isfinite(do1).all())
+
+
 def differentiate(
-    c: AttentionCache, known: Known, plans: dict[Shape, list[list[list[Block]]]], turns: Turns, owner: Shape, cols: slice,
-    tiles: Tiles, dq: Array, dk: Array, dv: Array, dbias: Any,
+    c: AttentionCache, known: Known, plans: dict[Any, list[list[list[Block]]]], turns: Turns, j: int, cols: slice,
+    group: list[Heads], tiles: Tiles, dq: Array, dk: Array, dv: Array, dbias: Any,
 ) -> None:  # fmt: skip
-    """dk and dv of some keys of one group (or bundle of heads), and what these keys give to dq and dbias."""
-    j, (D, E) = cols.start // TILE[1], (c.k.shape[-1], c.v.shape[-1])
-    k, v = (with_ones(keys_of(c, x, readers(c, owner)[0], cols), c.computing) for x in (c.k, c.v))
-    sum_k, sum_v = np.zeros((*k.shape[:-1], D), c.computing), np.zeros((*v.shape[:-1], E), c.computing)
-    for index, i in itertools.product(readers(c, owner), range(-(-c.q.shape[-2] // TILE[0]))):
-        row = plans[index][i]
+    """dk and dv of some keys of one group (or of small heads), and what these keys give to dq and dbias."""
+    D, E = c.k.shape[-1], c.v.shape[-1]
+    k, v = (with_ones(keys_of(c, x, group[0])[..., cols, :], tiles, number) for number, x in enumerate((c.k, c.v)))
+    sum_k, sum_v = tiles.take(2, *k.shape[:-1], D), tiles.take(3, *v.shape[:-1], E)
+    sum_k[...], sum_v[...] = 0, 0
+    for heads, i in itertools.product(group, range(len(plans[group[0].like]))):
+        row, q, do = plans[heads.like][i], known.q1[heads.index], known.do1[heads.index]
         for block in row[j]:
             rows, near = block.rows, slice(block.cols.start - cols.start, block.cols.stop - cols.start)
-            q, k1, v1 = c.q[index][..., rows, :].astype(c.computing, copy=False), k[..., near, :], v[..., near, :]
-            n, width = q.shape[:-1], near.stop - near.start
-            allowed, bias = pairs_of(c, index, block)
-            if allowed is not None:
-                q, k1, v1 = only(allowed.any(-1), q), only(allowed.any(-2), k1), only(allowed.any(-2), v1)
-            q1, do1 = tiles.take(2, *n, D + 1), tiles.take(3, *n, E + 1)
-            np.multiply(q, c.scale, out=q1[..., :D])
-            np.negative(known.lse[index][..., rows], out=q1[..., D])
-            do1[..., :E] = known.do[index][..., rows, :]
-            np.negative(known.off[index][..., rows], out=do1[..., E])
-            s, dp = tiles.take(0, *n, width), tiles.take(1, *n, width)
+            pairs = pairs_of(c, heads, block, tiles)
+            q_i, do_i, k_j, v_j = q[..., rows, :], do[..., rows, :], k[..., near, :], v[..., near, :]
+            n, high, wide = k.shape[:-2], rows.stop - rows.start, near.stop - near.start
+            s, dp = tiles.take(4, *n, high, wide), tiles.take(5, *n, high, wide)
             if c.softcap is None:
-                np.matmul(q1, swap(k1), out=s)  # (1), less lse
+                np.matmul(q_i, swap(k_j), out=s)  # (1), less lse
             else:
-                t = np.matmul(q1[..., :D], swap(k1[..., :D]), out=tiles.take(4, *n, width))
+                t = np.matmul(q_i[..., :D], swap(k_j[..., :D]), out=tiles.take(6, *n, high, wide))
                 t /= c.softcap
                 np.tanh(t, out=t)
                 np.multiply(t, c.softcap, out=s)  # (2)
-                s += q1[..., D:]
-            if bias is not None:
-                s += bias  # (3)
-            if allowed is not None:
-                hide(s, allowed)  # (4)
+                s += q_i[..., D:]
+            if pairs.bias is not None:
+                s += pairs.bias  # (3)
+            pairs.hide(s)  # (4)
             p = np.exp(s, out=s)  # (5), times total
             if c.dropout is None:
                 dropped = p
-                np.matmul(do1, swap(v1), out=dp)  # (7): dp less its mean
+                np.matmul(do_i, swap(v_j), out=dp)  # (7): dp less its mean
             else:
-                drop = c.dropout.tile(index, rows, block.cols)
-                dropped = np.multiply(p, drop, out=tiles.take(5, *n, width))  # (6)
-                np.matmul(do1[..., :E], swap(v1[..., :E]), out=dp)  # (7)
+                drop = c.dropout.tile(heads.index, rows, block.cols)
+                dropped = np.multiply(p, drop, out=tiles.take(7, *n, high, wide))  # (6)
+                np.matmul(do_i[..., :E], swap(v_j[..., :E]), out=dp)  # (7)
                 dp *= drop  # (6)
-                dp += do1[..., E:]
-            sum_v[..., near, :] += np.matmul(swap(dropped), do1[..., :E], out=tiles.take(6, *n[:-1], width, E))  # (7)
+                dp += do_i[..., E:]
+            sum_v[..., near, :] += np.matmul(swap(dropped), do_i[..., :E], out=tiles.take(8, *n, wide, E))  # (7)
             ds = np.multiply(p, dp, out=s)  # (5)
+            pairs.select(ds, dp)  # (4)
             if dbias is not None:
-                c.bias.add_gradient(dbias, index, rows, block.cols, ds)  # (3)
+                c.bias.add_gradient(dbias, heads.index, rows, block.cols, ds)  # (3)
             if c.softcap is not None:
                 np.square(t, out=t)
                 ds *= np.subtract(1, t, out=t)  # (2)
-            sum_k[..., near, :] += np.matmul(swap(ds), q, out=tiles.take(6, *n[:-1], width, D))  # (1)
-            of_q = np.matmul(ds, k1[..., :D], out=tiles.take(7, *n, D))  # (1)
-            turns.wait((index, i), sum(map(bool, row[:j])))
-            dq[index][..., rows, :] += of_q
+                pairs.select(ds, t)
+            sum_k[..., near, :] += np.matmul(swap(ds), q_i[..., :D], out=tiles.take(8, *n, wide, D))  # (1)
+            of_q = np.matmul(ds, k_j[..., :D], out=tiles.take(9, *n, high, D))  # (1)
+            turns.wait((heads.number, i), sum(map(bool, row[:j])))
+            dq[heads.index][..., rows, :] += of_q
         if row[j]:
-            turns.next((index, i))
-    sum_k *= c.scale
-    dk[owner][..., cols, :] = group_sum(sum_k, dk[owner][..., cols, :])
-    dv[owner][..., cols, :] = group_sum(sum_v, dv[owner][..., cols, :])
+            turns.next((heads.number, i))
+    for dx, total in ((dk[group[0].group], sum_k), (dv[group[0].group], sum_v)):
+        dx[..., cols, :] = group_sum(total, dx[..., cols, :])
 
 
 # --- the small print: which tiles, buffers, and what is left to `npattn.attention` ----------------------------------------
@@ -252,18 +274,19 @@ class Kept(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What the backward knows of each query."""
+    """What the backward knows of each query. Rows without a key are 0."""
 
-    do: Array  # (..., H, L, E) dout / total
-    lse: Array  # (..., H, L), 0 in rows without a key
-    off: Array  # (..., H, L) (sum_j p_j dp_j - dlse) / total
+    q1: Array  # (..., H, L, D + 1) [scale q, -lse]
+    do1: Array  # (..., H, L, E + 1) [dout, -off] / total
+    off: Array  # (..., H, L) sum_j p_j dp_j - dlse
 
 
 class Tiles:
     """The arrays that one thread computes in, allocated once."""
 
     def __init__(self, dtype: np.dtype[Any]) -> None:
-        self.dtype, self.flat = dtype, dict[int, Array]()
+        self.dtype, self.flat, self.one = dtype, dict[int, Array](), np.empty(0, dtype)
+        self.visible = dict[Any, Visible]()  # of blocks that other heads may see as well
 
     def take(self, number: int, *shape: int) -> Array:
         flat, size = self.flat.get(number), math.prod(shape)
@@ -271,20 +294,15 @@ class Tiles:
             flat = self.flat[number] = np.empty(size, self.dtype)
         return flat[:size].reshape(shape)
 
-
-def hide(s: Array, allowed: Array) -> None:
-    """-inf where not allowed, without branches, and whatever stands there. NaN where allowed becomes inf."""
-    if s.dtype.kind == "c":
-        np.copyto(s, -np.inf, where=~allowed)
-    else:
-        edge = np.subtract(allowed, 0.5, dtype=s.dtype)
-        edge *= np.inf
-        np.fmin(s, edge, out=s)
+    def ones(self, n: int) -> Array:
+        if self.one.size < n:
+            self.one = np.ones(n, self.dtype)
+        return self.one[:n]
 
 
-def only(some: Array, x: Array) -> Array:
-    """x, and 0 in its other rows, which may be NaN: nobody sees them, or they see nobody."""
-    return x if some.all() else select(some[..., None], x)
+def only(some: Array | None, x: Array) -> Array:
+    """x, and 0 in its other rows, which may be NaN: nobody sees them, or they see nobody. None: all."""
+    return x if some is None or some.all() else select(some[..., None], x)
 
 
 def finite(m: Array) -> Array:
@@ -299,70 +317,87 @@ def total_of(z: Array, shift: Array, lse: Array) -> Array:
     return total.astype(z.dtype)
 
 
-def with_ones(x: Array, computing: np.dtype[Any]) -> Array:
-    """x and one more column of ones."""
-    result = np.empty((*x.shape[:-1], x.shape[-1] + 1), computing)
-    result[..., :-1], result[..., -1] = x, 1
+def with_ones(x: Array, tiles: Tiles, number: int) -> Array:
+    """x and one more column of ones. What is not finite is 0: where all results are finite, nobody sees it."""
+    result = tiles.take(number, *x.shape[:-1], x.shape[-1] + 1)
+    result[..., :-1], result[..., -1] = only(np.isfinite(x).all(-1), x), 1
     return result
 
 
-# An index of all axes before (L, D) is one head. A shorter one is a bundle: all heads that begin with it.
+# --- what is computed together ----------------------------------------------------------------------------------------
 
 
-def bundles(c: AttentionCache) -> list[Shape]:
-    """The indices of what is computed together: one head each, or heads that are small."""
-    lead, (L, S) = c.q.shape[:-2], (c.q.shape[-2], c.k.shape[-2])
-    if min(SMALL, math.prod(TILE)) < L * S:
-        return list(np.ndindex(lead))
-    n = next(n for n in range(len(lead) + 1) if n == len(lead) or math.prod((*lead[n:], L, S)) <= math.prod(TILE))
-    return list(np.ndindex(lead[:n]))
+class Heads(NamedTuple):
+    """What is computed together: one head, or small ones, which are a slice of one of the axes before (L, D)."""
+
+    number: int
+    index: Any  # where q has them
+    group: Any  # where k and v have theirs
+    names: Any  # for each of them, which of the H heads it is
+    like: Any  # heads with equal ones see the same keys
 
 
-def owners(c: AttentionCache) -> list[Shape]:
-    """The indices of the keys of each bundle: a group for one head, or as long as the bundle's own."""
-    return list(dict.fromkeys(group_of(c, index) for index in bundles(c)))
+def bundles(c: AttentionCache) -> list[Heads]:
+    """All heads, small ones together."""
+    lead, size = c.q.shape[:-2], c.q.shape[-2] * c.k.shape[-2]
+    most = math.prod(TILE) // max(size, 1) if size <= SMALL and math.prod(lead) else 0
+    indices, together = list[Any](np.ndindex(lead)), False
+    for axis, n in enumerate(lead):
+        step = most // max(math.prod(lead[axis + 1 :]), 1)
+        if axis == len(lead) - 1:
+            step = step // readers(c) * readers(c)  # a group is not divided
+        if step:
+            indices = [(*first, part) for first in np.ndindex(lead[:axis]) for part in slices(n, step)]
+            together = True
+            break
+    names = np.broadcast_to(np.arange(lead[-1] if lead else 1), lead or (1,))
+    return [
+        Heads(i, index, group_of(c, index), names[index or 0], i if together or c.mask is None else c.mask.alike(index))
+        for i, index in enumerate(indices)
+    ]
 
 
-def group_of(c: AttentionCache, index: Shape) -> Shape:
-    """The index of the keys that a head or bundle reads."""
+def readers(c: AttentionCache) -> int:
+    """How many heads read a group."""
+    return c.q.shape[-3] // max(c.k.shape[-3], 1) or 1 if c.q.ndim > 2 else 1
+
+
+def group_of(c: AttentionCache, index: Any) -> Any:
+    """Where k and v have the groups that these heads read."""
     if not index or len(index) < c.q.ndim - 2:
         return index
-    return (*index[:-1], index[-1] // (c.q.shape[-3] // c.k.shape[-3]))
+    last, n = index[-1], readers(c)
+    return (*index[:-1], slice(last.start // n, last.stop // n) if isinstance(last, slice) else last // n)
 
 
-def readers(c: AttentionCache, owner: Shape) -> list[Shape]:
-    """The heads or bundle that read these keys."""
-    if not owner or len(owner) < c.q.ndim - 2:
-        return [owner]
-    n = c.q.shape[-3] // c.k.shape[-3]
-    return [(*owner[:-1], owner[-1] * n + h) for h in range(n)]
+def groups(c: AttentionCache) -> list[list[Heads]]:
+    """The heads that read the same keys, which stand side by side."""
+    return [list(same) for _, same in itertools.groupby(bundles(c), lambda heads: heads.group)]
 
 
-def heads_of(c: AttentionCache, index: Shape) -> list[Shape]:
-    """The heads of a bundle."""
-    return [(*index, *rest) for rest in np.ndindex(c.q.shape[len(index) : -2])]
+def each_index(c: AttentionCache, heads: Heads) -> list[Shape]:
+    """The indices of each head."""
+    numbers = np.arange(math.prod(c.q.shape[:-2])).reshape(c.q.shape[:-2])[heads.index]
+    return [tuple(map(int, np.unravel_index(n, c.q.shape[:-2]))) if c.q.ndim > 2 else () for n in numbers.ravel()]
 
 
-def keys_of(c: AttentionCache, x: Array, index: Shape, cols: slice) -> Array:
-    """Some keys or values of a head, or for each head of a bundle."""
-    x = x[group_of(c, index)][..., cols, :]
-    return each_head(x, c.q.shape[-3] if x.ndim > 2 else 1, c.computing)
+def keys_of(c: AttentionCache, x: Array, heads: Heads) -> Array:
+    """The keys or values that these heads read."""
+    x = x[heads.group]
+    return each_head(x, c.q[heads.index].shape[-3] if x.ndim > 2 else 1, x.dtype)
 
 
-def sink_of(c: AttentionCache, index: Shape) -> Array:
-    """The sink of a head, or (H, 1) beside (..., H, L) of a bundle; -inf where there is none."""
+def sink_of(c: AttentionCache, heads: Heads) -> Array:
+    """The sink of each of these heads, beside (..., L); -inf where there is none."""
     if c.sink is None:
         return np.asarray(-np.inf, c.computing)
-    sink = c.sink.astype(c.computing, copy=False)
-    return np.asarray(sink[index[-1] if index else 0] if len(index) == c.q.ndim - 2 else sink[:, None])
+    return np.asarray(c.sink.astype(c.computing, copy=False)[heads.names][..., None])
 
 
-def add_by_head(total: Array, index: Shape, c: AttentionCache, x: Array) -> None:
-    """x of a head, or (..., H) of a bundle, to total (H,)."""
-    if len(index) == c.q.ndim - 2:
-        total[index[-1] if index else 0] += x
-    else:
-        total += x.sum(tuple(range(x.ndim - 1)))
+def sink_weight(c: AttentionCache, heads: Heads) -> Array:
+    """p_sink = exp(sink - lse) / total; 0 where there is no sink."""
+    sink, lse, total = sink_of(c, heads), c.lse[heads.index], c.kept.total[heads.index]
+    return select(sink != -np.inf, np.exp(sink - select(lse != -np.inf, lse)) / select(total != 0, total, 1.0))
 
 
 class Block(NamedTuple):
@@ -370,42 +405,118 @@ class Block(NamedTuple):
 
     rows: slice
     cols: slice
-    full: bool  # all of its pairs are allowed
+    some: slice  # those of its rows that may not see all of it: the rest needs no mask
 
 
-def plan(c: AttentionCache, index: Shape, rows: slice) -> list[list[Block]]:
-    """For each tile of keys what these queries may see of it, in halves: the empty ones are left out, equal ones are one."""
-    spans = slices(c.k.shape[-2], TILE[1])
+def tile_of(c: AttentionCache) -> tuple[int, int]:
+    """How many queries and keys are a tile."""
+    (high, wide), (L, S) = TILE, (c.q.shape[-2], c.k.shape[-2])
+    return (
+        max(high, min(LONG, high * wide // max(S, 1))),
+        max(wide, min(LONG, high * wide // max(L, 1))),
+    )  # fmt: skip
+
+
+def plan(c: AttentionCache, heads: Heads, rows: slice) -> list[list[Block]]:
+    """For each tile of keys what of it these queries may see: by its parts, of which equal ones side by side are one."""
+    S, (high, wide) = c.k.shape[-2], (max(n // PARTS, 1) for n in TILE)
+    spans = slices(S, max(tile_of(c)[1] // wide, 1) * wide)
     if c.mask is None:
-        return [[Block(rows, cols, True)] for cols in spans]
-    high, wide = (max(n // 2, 1) for n in TILE)
-    halves = [slice(rows.start + x.start, rows.start + x.stop) for x in slices(rows.stop - rows.start, high)]
-    states = np.array([c.mask.states(index, x, wide) for x in halves]).T.tolist()
+        return [[Block(rows, cols, slice(rows.start, rows.start))] for cols in spans]
+    parts = [slice(rows.start + x.start, rows.start + x.stop) for x in slices(rows.stop - rows.start, high)]
+    states = c.mask.states(heads.index, rows, (high, wide))
     found: list[list[Block]] = []
     for cols in spans:
+        here = states[:, cols.start // wide : -(-cols.stop // wide)]
+        first = here[:, :1]
+        equal = (here == first).all()
         blocks: list[Block] = []
-        for x in slices(cols.stop - cols.start, wide):
-            part = slice(cols.start + x.start, cols.start + x.stop)
-            state = states[part.start // wide]
-            some = [n for n, s in enumerate(state) if s != EMPTY]
-            if some:
-                full = all(s == FULL for s in state[some[0] : some[-1] + 1])
-                here = slice(halves[some[0]].start, halves[some[-1]].stop)
-                last = blocks[-1] if blocks else None
-                if last and (last.rows, last.cols.stop, last.full) == (here, part.start, full):
-                    part = slice(blocks.pop().cols.start, part.stop)
-                blocks.append(Block(here, part, full))
+        for j, state in enumerate(first.T.tolist() if equal else here.T.tolist()):
+            seen = [i for i, x in enumerate(state) if x != EMPTY]
+            if not seen:
+                continue
+            partly = [i for i in range(seen[0], seen[-1] + 1) if state[i] != FULL]
+            start, stop = parts[seen[0]].start, parts[seen[-1]].stop
+            some = slice(parts[partly[0]].start, parts[partly[-1]].stop) if partly else slice(start, start)
+            left = cols.start + j * wide
+            block = Block(slice(start, stop), cols if equal else slice(left, min(left + wide, cols.stop)), some)
+            last = blocks[-1] if blocks else None
+            if last and (last.rows, last.cols.stop, last.some) == (block.rows, left, some):
+                block = Block(block.rows, slice(blocks.pop().cols.start, block.cols.stop), some)
+            blocks.append(block)
         found.append(blocks)
     return found
 
 
-def pairs_of(c: AttentionCache, index: Shape, block: Block) -> tuple[Any, Any]:
-    """Which pairs of a block are allowed (None: all), and their bias."""
-    if block.full and c.bias is None:
-        return None, None
-    allowed, bias = visible(c._replace(mask=None) if block.full else c, index, block.rows, block.cols)
-    shape = (*c.q.shape[len(index) : -2], block.rows.stop - block.rows.start, block.cols.stop - block.cols.start)
-    return None if allowed is None else np.broadcast_to(allowed, shape), bias
+class Visible(NamedTuple):
+    """What is known of the pairs of a block, besides q and k."""
+
+    bias: Any = None
+    some: slice = slice(0)  # those rows of the block that may not see all of it
+    allowed: Any = None  # which of their pairs are allowed. None: all
+    edge: Any = None  # +inf where allowed, else -inf
+    sees: Any = None  # rows of the block that see somebody. None: all
+    seen: Any = None  # keys of the block that somebody sees. None: all
+
+    def hide(self, s: Array) -> None:
+        """-inf where not allowed, without branches, and whatever stands there. NaN where allowed becomes inf."""
+        if self.allowed is not None:
+            here = s[..., self.some, :]
+            if s.dtype.kind == "c":
+                np.copyto(here, -np.inf, where=~self.allowed)
+            else:
+                np.fmin(here, self.edge, out=here)
+
+    def select(self, x: Array, factor: Array) -> None:
+        """0 where not allowed. There x is 0 times a factor: nothing is to be done where that is finite."""
+        if self.allowed is not None and not np.isfinite(factor[..., self.some, :]).all():
+            np.copyto(x[..., self.some, :], 0, where=~self.allowed)
+
+
+ALL_VISIBLE = Visible()
+
+
+def pairs_of(c: AttentionCache, heads: Heads, block: Block, tiles: Tiles) -> Visible:
+    """Which pairs of a block are allowed, and their bias."""
+    (rows, cols, some), bias, key = block, None, (heads.like, block.rows.start, block.rows.stop, block.cols.start)
+    full = some.start == some.stop
+    if c.bias is None and full:
+        return ALL_VISIBLE
+    if c.bias is None and key in tiles.visible:
+        return tiles.visible[key]
+    if c.bias is None:
+        allowed = c.mask.tile(heads.index, some, cols)
+    else:
+        some = rows  # the bias may be -inf anywhere
+        allowed, bias = visible(c._replace(mask=None) if full else c, heads.index, rows, cols)
+        if allowed is None:
+            return Visible(bias)
+    n = c.q[heads.index].shape[:-2]
+    allowed = np.broadcast_to(allowed, (*n, some.stop - some.start, cols.stop - cols.start))
+    edge = np.subtract(allowed, 0.5, dtype=np.empty(0, c.computing).real.dtype)
+    edge *= np.inf
+    at = slice(some.start - rows.start, some.stop - rows.start)
+    if some == rows:
+        found = Visible(bias, at, allowed, edge, allowed.any(-1), allowed.any(-2))
+    else:  # the other rows see all keys
+        sees = np.ones((*n, rows.stop - rows.start), bool)
+        sees[..., at] = allowed.any(-1)
+        found = Visible(bias, at, allowed, edge, sees)
+    if c.bias is None:
+        if sum(x.allowed.size for x in tiles.visible.values()) + allowed.size > math.prod(TILE):
+            tiles.visible.clear()
+        tiles.visible[key] = found
+    return found
+
+
+def sees(c: AttentionCache, heads: Heads, rows: slice, blocks: list[Block], tiles: Tiles) -> Array:
+    """Which of these queries see somebody."""
+    found = np.zeros((*c.q[heads.index].shape[:-2], rows.stop - rows.start), bool)
+    for block in blocks:
+        at = slice(block.rows.start - rows.start, block.rows.stop - rows.start)
+        pairs = pairs_of(c, heads, block, tiles)
+        found[..., at] |= True if pairs.sees is None else pairs.sees
+    return found
 
 
 class Part(Bound):
@@ -453,15 +564,14 @@ def dense_rows(
     return found
 
 
-def attend_by_rows(c: AttentionCache, index: Shape, rows: slice) -> tuple[Array, Array, Array]:
-    """out and lse as `npattn.attention` has them. Their total is NaN: the backward is left to it, too."""
-    shape = (*c.q.shape[len(index) : -2], rows.stop - rows.start)
-    out, lse = np.empty((*shape, c.v.shape[-1]), c.computing), np.empty(shape, c.computing)
-    for rest in np.ndindex(shape[:-1]):
+def attend_by_rows(c: AttentionCache, heads: Heads, rows: slice, a: Array) -> tuple[Array, Array]:
+    """lse, and out in a, as `npattn.attention` has them. Their total is NaN: the backward is left to it, too."""
+    lse = np.empty(a.shape[:-1], c.computing)
+    for index, own in zip(each_index(c, heads), np.ndindex(a.shape[:-2]), strict=True):
         for few in some_rows(c, rows):
             at = slice(few.start - rows.start, few.stop - rows.start)
-            (out[rest][at], lse[rest][at]), _ = dense_rows(c, (*index, *rest), few)
-    return out, lse, np.full(lse.shape, np.nan, lse.dtype)
+            (a[own][at], lse[own][at]), _ = dense_rows(c, index, few)
+    return lse, np.full(lse.shape, np.nan, lse.dtype)
 
 
 def some_rows(c: AttentionCache, rows: slice) -> list[slice]:

@@ -30,7 +30,11 @@ from npattn._pairs import (
     is_bindable,
     per_sequence,
     per_token,
+    unvaried,
 )
+
+
+NEAR = 1 << 29  # numbers below this have differences that fit into int32
 
 
 class Mask:
@@ -141,8 +145,11 @@ class BothBound(Bound):
     def state(self, index: Shape, rows: slice, cols: slice) -> int:
         return min(self.a.state(index, rows, cols), self.b.state(index, rows, cols))
 
-    def states(self, index: Shape, rows: slice, size: int) -> Array:
+    def states(self, index: Shape, rows: slice, size: Shape) -> Array:
         return np.minimum(self.a.states(index, rows, size), self.b.states(index, rows, size))
+
+    def alike(self, index: Shape) -> Shape:
+        return tuple(a or b for a, b in zip(self.a.alike(index), self.b.alike(index), strict=True))
 
 
 @dataclass(eq=False)
@@ -158,8 +165,32 @@ class InverseBound(Bound):
     def state(self, index: Shape, rows: slice, cols: slice) -> int:
         return FULL - self.a.state(index, rows, cols)
 
-    def states(self, index: Shape, rows: slice, size: int) -> Array:
+    def states(self, index: Shape, rows: slice, size: Shape) -> Array:
         return FULL - self.a.states(index, rows, size)
+
+    def alike(self, index: Shape) -> Shape:
+        return self.a.alike(index)
+
+
+def narrow(*views: Array) -> list[Array]:
+    """The same as int32 where all numbers are small: they are compared twice as fast."""
+    once = [x[tuple(slice(0, 1) if n == 0 else ALL for n in x.strides)] for x in views]
+    small = all(x.size == 0 or -NEAR < x.min() and x.max() < NEAR for x in once)
+    return [np.broadcast_to(x.astype(np.int32), view.shape) for x, view in zip(once, views, strict=True)] if small else [*views]
+
+
+def extremes(x: Array, n: int, size: int) -> tuple[Array, Array]:
+    """The least and the largest of each ``size`` of the n elements of x (or of what x stands for n times), over other axes."""
+    others, starts = tuple(range(x.ndim - 1)), np.arange(0, n, size)
+    least, most = x.min(others), x.max(others)
+    if x.shape[-1] != n:
+        return least.repeat(len(starts)), most.repeat(len(starts))
+    return np.minimum.reduceat(least, starts), np.maximum.reduceat(most, starts)
+
+
+def pairs(bound: Bound, rows: slice) -> Shape:
+    """How many queries and keys these rows have."""
+    return rows.stop - rows.start, bound.shape[-1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +213,11 @@ class WindowBound(Bound):
     left: int | None
     right: int | None
 
+    def __post_init__(self) -> None:
+        self.q, self.k = narrow(self.q, self.k)
+        if self.q.dtype == np.int32:  # no distance is larger
+            self.left, self.right = (None if x is None else min(x, 2 * NEAR) for x in (self.left, self.right))
+
     def _ends(self, index: Shape, rows: slice, cols: slice) -> tuple[Array, Array]:
         q, k = self.q[index], self.k[index]
         return q[..., rows] if q.shape[-1] > 1 else q, k[..., cols] if k.shape[-1] > 1 else k
@@ -191,23 +227,22 @@ class WindowBound(Bound):
         return right if self.left is None else right & (distance >= -self.left)
 
     def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
-        q, k = (x[..., None] for x in self._ends(index, rows, cols))
-        k = np.swapaxes(k, -1, -2)
-        shape = np.broadcast_shapes(q.shape, k.shape)
-        right = np.ones(shape, bool) if self.right is None else k <= q + self.right
-        return np.broadcast_to(right if self.left is None else right & (k >= q - self.left), shape)
+        q, k = self._ends(index, rows, cols)
+        q, k = q[..., :, None], k[..., None, :]
+        right = np.True_ if self.right is None else k <= q + self.right
+        result: Array = right if self.left is None else right & (k >= q - self.left)
+        return result if result.ndim else np.broadcast_to(result, np.broadcast_shapes(q.shape, k.shape))
 
     def state(self, index: Shape, rows: slice, cols: slice) -> int:
         q, k = self._ends(index, rows, cols)
         return FULL if not (q.size and k.size) else int(self._between(k.min() - q.max(), k.max() - q.min()))
 
-    def states(self, index: Shape, rows: slice, size: int) -> Array:
-        q, k = self._ends(index, rows, ALL)
-        starts = np.arange(0, self.shape[-1], size)
-        if not (q.size and k.size) or k.ndim > 1:
-            return super().states(index, rows, size)
-        least, most = (f.reduceat(k, starts) if k.size > 1 else k.repeat(len(starts)) for f in (np.minimum, np.maximum))
-        return np.asarray(self._between(least - q.max(), most - q.min()))
+    def states(self, index: Shape, rows: slice, size: Shape) -> Array:
+        q, k = (extremes(x, n, m) for x, n, m in zip(self._ends(index, rows, ALL), pairs(self, rows), size, strict=True))
+        return np.asarray(self._between(k[0] - q[1][:, None], k[1] - q[0][:, None]))
+
+    def alike(self, index: Shape) -> Shape:
+        return unvaried(index, self.q, self.k)
 
     def _between(self, nearest: Any, farthest: Any) -> Any:
         """The state of pairs whose distances lie between these."""
@@ -327,24 +362,27 @@ class SegmentsBound(Bound):
     q: Array
     k: Array
 
+    def __post_init__(self) -> None:
+        self.q, self.k = narrow(self.q, self.k)
+
     def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
         result: Array = np.equal(self.q[index][..., rows, None], self.k[index][..., None, cols])
         return result
 
     def state(self, index: Shape, rows: slice, cols: slice) -> int:
         q, k = self.q[index][..., rows], self.k[index][..., cols]
-        return FULL if not (q.size and k.size) else int(self._between(q, k.min(), k.max()))
+        return FULL if not (q.size and k.size) else int(self._between(q.min(), q.max(), k.min(), k.max()))
 
-    def states(self, index: Shape, rows: slice, size: int) -> Array:
-        q, k = self.q[index][..., rows], self.k[index]
-        starts = np.arange(0, self.shape[-1], size)
-        if not (q.size and k.size) or k.ndim > 1:
-            return super().states(index, rows, size)
-        return np.asarray(self._between(q, np.minimum.reduceat(k, starts), np.maximum.reduceat(k, starts)))
+    def states(self, index: Shape, rows: slice, size: Shape) -> Array:
+        ends = (self.q[index][..., rows], self.k[index])
+        q, k = (extremes(x, n, m) for x, n, m in zip(ends, pairs(self, rows), size, strict=True))
+        return np.asarray(self._between(q[0][:, None], q[1][:, None], *k))
 
-    def _between(self, q: Array, least: Any, most: Any) -> Any:
-        """The state of pairs whose keys have ids between these. Ids that do not meet are of different segments."""
-        first, last = q.min(), q.max()
+    def alike(self, index: Shape) -> Shape:
+        return unvaried(index, self.q, self.k)
+
+    def _between(self, first: Any, last: Any, least: Any, most: Any) -> Any:
+        """The state of pairs whose queries and keys have ids between these. Ids that do not meet are of different segments."""
         apart = np.maximum(first, least) > np.minimum(last, most)
         same = np.minimum(first, least) == np.maximum(last, most)
         return np.where(apart, EMPTY, np.where(same, FULL, PARTIAL))
@@ -371,6 +409,9 @@ class BlocksBound(Bound):
     shape: Shape
     view: Array
     size: tuple[int, int]
+
+    def alike(self, index: Shape) -> Shape:
+        return unvaried(index, self.view)
 
     def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
         i = np.arange(self.shape[-2])[rows] // self.size[0]
@@ -408,6 +449,9 @@ class Where(Mask):
 class WhereBound(Bound):
     shape: Shape
     function: Callable[[Array, Array], Array]
+
+    def alike(self, index: Shape) -> Shape:
+        return unvaried(index)
 
     def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
         i, j = np.arange(self.shape[-2])[rows, None], np.arange(self.shape[-1])[None, cols]
