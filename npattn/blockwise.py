@@ -40,10 +40,11 @@ from npattn.attention import (
     visible,
 )
 
-TILE = (512, 512)  # queries, keys; where there are fewer of one there are more of the other, up to LONG
+TILE = (1024, 256)  # queries, keys; where there are fewer of one there are more of the other, up to LONG
+TASKS = 8  # the forward takes a quarter of the queries, and more keys, where that would leave less to share than this
 LONG = 8192
 SMALL = 256 * 256  # heads with no more scores are computed together, as many as fill a tile
-PARTS = 4  # what may be left out of a tile, or need no mask, is found in steps of 1 / PARTS of its sides
+PARTS = (8, 2)  # what may be left out of a tile, or need no mask, is found in steps of its sides over PARTS
 FEW = 1 << 20  # scores at a time of what is left to `npattn.attention`
 
 
@@ -61,12 +62,12 @@ def blockwise_forward(
     c = bind("blockwise", q, k, v, mask, bias, scale, softcap, sink, dropout_mask)
     out, kept = (np.empty((*q.shape[:-1], v.shape[-1]), dtype) for dtype in (q.dtype, c.computing))
     lse, total = (np.empty(q.shape[:-1], c.computing) for _ in range(2))
-    plans = dict[Any, list[list[Block]]]()
+    tile, plans = tile_of(c, TASKS), dict[Any, list[list[Block]]]()
 
     def work(task: tuple[Heads, slice], tiles: Tiles) -> None:
         heads, rows = task
         if (key := (heads.like, rows.start)) not in plans:
-            plans[key] = plan(c, heads, rows)
+            plans[key] = plan(c, heads, rows, tile)
         a, blocks = kept[heads.index][..., rows, :], list(itertools.chain(*plans[key]))
         lse[heads.index][..., rows], total[heads.index][..., rows] = (
             attend(c, heads, rows, blocks, tiles, a, True)
@@ -75,7 +76,7 @@ def blockwise_forward(
         )
         out[heads.index][..., rows, :] = a  # a copy: the caller may write into it
 
-    tasks = [(heads, rows) for rows in reversed(slices(q.shape[-2], tile_of(c)[0])) for heads in bundles(c)]
+    tasks = [(heads, rows) for rows in reversed(slices(q.shape[-2], tile[0])) for heads in bundles(c)]
     share(work, tasks, lambda: Tiles(c.computing))
     cache = c._replace(lse=lse, kept=Kept(kept, total))
     return (out, lse) if return_lse else out, cache
@@ -141,7 +142,7 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     """`npattn.attention_backward` without an array of L x S elements, and independent of the number of threads."""
     c = cache
     check_cotangents("blockwise", c, dout, dlse)
-    (high, wide), (L, S) = tile_of(c), (c.q.shape[-2], c.k.shape[-2])
+    tile, (L, S) = tile_of(c), (c.q.shape[-2], c.k.shape[-2])
     known = Known(*(np.empty((*x.shape[:-1], x.shape[-1] + 1), c.computing) for x in (c.q, dout)), np.empty_like(c.kept.total))
     dq, dk, dv = (np.zeros(x.shape, dtype) for x, dtype in ((c.q, c.computing), (c.k, c.k.dtype), (c.v, c.v.dtype)))
     dbias = None if c.bias is None else c.bias.new_gradient()
@@ -152,7 +153,7 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
         if prepare(c, known, heads, dout, dlse):
             sound.add(heads.number)
             if heads.like not in plans:
-                plans[heads.like] = [plan(c, heads, rows) for rows in slices(L, high)]
+                plans[heads.like] = [plan(c, heads, rows, tile) for rows in slices(L, tile[0])]
 
     def work(task: tuple[int, slice, list[Heads]], tiles: Tiles) -> None:
         try:
@@ -176,7 +177,7 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
             if dsink is not None:
                 dsink[index[-1:] or ...] += part
     rest = list(itertools.compress(groups(c), whole))
-    tasks = [(j, cols, group) for j, cols in enumerate(slices(S, wide)) for group in rest]
+    tasks = [(j, cols, group) for j, cols in enumerate(slices(S, tile[1])) for group in rest]
     share(work, tasks, lambda: Tiles(c.computing), 1 if dbias is not None else None)
     share(after, itertools.chain(*rest), lambda: Tiles(c.computing))
 
@@ -408,19 +409,25 @@ class Block(NamedTuple):
     some: slice  # those of its rows that may not see all of it: the rest needs no mask
 
 
-def tile_of(c: AttentionCache) -> tuple[int, int]:
-    """How many queries and keys are a tile."""
-    (high, wide), (L, S) = TILE, (c.q.shape[-2], c.k.shape[-2])
-    return (
-        max(high, min(LONG, high * wide // max(S, 1))),
-        max(wide, min(LONG, high * wide // max(L, 1))),
-    )  # fmt: skip
+def tile_of(c: AttentionCache, tasks: int = 0) -> Shape:
+    """How many queries and keys are a tile; fewer queries where there would be less than so many tiles of queries."""
+    (*lead, L, _), S, (high, wide) = c.q.shape, c.k.shape[-2], TILE
+    size = high * wide
+    if math.prod(lead) * -(-L // high) < tasks:
+        high = max(high // 4, 1)
+    wide = max(wide, min(LONG, size // max(min(L, high), 1)))
+    return max(high, min(LONG, size // max(S, 1))), wide - wide % part_of()[1]
 
 
-def plan(c: AttentionCache, heads: Heads, rows: slice) -> list[list[Block]]:
+def part_of() -> Shape:
+    """How many queries and keys are a part of a tile."""
+    return tuple(max(n // parts, 1) for n, parts in zip(TILE, PARTS, strict=True))
+
+
+def plan(c: AttentionCache, heads: Heads, rows: slice, tile: Shape) -> list[list[Block]]:
     """For each tile of keys what of it these queries may see: by its parts, of which equal ones side by side are one."""
-    S, (high, wide) = c.k.shape[-2], (max(n // PARTS, 1) for n in TILE)
-    spans = slices(S, max(tile_of(c)[1] // wide, 1) * wide)
+    high, wide = part_of()
+    spans = slices(c.k.shape[-2], tile[1])
     if c.mask is None:
         return [[Block(rows, cols, slice(rows.start, rows.start))] for cols in spans]
     parts = [slice(rows.start + x.start, rows.start + x.stop) for x in slices(rows.stop - rows.start, high)]
