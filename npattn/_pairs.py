@@ -54,14 +54,9 @@ class Bound:
             found.append(np.add(np.logical_or.reduceat(some, starts), np.logical_and.reduceat(every, starts), dtype=np.int8))
         return np.array(found)
 
-    def alike(self, index: Shape) -> Shape:
-        """An index that has the same tiles, 0 where an axis does not matter."""
-        return index
-
-
-def unvaried(index: Shape, *views: Array) -> Shape:
-    """The index, 0 for axes along which none of these varies."""
-    return tuple(i if any(x.strides[n] for x in views) else 0 for n, i in enumerate(index))
+    def varies(self, axis: int) -> bool:
+        """Whether what is known depends on this axis before (L, S). True is always a right answer."""
+        return True
 
 
 class DenseBound(Bound):
@@ -77,8 +72,8 @@ class DenseBound(Bound):
         result: Array = self.view[index][..., rows, cols]
         return result
 
-    def alike(self, index: Shape) -> Shape:
-        return unvaried(index, self.view)
+    def varies(self, axis: int) -> bool:
+        return self.view.strides[axis] != 0
 
 
 class ForeignMask(Bound):

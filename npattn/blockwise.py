@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npattn._checks import Array, Dims, Shape, check_class, check_cotangent, check_dtype, check_other_dtype
-from npattn._pairs import EMPTY, FULL, Bound, Pairs, each_head, group_sum, quiet, select, slices, swap
+from npattn._pairs import ALL, EMPTY, FULL, Bound, Pairs, quiet, select, slices, swap
 from npattn._parallel import Turns, share
 from npattn.attention import (
     AttentionCache,
@@ -45,6 +45,7 @@ TASKS = 8  # the forward takes a quarter of the queries, and more keys, where th
 LONG = 8192
 SMALL = 256 * 256  # heads with no more scores are computed together, as many as fill a tile
 PARTS = (8, 2)  # what may be left out of a tile, or need no mask, is found in steps of its sides over PARTS
+FEW_ROWS = 16
 FEW = 1 << 20  # scores at a time of what is left to `npattn.attention`
 
 
@@ -66,7 +67,7 @@ def blockwise_forward(
 
     def work(task: tuple[Heads, slice], tiles: Tiles) -> None:
         heads, rows = task
-        if (key := (heads.like, rows.start)) not in plans:
+        if (key := (heads.pattern, rows.start)) not in plans:
             plans[key] = plan(c, heads, rows, tile)
         a, blocks = kept[heads.index][..., rows, :], list(itertools.chain(*plans[key]))
         lse[heads.index][..., rows], total[heads.index][..., rows] = (
@@ -92,7 +93,7 @@ def attend(
     q = c.q[heads.index][..., rows, :].astype(c.computing, copy=False)
     q = np.multiply(c.scale, q, out=tiles.take(0, *q.shape))
     (*n, _, D), E = q.shape, c.v.shape[-1]
-    k, v = (keys_of(c, x, heads) for x in (c.k, c.v))
+    k, v = c.k[heads.group], c.v[heads.group]
     sink = sink_of(c, heads)
     m = np.zeros(q.shape[:-1], c.computing).real + (0.0 if steady else sink.real)
     alone = select(sink != -np.inf, np.exp(sink - m))  # one more logit, without a value
@@ -102,7 +103,7 @@ def attend(
         high, wide = at.stop - at.start, cols.stop - cols.start
         pairs = pairs_of(c, heads, block, tiles)
         k_j, v_j = (x[..., cols, :].astype(c.computing, copy=False) for x in (k, v))
-        s = np.matmul(q[..., at, :], swap(k_j), out=tiles.take(1, *n, high, wide))  # (1)
+        s = times(q[..., at, :], swap(k_j), tiles.take(1, *n, high, wide))  # (1)
         if c.softcap is not None:
             s /= c.softcap
             np.tanh(s, out=s)
@@ -122,7 +123,7 @@ def attend(
         z[..., at] += e @ tiles.ones(wide)  # (5b)
         if c.dropout is not None:
             e *= c.dropout.tile(heads.index, block.rows, cols)  # (6)
-        a[..., at, :] += np.matmul(e, only(pairs.seen, v_j), out=tiles.take(2, *n, high, E))  # (7), (5b)
+        a[..., at, :] += times(e, only(pairs.seen, v_j), tiles.take(2, *n, high, E))  # (7), (5b)
         if steady and block is blocks[0] and not np.isfinite(z).all():
             return None  # as soon as that shows
     least = np.finfo(c.computing).eps if steady else 0.0  # below it, terms that are lost as subnormal numbers would count
@@ -152,8 +153,8 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     def before(heads: Heads, tiles: Tiles) -> None:
         if prepare(c, known, heads, dout, dlse):
             sound.add(heads.number)
-            if heads.like not in plans:
-                plans[heads.like] = [plan(c, heads, rows, tile) for rows in slices(L, tile[0])]
+            if heads.pattern not in plans:
+                plans[heads.pattern] = [plan(c, heads, rows, tile) for rows in slices(L, tile[0])]
 
     def work(task: tuple[int, slice, list[Heads]], tiles: Tiles) -> None:
         try:
@@ -214,21 +215,21 @@ def differentiate(
 ) -> None:  # fmt: skip
     """dk and dv of some keys of one group (or of small heads), and what these keys give to dq and dbias."""
     D, E = c.k.shape[-1], c.v.shape[-1]
-    k, v = (with_ones(keys_of(c, x, group[0])[..., cols, :], tiles, number) for number, x in enumerate((c.k, c.v)))
+    k, v = (with_ones(x[group[0].group][..., cols, :], tiles, number) for number, x in enumerate((c.k, c.v)))
     sum_k, sum_v = tiles.take(2, *k.shape[:-1], D), tiles.take(3, *v.shape[:-1], E)
     sum_k[...], sum_v[...] = 0, 0
-    for heads, i in itertools.product(group, range(len(plans[group[0].like]))):
-        row, q, do = plans[heads.like][i], known.q1[heads.index], known.do1[heads.index]
+    for heads, i in itertools.product(group, range(len(plans[group[0].pattern]))):
+        row, q, do = plans[heads.pattern][i], known.q1[heads.index], known.do1[heads.index]
         for block in row[j]:
             rows, near = block.rows, slice(block.cols.start - cols.start, block.cols.stop - cols.start)
             pairs = pairs_of(c, heads, block, tiles)
             q_i, do_i, k_j, v_j = q[..., rows, :], do[..., rows, :], k[..., near, :], v[..., near, :]
-            n, high, wide = k.shape[:-2], rows.stop - rows.start, near.stop - near.start
+            n, high, wide = q.shape[:-2], rows.stop - rows.start, near.stop - near.start
             s, dp = tiles.take(4, *n, high, wide), tiles.take(5, *n, high, wide)
             if c.softcap is None:
-                np.matmul(q_i, swap(k_j), out=s)  # (1), less lse
+                times(q_i, swap(k_j), s)  # (1), less lse
             else:
-                t = np.matmul(q_i[..., :D], swap(k_j[..., :D]), out=tiles.take(6, *n, high, wide))
+                t = times(q_i[..., :D], swap(k_j[..., :D]), tiles.take(6, *n, high, wide))
                 t /= c.softcap
                 np.tanh(t, out=t)
                 np.multiply(t, c.softcap, out=s)  # (2)
@@ -239,14 +240,14 @@ def differentiate(
             p = np.exp(s, out=s)  # (5), times total
             if c.dropout is None:
                 dropped = p
-                np.matmul(do_i, swap(v_j), out=dp)  # (7): dp less its mean
+                times(do_i, swap(v_j), dp)  # (7): dp less its mean
             else:
                 drop = c.dropout.tile(heads.index, rows, block.cols)
                 dropped = np.multiply(p, drop, out=tiles.take(7, *n, high, wide))  # (6)
-                np.matmul(do_i[..., :E], swap(v_j[..., :E]), out=dp)  # (7)
+                times(do_i[..., :E], swap(v_j[..., :E]), dp)  # (7)
                 dp *= drop  # (6)
                 dp += do_i[..., E:]
-            sum_v[..., near, :] += np.matmul(swap(dropped), do_i[..., :E], out=tiles.take(8, *n, wide, E))  # (7)
+            sum_v[..., near, :] += sum_rows(dropped, do_i[..., :E], tiles.take(8, *k.shape[:-2], wide, E))  # (7)
             ds = np.multiply(p, dp, out=s)  # (5)
             pairs.select(ds, dp)  # (4)
             if dbias is not None:
@@ -255,14 +256,13 @@ def differentiate(
                 np.square(t, out=t)
                 ds *= np.subtract(1, t, out=t)  # (2)
                 pairs.select(ds, t)
-            sum_k[..., near, :] += np.matmul(swap(ds), q_i[..., :D], out=tiles.take(8, *n, wide, D))  # (1)
-            of_q = np.matmul(ds, k_j[..., :D], out=tiles.take(9, *n, high, D))  # (1)
+            sum_k[..., near, :] += sum_rows(ds, q_i[..., :D], tiles.take(8, *k.shape[:-2], wide, D))  # (1)
+            of_q = times(ds, k_j[..., :D], tiles.take(9, *n, high, D))  # (1)
             turns.wait((heads.number, i), sum(map(bool, row[:j])))
             dq[heads.index][..., rows, :] += of_q
         if row[j]:
             turns.next((heads.number, i))
-    for dx, total in ((dk[group[0].group], sum_k), (dv[group[0].group], sum_v)):
-        dx[..., cols, :] = group_sum(total, dx[..., cols, :])
+    dk[group[0].group][..., cols, :], dv[group[0].group][..., cols, :] = sum_k, sum_v
 
 
 # --- the small print: which tiles, buffers, and what is left to `npattn.attention` ----------------------------------------
@@ -301,6 +301,30 @@ class Tiles:
         return self.one[:n]
 
 
+def times(x: Array, y: Array, out: Array) -> Array:
+    """x @ y for x of each head, (..., H, n, m), and y of each group, (..., G, m, o): heads of a group are more rows."""
+    x, result = by_group(x, y), by_group(out, y)
+    if 1 < x.shape[-2] <= FEW_ROWS < y.shape[-1]:
+        result[...] = swap(swap(y) @ swap(x))  # as products of few rows are slow
+    else:
+        np.matmul(x, y, out=result)
+    return out
+
+
+def sum_rows(x: Array, y: Array, out: Array) -> Array:
+    """x^T @ y summed over the heads of each group: (..., H, n, m) and (..., H, n, o) to (..., G, m, o)."""
+    return np.matmul(swap(by_group(x, out)), by_group(y, out), out=out)
+
+
+def by_group(x: Array, like: Array) -> Array:
+    """(..., H, n, m) as (..., G, H / G n, m)."""
+    if x.ndim < 3 or x.shape[-3] in (1, like.shape[-3]):
+        return x  # 1: the same for all heads
+    H, n, m = x.shape[-3:]
+    G = like.shape[-3]
+    return x.reshape(*x.shape[:-3], G, H // max(G, 1) * n, m)
+
+
 def only(some: Array | None, x: Array) -> Array:
     """x, and 0 in its other rows, which may be NaN: nobody sees them, or they see nobody. None: all."""
     return x if some is None or some.all() else select(some[..., None], x)
@@ -335,27 +359,41 @@ class Heads(NamedTuple):
     index: Any  # where q has them
     group: Any  # where k and v have theirs
     names: Any  # for each of them, which of the H heads it is
-    like: Any  # heads with equal ones see the same keys
+    of_mask: Any  # where the mask has what they see: only once if it is the same for all
+
+
+    @property
+    def pattern(self) -> str:
+        """What is equal where they see the same keys."""
+        return repr(self.of_mask)
 
 
 def bundles(c: AttentionCache) -> list[Heads]:
     """All heads, small ones together."""
-    lead, size = c.q.shape[:-2], c.q.shape[-2] * c.k.shape[-2]
-    most = math.prod(TILE) // max(size, 1) if size <= SMALL and math.prod(lead) else 0
-    indices, together = list[Any](np.ndindex(lead)), False
+    (*lead, L, _), S, same = c.q.shape, c.k.shape[-2], readers(c)
+    size = max(L, FEW_ROWS) * max(S, FEW_ROWS)  # products of fewer cost the same
+    most = math.prod(TILE) // size if size <= SMALL else 0
+    if 1 < same and L * same <= FEW_ROWS:
+        most = max(most, same)
+    most = most if math.prod(lead) else 0
+    indices = list[Any](np.ndindex(*lead))
     for axis, n in enumerate(lead):
         step = most // max(math.prod(lead[axis + 1 :]), 1)
         if axis == len(lead) - 1:
-            step = step // readers(c) * readers(c)  # a group is not divided
+            step = step // same * same  # a group is not divided
         if step:
-            indices = [(*first, part) for first in np.ndindex(lead[:axis]) for part in slices(n, step)]
-            together = True
+            indices = [(*first, part) for first in np.ndindex(*lead[:axis]) for part in slices(n, step)]
             break
-    names = np.broadcast_to(np.arange(lead[-1] if lead else 1), lead or (1,))
-    return [
-        Heads(i, index, group_of(c, index), names[index or 0], i if together or c.mask is None else c.mask.alike(index))
-        for i, index in enumerate(indices)
-    ]
+    names = np.broadcast_to(np.arange(lead[-1] if lead else 1), lead or [1])
+    return [Heads(i, x, group_of(c, x), names[x or 0], of_mask(c, x)) for i, x in enumerate(indices)]
+
+
+def of_mask(c: AttentionCache, index: Any) -> Any:
+    """An index that has the same pairs as this one, shorter along axes that make no difference."""
+    if c.mask is None:
+        return ()
+    whole = (*index, *[ALL] * (c.q.ndim - 2 - len(index)))
+    return tuple(i if c.mask.varies(n) else slice(0, 1) if isinstance(i, slice) else 0 for n, i in enumerate(whole))
 
 
 def readers(c: AttentionCache) -> int:
@@ -380,12 +418,6 @@ def each_index(c: AttentionCache, heads: Heads) -> list[Shape]:
     """The indices of each head."""
     numbers = np.arange(math.prod(c.q.shape[:-2])).reshape(c.q.shape[:-2])[heads.index]
     return [tuple(map(int, np.unravel_index(n, c.q.shape[:-2]))) if c.q.ndim > 2 else () for n in numbers.ravel()]
-
-
-def keys_of(c: AttentionCache, x: Array, heads: Heads) -> Array:
-    """The keys or values that these heads read."""
-    x = x[heads.group]
-    return each_head(x, c.q[heads.index].shape[-3] if x.ndim > 2 else 1, x.dtype)
 
 
 def sink_of(c: AttentionCache, heads: Heads) -> Array:
@@ -431,7 +463,7 @@ def plan(c: AttentionCache, heads: Heads, rows: slice, tile: Shape) -> list[list
     if c.mask is None:
         return [[Block(rows, cols, slice(rows.start, rows.start))] for cols in spans]
     parts = [slice(rows.start + x.start, rows.start + x.stop) for x in slices(rows.stop - rows.start, high)]
-    states = c.mask.states(heads.index, rows, (high, wide))
+    states = c.mask.states(heads.of_mask, rows, (high, wide))
     found: list[list[Block]] = []
     for cols in spans:
         here = states[:, cols.start // wide : -(-cols.stop // wide)]
@@ -463,7 +495,7 @@ class Visible(NamedTuple):
     allowed: Any = None  # which of their pairs are allowed. None: all
     edge: Any = None  # +inf where allowed, else -inf
     sees: Any = None  # rows of the block that see somebody. None: all
-    seen: Any = None  # keys of the block that somebody sees. None: all
+    seen: Any = None  # keys of the block that somebody of the group sees. None: all
 
     def hide(self, s: Array) -> None:
         """-inf where not allowed, without branches, and whatever stands there. NaN where allowed becomes inf."""
@@ -485,28 +517,28 @@ ALL_VISIBLE = Visible()
 
 def pairs_of(c: AttentionCache, heads: Heads, block: Block, tiles: Tiles) -> Visible:
     """Which pairs of a block are allowed, and their bias."""
-    (rows, cols, some), bias, key = block, None, (heads.like, block.rows.start, block.rows.stop, block.cols.start)
+    (rows, cols, some), bias, key = block, None, (heads.pattern, block.rows.start, block.rows.stop, block.cols.start)
     full = some.start == some.stop
     if c.bias is None and full:
         return ALL_VISIBLE
     if c.bias is None and key in tiles.visible:
         return tiles.visible[key]
     if c.bias is None:
-        allowed = c.mask.tile(heads.index, some, cols)
+        allowed = c.mask.tile(heads.of_mask, some, cols)
     else:
         some = rows  # the bias may be -inf anywhere
         allowed, bias = visible(c._replace(mask=None) if full else c, heads.index, rows, cols)
         if allowed is None:
             return Visible(bias)
-    n = c.q[heads.index].shape[:-2]
-    allowed = np.broadcast_to(allowed, (*n, some.stop - some.start, cols.stop - cols.start))
+    n = (1,) * (c.q[heads.index].ndim - 2)  # as many as it has, or 1 where all see the same
+    allowed = np.broadcast_to(allowed, np.broadcast_shapes(allowed.shape, (*n, some.stop - some.start, cols.stop - cols.start)))
     edge = np.subtract(allowed, 0.5, dtype=np.empty(0, c.computing).real.dtype)
     edge *= np.inf
     at = slice(some.start - rows.start, some.stop - rows.start)
     if some == rows:
-        found = Visible(bias, at, allowed, edge, allowed.any(-1), allowed.any(-2))
+        found = Visible(bias, at, allowed, edge, allowed.any(-1), by_group(allowed, c.k[heads.group]).any(-2))
     else:  # the other rows see all keys
-        sees = np.ones((*n, rows.stop - rows.start), bool)
+        sees = np.ones((*allowed.shape[:-2], rows.stop - rows.start), bool)
         sees[..., at] = allowed.any(-1)
         found = Visible(bias, at, allowed, edge, sees)
     if c.bias is None:

@@ -30,7 +30,6 @@ from npattn._pairs import (
     is_bindable,
     per_sequence,
     per_token,
-    unvaried,
 )
 
 
@@ -148,8 +147,8 @@ class BothBound(Bound):
     def states(self, index: Shape, rows: slice, size: Shape) -> Array:
         return np.minimum(self.a.states(index, rows, size), self.b.states(index, rows, size))
 
-    def alike(self, index: Shape) -> Shape:
-        return tuple(a or b for a, b in zip(self.a.alike(index), self.b.alike(index), strict=True))
+    def varies(self, axis: int) -> bool:
+        return self.a.varies(axis) or self.b.varies(axis)
 
 
 @dataclass(eq=False)
@@ -168,8 +167,8 @@ class InverseBound(Bound):
     def states(self, index: Shape, rows: slice, size: Shape) -> Array:
         return FULL - self.a.states(index, rows, size)
 
-    def alike(self, index: Shape) -> Shape:
-        return self.a.alike(index)
+    def varies(self, axis: int) -> bool:
+        return self.a.varies(axis)
 
 
 def narrow(*views: Array) -> list[Array]:
@@ -241,8 +240,8 @@ class WindowBound(Bound):
         q, k = (extremes(x, n, m) for x, n, m in zip(self._ends(index, rows, ALL), pairs(self, rows), size, strict=True))
         return np.asarray(self._between(k[0] - q[1][:, None], k[1] - q[0][:, None]))
 
-    def alike(self, index: Shape) -> Shape:
-        return unvaried(index, self.q, self.k)
+    def varies(self, axis: int) -> bool:
+        return self.q.strides[axis] != 0 or self.k.strides[axis] != 0
 
     def _between(self, nearest: Any, farthest: Any) -> Any:
         """The state of pairs whose distances lie between these."""
@@ -378,8 +377,8 @@ class SegmentsBound(Bound):
         q, k = (extremes(x, n, m) for x, n, m in zip(ends, pairs(self, rows), size, strict=True))
         return np.asarray(self._between(q[0][:, None], q[1][:, None], *k))
 
-    def alike(self, index: Shape) -> Shape:
-        return unvaried(index, self.q, self.k)
+    def varies(self, axis: int) -> bool:
+        return self.q.strides[axis] != 0 or self.k.strides[axis] != 0
 
     def _between(self, first: Any, last: Any, least: Any, most: Any) -> Any:
         """The state of pairs whose queries and keys have ids between these. Ids that do not meet are of different segments."""
@@ -410,8 +409,8 @@ class BlocksBound(Bound):
     view: Array
     size: tuple[int, int]
 
-    def alike(self, index: Shape) -> Shape:
-        return unvaried(index, self.view)
+    def varies(self, axis: int) -> bool:
+        return self.view.strides[axis] != 0
 
     def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
         i = np.arange(self.shape[-2])[rows] // self.size[0]
@@ -450,8 +449,8 @@ class WhereBound(Bound):
     shape: Shape
     function: Callable[[Array, Array], Array]
 
-    def alike(self, index: Shape) -> Shape:
-        return unvaried(index)
+    def varies(self, axis: int) -> bool:
+        return False
 
     def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
         i, j = np.arange(self.shape[-2])[rows, None], np.arange(self.shape[-1])[None, cols]
