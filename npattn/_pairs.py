@@ -20,6 +20,7 @@ import numpy as np
 from npattn._checks import Array, Shape, as_array, broadcast_pairs, check_one_of, check_other_dtype, kind
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
+Index: TypeAlias = tuple[int | slice, ...]
 ALL = slice(None)
 FAR = 1 << 61  # positions stay below this, so that differences of two fit into int64
 
@@ -34,17 +35,17 @@ class Bound:
 
     shape: Shape
 
-    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+    def tile(self, index: Index, rows: slice, cols: slice) -> Array:
         raise NotImplementedError
 
     def dense(self) -> Array:
         return np.broadcast_to(self.tile((), ALL, ALL), self.shape)
 
-    def state(self, index: Shape, rows: slice, cols: slice) -> int:
+    def state(self, index: Index, rows: slice, cols: slice) -> int:
         tile = self.tile(index, rows, cols)
         return FULL if tile.all() else PARTIAL if tile.any() else EMPTY
 
-    def states(self, index: Shape, rows: slice, size: Shape) -> Array:
+    def states(self, index: Index, rows: slice, size: Shape) -> Array:
         """``state`` of all parts of ``size`` = (queries, keys) of these rows, (parts of rows, parts of keys)."""
         starts, found = np.arange(0, self.shape[-1], size[1]), []
         for x in slices(rows.stop - rows.start, size[0]):
@@ -68,7 +69,7 @@ class DenseBound(Bound):
     def dense(self) -> Array:
         return self.view
 
-    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+    def tile(self, index: Index, rows: slice, cols: slice) -> Array:
         result: Array = self.view[index][..., rows, cols]
         return result
 
@@ -84,7 +85,7 @@ class ForeignMask(Bound):
             raise TypeError(f"{op}: mask.bind returns {kind(mask)}, expected an object with tile(index, rows, cols)")
         self.op, self.mask, self.shape = op, mask, shape
 
-    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+    def tile(self, index: Index, rows: slice, cols: slice) -> Array:
         tile = np.asarray(self.mask.tile(index, rows, cols))
         if tile.dtype != np.bool_:
             raise TypeError(f"{self.op}: mask.tile returns dtype {tile.dtype}, expected bool (True = may attend)")
@@ -93,12 +94,12 @@ class ForeignMask(Bound):
     def dense(self) -> Array:
         return np.asarray(self.mask.dense()) if hasattr(self.mask, "dense") else super().dense()
 
-    def state(self, index: Shape, rows: slice, cols: slice) -> int:
+    def state(self, index: Index, rows: slice, cols: slice) -> int:
         if hasattr(self.mask, "state"):
             return int(self.mask.state(index, rows, cols))
         return super().state(index, rows, cols)
 
-    def states(self, index: Shape, rows: slice, size: Shape) -> Array:
+    def states(self, index: Index, rows: slice, size: Shape) -> Array:
         if not hasattr(self.mask, "state"):
             return super().states(index, rows, size)
         parts = [slice(rows.start + x.start, rows.start + x.stop) for x in slices(rows.stop - rows.start, size[0])]

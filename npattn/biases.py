@@ -30,7 +30,7 @@ from npattn._checks import (
     computing_dtype,
     kind,
 )
-from npattn._pairs import ALL, Bound, Positions, heads_first, integers, is_bias, is_bindable
+from npattn._pairs import ALL, Bound, Index, Positions, heads_first, integers, is_bias, is_bindable
 
 
 def bind_bias(op: str, bias: object, shape: Shape, dtype: np.dtype[Any], computing: np.dtype[Any]) -> Any:
@@ -72,11 +72,11 @@ class ArrayBound(ParameterBound):
         # The gradient is summed over the axes along which the bias does not vary: a view of it with the full rank.
         self.full = (1,) * (len(shape) - bias.ndim) + bias.shape
 
-    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+    def tile(self, index: Index, rows: slice, cols: slice) -> Array:
         result: Array = self.view[index][..., rows, cols]
         return result
 
-    def add_gradient(self, total: Array, index: Shape, rows: slice, cols: slice, dscores: Array) -> None:
+    def add_gradient(self, total: Array, index: Index, rows: slice, cols: slice, dscores: Array) -> None:
         here = total.reshape(self.full)  # a view: total is contiguous
         alone = [ALL if isinstance(i, slice) else 0 for i in index]
         place: Any = (*(i if n > 1 else one for i, one, n in zip(index, alone, self.full, strict=False)), ...)
@@ -156,19 +156,19 @@ class AlibiBound(ParameterBound):
         self.q, self.k = bias.positions.bind(shape)
         self.heads = np.broadcast_to(np.arange(len(self.value)) if len(shape) > 2 else 0, shape[:-2])
 
-    def _distance(self, index: Shape, rows: slice, cols: slice) -> Array:
+    def _distance(self, index: Index, rows: slice, cols: slice) -> Array:
         distance = np.abs(self.q[index][..., rows, None] - self.k[index][..., None, cols])
         result: Array = distance.astype(self.value.dtype)
         return result
 
-    def _slopes(self, values: Array, index: Shape) -> Array:
+    def _slopes(self, values: Array, index: Index) -> Array:
         result: Array = np.broadcast_to(heads_first(values, self.shape), (*self.shape[:-2], 1, 1))[index]
         return result
 
-    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+    def tile(self, index: Index, rows: slice, cols: slice) -> Array:
         return -self._slopes(self.value, index) * self._distance(index, rows, cols)
 
-    def add_gradient(self, total: Array, index: Shape, rows: slice, cols: slice, dscores: Array) -> None:
+    def add_gradient(self, total: Array, index: Index, rows: slice, cols: slice, dscores: Array) -> None:
         terms = (dscores * self._distance(index, rows, cols)).sum((-2, -1))
         np.subtract.at(total, self.heads[index], terms)
 
@@ -234,7 +234,7 @@ class RelativeBound(ParameterBound):
             self.view = broadcast_pairs("RelativeTable", "buckets", bias.buckets, shape)
         self.heads = np.broadcast_to(heads_first(np.arange(self.value.shape[1]), shape), (*shape[:-2], 1, 1))
 
-    def _buckets(self, index: Shape, rows: slice, cols: slice) -> Array:
+    def _buckets(self, index: Index, rows: slice, cols: slice) -> Array:
         if not callable(self.bias.buckets):
             result: Array = self.view[index][..., rows, cols]
             return result
@@ -247,11 +247,11 @@ class RelativeBound(ParameterBound):
         checked: Array = self.bias._check(buckets)
         return checked
 
-    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+    def tile(self, index: Index, rows: slice, cols: slice) -> Array:
         tile: Array = self.value[self._buckets(index, rows, cols), self.heads[index]]
         return tile
 
-    def add_gradient(self, total: Array, index: Shape, rows: slice, cols: slice, dscores: Array) -> None:
+    def add_gradient(self, total: Array, index: Index, rows: slice, cols: slice, dscores: Array) -> None:
         buckets, heads = np.broadcast_arrays(self._buckets(index, rows, cols), self.heads[index])
         np.add.at(total, (buckets, heads), dscores)
 

@@ -22,13 +22,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from npattn._checks import Array, Dims, Shape, check_class, check_cotangent, check_dtype, check_other_dtype
-from npattn._pairs import ALL, EMPTY, FULL, Bound, Pairs, quiet, select, slices, swap
+from npattn._pairs import ALL, EMPTY, FULL, Bound, Index, Pairs, quiet, select, slices, swap
 from npattn._parallel import Turns, share
 from npattn.attention import (
     AttentionCache,
@@ -92,7 +91,7 @@ def attend(
     """
     q = c.q[heads.index][..., rows, :].astype(c.computing, copy=False)
     q = np.multiply(c.scale, q, out=tiles.take(0, *q.shape))
-    (*n, _, D), E = q.shape, c.v.shape[-1]
+    n, E = q.shape[:-2], c.v.shape[-1]
     k, v = c.k[heads.group], c.v[heads.group]
     sink = sink_of(c, heads)
     m = np.zeros(q.shape[:-1], c.computing).real + (0.0 if steady else sink.real)
@@ -144,7 +143,8 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     c = cache
     check_cotangents("blockwise", c, dout, dlse)
     tile, (L, S) = tile_of(c), (c.q.shape[-2], c.k.shape[-2])
-    known = Known(*(np.empty((*x.shape[:-1], x.shape[-1] + 1), c.computing) for x in (c.q, dout)), np.empty_like(c.kept.total))
+    q1, do1 = (np.empty((*x.shape[:-1], x.shape[-1] + 1), c.computing) for x in (c.q, dout))
+    known = Known(q1, do1, np.empty_like(c.kept.total))
     dq, dk, dv = (np.zeros(x.shape, dtype) for x, dtype in ((c.q, c.computing), (c.k, c.k.dtype), (c.v, c.v.dtype)))
     dbias = None if c.bias is None else c.bias.new_gradient()
     dsink: Any = None if c.sink is None else np.zeros(c.sink.shape, c.computing)
@@ -169,15 +169,18 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
         dscales[heads.number] = dscale if np.isfinite(dscale) else (x * y).sum(where=y != 0)
         y *= c.scale  # (1)
 
-    share(before, bundles(c), lambda: Tiles(c.computing))
-    whole = [all(heads.number in sound for heads in group) for group in groups(c)]
-    for group in itertools.compress(groups(c), map(operator.not_, whole)):  # not all is finite: left to `npattn.attention`
-        for heads, index in ((heads, index) for heads in group for index in each_index(c, heads)):
+    groups = [list(same) for _, same in itertools.groupby(bundles(c), lambda heads: heads.group)]
+    share(before, itertools.chain(*groups), lambda: Tiles(c.computing))
+    rest: list[list[Heads]] = []
+    for group in groups:
+        if all(heads.number in sound for heads in group):
+            rest.append(group)
+            continue
+        for heads, index in ((x, index) for x in group for index in each_index(c, x)):  # left to `npattn.attention`
             dscale, part = differentiate_by_rows(c, index, dout, dlse, dq, dk, dv, dbias)
             dscales[heads.number] = dscales.get(heads.number, 0) + dscale
             if dsink is not None:
                 dsink[index[-1:] or ...] += part
-    rest = list(itertools.compress(groups(c), whole))
     tasks = [(j, cols, group) for j, cols in enumerate(slices(S, tile[1])) for group in rest]
     share(work, tasks, lambda: Tiles(c.computing), 1 if dbias is not None else None)
     share(after, itertools.chain(*rest), lambda: Tiles(c.computing))
@@ -345,7 +348,7 @@ def total_of(z: Array, shift: Array, lse: Array) -> Array:
 def with_ones(x: Array, tiles: Tiles, number: int) -> Array:
     """x and one more column of ones. What is not finite is 0: where all results are finite, nobody sees it."""
     result = tiles.take(number, *x.shape[:-1], x.shape[-1] + 1)
-    result[..., :-1], result[..., -1] = only(np.isfinite(x).all(-1), x), 1
+    result[..., :-1], result[..., -1] = only(np.asarray(np.isfinite(x).all(-1)), x), 1
     return result
 
 
@@ -373,7 +376,7 @@ def bundles(c: AttentionCache) -> list[Heads]:
     (*lead, L, _), S, same = c.q.shape, c.k.shape[-2], readers(c)
     size = max(L, FEW_ROWS) * max(S, FEW_ROWS)  # products of fewer cost the same
     most = math.prod(TILE) // size if size <= SMALL else 0
-    if 1 < same and L * same <= FEW_ROWS:
+    if same > 1 and L * same <= FEW_ROWS:
         most = max(most, same)
     most = most if math.prod(lead) else 0
     indices = list[Any](np.ndindex(*lead))
@@ -407,11 +410,6 @@ def group_of(c: AttentionCache, index: Any) -> Any:
         return index
     last, n = index[-1], readers(c)
     return (*index[:-1], slice(last.start // n, last.stop // n) if isinstance(last, slice) else last // n)
-
-
-def groups(c: AttentionCache) -> list[list[Heads]]:
-    """The heads that read the same keys, which stand side by side."""
-    return [list(same) for _, same in itertools.groupby(bundles(c), lambda heads: heads.group)]
 
 
 def each_index(c: AttentionCache, heads: Heads) -> list[Shape]:
@@ -572,14 +570,14 @@ class Part(Bound):
         start, stop, _ = rows.indices(self.shape[-2])
         return self.index, slice(self.rows.start + start, self.rows.start + stop), slice(*cols.indices(self.shape[-1])[:2])
 
-    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+    def tile(self, index: Index, rows: slice, cols: slice) -> Array:
         result: Array = self.whole.tile(*self._of_whole(rows, cols))
         return result
 
     def new_gradient(self) -> Any:
         return self.total  # what all parts add to
 
-    def add_gradient(self, total: Any, index: Shape, rows: slice, cols: slice, dscores: Array) -> None:
+    def add_gradient(self, total: Any, index: Index, rows: slice, cols: slice, dscores: Array) -> None:
         self.whole.add_gradient(total, *self._of_whole(rows, cols), dscores)
 
     def finish(self, total: Any) -> Any:

@@ -24,6 +24,7 @@ from npattn._pairs import (
     Bound,
     DenseBound,
     ForeignMask,
+    Index,
     Positions,
     integers,
     is_bias,
@@ -31,7 +32,6 @@ from npattn._pairs import (
     per_sequence,
     per_token,
 )
-
 
 NEAR = 1 << 29  # numbers below this have differences that fit into int32
 
@@ -138,13 +138,13 @@ class BothBound(Bound):
     b: Bound
     shape: Shape
 
-    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+    def tile(self, index: Index, rows: slice, cols: slice) -> Array:
         return self.a.tile(index, rows, cols) & self.b.tile(index, rows, cols)
 
-    def state(self, index: Shape, rows: slice, cols: slice) -> int:
+    def state(self, index: Index, rows: slice, cols: slice) -> int:
         return min(self.a.state(index, rows, cols), self.b.state(index, rows, cols))
 
-    def states(self, index: Shape, rows: slice, size: Shape) -> Array:
+    def states(self, index: Index, rows: slice, size: Shape) -> Array:
         return np.minimum(self.a.states(index, rows, size), self.b.states(index, rows, size))
 
     def varies(self, axis: int) -> bool:
@@ -158,13 +158,13 @@ class InverseBound(Bound):
     def __post_init__(self) -> None:
         self.shape = self.a.shape
 
-    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+    def tile(self, index: Index, rows: slice, cols: slice) -> Array:
         return ~self.a.tile(index, rows, cols)
 
-    def state(self, index: Shape, rows: slice, cols: slice) -> int:
+    def state(self, index: Index, rows: slice, cols: slice) -> int:
         return FULL - self.a.state(index, rows, cols)
 
-    def states(self, index: Shape, rows: slice, size: Shape) -> Array:
+    def states(self, index: Index, rows: slice, size: Shape) -> Array:
         return FULL - self.a.states(index, rows, size)
 
     def varies(self, axis: int) -> bool:
@@ -174,7 +174,7 @@ class InverseBound(Bound):
 def narrow(*views: Array) -> list[Array]:
     """The same as int32 where all numbers are small: they are compared twice as fast."""
     once = [x[tuple(slice(0, 1) if n == 0 else ALL for n in x.strides)] for x in views]
-    small = all(x.size == 0 or -NEAR < x.min() and x.max() < NEAR for x in once)
+    small = all(x.size == 0 or (x.min() > -NEAR and x.max() < NEAR) for x in once)
     return [np.broadcast_to(x.astype(np.int32), view.shape) for x, view in zip(once, views, strict=True)] if small else [*views]
 
 
@@ -217,7 +217,7 @@ class WindowBound(Bound):
         if self.q.dtype == np.int32:  # no distance is larger
             self.left, self.right = (None if x is None else min(x, 2 * NEAR) for x in (self.left, self.right))
 
-    def _ends(self, index: Shape, rows: slice, cols: slice) -> tuple[Array, Array]:
+    def _ends(self, index: Index, rows: slice, cols: slice) -> tuple[Array, Array]:
         q, k = self.q[index], self.k[index]
         return q[..., rows] if q.shape[-1] > 1 else q, k[..., cols] if k.shape[-1] > 1 else k
 
@@ -225,18 +225,18 @@ class WindowBound(Bound):
         right = True if self.right is None else distance <= self.right
         return right if self.left is None else right & (distance >= -self.left)
 
-    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+    def tile(self, index: Index, rows: slice, cols: slice) -> Array:
         q, k = self._ends(index, rows, cols)
         q, k = q[..., :, None], k[..., None, :]
-        right = np.True_ if self.right is None else k <= q + self.right
-        result: Array = right if self.left is None else right & (k >= q - self.left)
+        right: Any = np.True_ if self.right is None else k <= q + self.right
+        result: Any = right if self.left is None else right & (k >= q - self.left)
         return result if result.ndim else np.broadcast_to(result, np.broadcast_shapes(q.shape, k.shape))
 
-    def state(self, index: Shape, rows: slice, cols: slice) -> int:
+    def state(self, index: Index, rows: slice, cols: slice) -> int:
         q, k = self._ends(index, rows, cols)
         return FULL if not (q.size and k.size) else int(self._between(k.min() - q.max(), k.max() - q.min()))
 
-    def states(self, index: Shape, rows: slice, size: Shape) -> Array:
+    def states(self, index: Index, rows: slice, size: Shape) -> Array:
         q, k = (extremes(x, n, m) for x, n, m in zip(self._ends(index, rows, ALL), pairs(self, rows), size, strict=True))
         return np.asarray(self._between(k[0] - q[1][:, None], k[1] - q[0][:, None]))
 
@@ -364,15 +364,15 @@ class SegmentsBound(Bound):
     def __post_init__(self) -> None:
         self.q, self.k = narrow(self.q, self.k)
 
-    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+    def tile(self, index: Index, rows: slice, cols: slice) -> Array:
         result: Array = np.equal(self.q[index][..., rows, None], self.k[index][..., None, cols])
         return result
 
-    def state(self, index: Shape, rows: slice, cols: slice) -> int:
+    def state(self, index: Index, rows: slice, cols: slice) -> int:
         q, k = self.q[index][..., rows], self.k[index][..., cols]
         return FULL if not (q.size and k.size) else int(self._between(q.min(), q.max(), k.min(), k.max()))
 
-    def states(self, index: Shape, rows: slice, size: Shape) -> Array:
+    def states(self, index: Index, rows: slice, size: Shape) -> Array:
         ends = (self.q[index][..., rows], self.k[index])
         q, k = (extremes(x, n, m) for x, n, m in zip(ends, pairs(self, rows), size, strict=True))
         return np.asarray(self._between(q[0][:, None], q[1][:, None], *k))
@@ -412,7 +412,7 @@ class BlocksBound(Bound):
     def varies(self, axis: int) -> bool:
         return self.view.strides[axis] != 0
 
-    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+    def tile(self, index: Index, rows: slice, cols: slice) -> Array:
         i = np.arange(self.shape[-2])[rows] // self.size[0]
         j = np.arange(self.shape[-1])[cols] // self.size[1]
         result: Array = self.view[index][..., i[:, None], j]
@@ -452,7 +452,7 @@ class WhereBound(Bound):
     def varies(self, axis: int) -> bool:
         return False
 
-    def tile(self, index: Shape, rows: slice, cols: slice) -> Array:
+    def tile(self, index: Index, rows: slice, cols: slice) -> Array:
         i, j = np.arange(self.shape[-2])[rows, None], np.arange(self.shape[-1])[None, cols]
         tile = np.asarray(self.function(i, j))
         pairs = (i.size, j.size)
