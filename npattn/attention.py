@@ -20,21 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npattn._checks import Array, Dims, check_class, check_cotangent, check_dtype, check_number, check_other_dtype
-from npattn._pairs import (
-    ALL,
-    Index,
-    Pairs,
-    bind_dropout,
-    each_head,
-    group_sum,
-    head_sum,
-    heads_first,
-    product,
-    quiet,
-    select,
-    swap,
-)
+from npattn._checks import Array, Dims, Shape, check_class, check_cotangent, check_dtype, check_number, check_other_dtype
+from npattn._pairs import ALL, Pairs, bind_dropout, each_head, group_sum, head_sum, heads_first, product, quiet, select, swap
 from npattn.biases import bind_bias
 from npattn.masks import bind_mask
 from npattn.softmax import normalize
@@ -194,7 +181,7 @@ def check_cotangents(op: str, c: AttentionCache, dout: Any, dlse: Any) -> None:
         check_cotangent(op, "dlse", dlse, c.lse.shape, c.computing, c.computing)
 
 
-def visible(c: AttentionCache, index: Index = (), rows: slice = ALL, cols: slice = ALL) -> tuple[Any, Any]:
+def visible(c: AttentionCache, index: Any = (), rows: slice = ALL, cols: slice = ALL) -> tuple[Any, Any]:
     """Which pairs are allowed (None: all), and the bias, of ``scores[index][..., rows, cols]``."""
     allowed = None if c.mask is None else c.mask.tile(index, rows, cols)
     bias = None if c.bias is None else c.bias.tile(index, rows, cols)
@@ -203,7 +190,7 @@ def visible(c: AttentionCache, index: Index = (), rows: slice = ALL, cols: slice
     return allowed, bias
 
 
-def live(c: AttentionCache, dout: Array, dlse: Any, index: Index = (), rows: slice = ALL) -> tuple[Array, Any]:
+def live(c: AttentionCache, dout: Array, dlse: Any, index: Any = (), rows: slice = ALL) -> tuple[Array, Any]:
     """dout (..., L, E) and dlse (..., L, 1) in the computing dtype, 0 in rows whose lse is -inf."""
     alive = c.lse[index][..., rows, None] != -np.inf
     dout = select(alive, dout[index][..., rows, :].astype(c.computing, copy=False))
