@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npattn._checks import Array, Dims, Shape, check_class, check_cotangent, check_dtype, check_number, check_other_dtype
+from npattn._checks import Array, Dims, check_class, check_cotangent, check_dtype, check_number, check_other_dtype
 from npattn._pairs import ALL, Pairs, bind_dropout, each_head, group_sum, head_sum, heads_first, product, quiet, select, swap
 from npattn.biases import bind_bias
 from npattn.masks import bind_mask

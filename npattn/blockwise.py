@@ -42,7 +42,7 @@ from npattn.attention import (
 TILE = (1024, 256)  # queries, keys; where there are fewer of one there are more of the other, up to LONG
 TASKS = 8  # the forward takes a quarter of the queries, and more keys, where that would leave less to share than this
 LONG = 8192
-SMALL = 256 * 256  # heads with no more scores are computed together, as many as fill a tile
+SMALL = 256 * 256  # heads of which no more scores are computed at a time are computed together, as many as fill a tile
 PARTS = (8, 2)  # what may be left out of a tile, or need no mask, is found in steps of its sides over PARTS
 FEW_ROWS = 16
 FEW = 1 << 20  # scores at a time of what is left to `npattn.attention`
@@ -373,12 +373,7 @@ class Heads(NamedTuple):
 
 def bundles(c: AttentionCache) -> list[Heads]:
     """All heads, small ones together."""
-    (*lead, L, _), S, same = c.q.shape, c.k.shape[-2], readers(c)
-    size = max(L, FEW_ROWS) * max(S, FEW_ROWS)  # products of fewer cost the same
-    most = math.prod(TILE) // size if size <= SMALL else 0
-    if same > 1 and L * same <= FEW_ROWS:
-        most = max(most, same)
-    most = most if math.prod(lead) else 0
+    lead, same, most = c.q.shape[:-2], readers(c), together(c)
     indices = list[Any](np.ndindex(*lead))
     for axis, n in enumerate(lead):
         step = most // max(math.prod(lead[axis + 1 :]), 1)
@@ -389,6 +384,16 @@ def bundles(c: AttentionCache) -> list[Heads]:
             break
     names = np.broadcast_to(np.arange(lead[-1] if lead else 1), lead or [1])
     return [Heads(i, x, group_of(c, x), names[x or 0], of_mask(c, x)) for i, x in enumerate(indices)]
+
+
+def together(c: AttentionCache) -> int:
+    """How many heads at a time: 0 if each by itself."""
+    (*lead, L, _), S, same = c.q.shape, c.k.shape[-2], readers(c)
+    high, wide = (max(n, FEW_ROWS) for n in (L, S))  # products of fewer cost the same
+    block, most = high * (wide if c.mask is None else min(wide, part_of()[1])), 0
+    if block <= SMALL and high * wide <= 4 * SMALL:
+        most = min(math.prod(TILE) // block, 2 * math.prod(lead) // TASKS)
+    return max(most, same) if same > 1 and L * same <= FEW_ROWS and math.prod(lead) else most
 
 
 def of_mask(c: AttentionCache, index: Any) -> Any:
@@ -443,6 +448,8 @@ def tile_of(c: AttentionCache, tasks: int = 0) -> Shape:
     """How many queries and keys are a tile; fewer queries where there would be less than so many tiles of queries."""
     (*lead, L, _), S, (high, wide) = c.q.shape, c.k.shape[-2], TILE
     size = high * wide
+    if heads := together(c):
+        return max(L, 1), part_of()[1] * max(size // (part_of()[1] * heads * max(L, 1)), 1)
     if math.prod(lead) * -(-L // high) < tasks:
         high = max(high // 4, 1)
     wide = max(wide, min(LONG, size // max(min(L, high), 1)))
