@@ -390,8 +390,9 @@ def together(c: AttentionCache) -> int:
     """How many heads at a time: 0 if each by itself."""
     (*lead, L, _), S, same = c.q.shape, c.k.shape[-2], readers(c)
     high, wide = (max(n, FEW_ROWS) for n in (L, S))  # products of fewer cost the same
+    # Without a mask a block is a whole tile; with one it may be as narrow as a part.
     block, most = high * (wide if c.mask is None else min(wide, part_of()[1])), 0
-    if block <= SMALL and high * wide <= 4 * SMALL:
+    if block <= (SMALL if c.mask is None else 2 * SMALL) and high * wide <= 16 * SMALL:
         most = min(math.prod(TILE) // block, 2 * math.prod(lead) // TASKS)
     return max(most, same) if same > 1 and L * same <= FEW_ROWS and math.prod(lead) else most
 

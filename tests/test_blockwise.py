@@ -31,6 +31,7 @@ from npattn import (
     packed,
     window,
 )
+from npattn._pairs import Bound
 
 tiled = sys.modules["npattn.blockwise"]
 TILE_BYTES = tiled.TILE[0] * tiled.TILE[1] * np.dtype(np.float32).itemsize
@@ -270,6 +271,94 @@ def test_an_error_in_one_thread_ends_all_and_is_raised(direction, monkeypatch):
     assert threading.active_count() == 1
 
 
+# --- heads together -------------------------------------------------------------------------------------------------------
+
+
+def bound(q_shape, k_shape, mask=None):
+    q, k = np.zeros(q_shape, np.float32), np.zeros(k_shape, np.float32)
+    return tiled.bind("blockwise", q, k, k, mask, None, None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("q_shape", "k_shape", "mask"),
+    [
+        ((64, 8, 32, 4), (64, 8, 32, 4), None), ((2, 3, 12, 64, 4), (2, 3, 4, 64, 4), None),
+        ((7, 5, 40, 4), (7, 1, 40, 4), None), ((16, 512, 4), (16, 512, 4), causal()), ((4, 600, 4), (4, 600, 4), None), ((1, 32, 1, 4), (1, 8, 4096, 4), None),
+        ((600, 4), (600, 4), None), ((2, 0, 8, 4), (2, 0, 8, 4), None), ((9, 3, 8, 4), (9, 3, 8, 4), causal()),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_each_head_is_in_one_bundle_and_groups_are_whole(q_shape, k_shape, mask):
+    c = bound(q_shape, k_shape, mask)
+    heads, groups = np.zeros(q_shape[:-2], int), np.zeros(k_shape[:-2], int)
+    rank = len(q_shape) - 2
+    for bundle in tiled.bundles(c):
+        heads[bundle.index] += 1
+        groups[bundle.group] += 1
+        number = np.arange(q_shape[-3] if rank else 1)
+        assert np.array_equal(np.broadcast_to(number, q_shape[:-2] or (1,))[bundle.index or 0], bundle.names)
+        assert [tuple(x) for x in np.ndindex(q_shape[:-2]) if np.all(mark(q_shape[:-2], x)[bundle.index].any())] == (
+            tiled.each_index(c, bundle)
+        )
+    assert (heads == 1).all()
+    assert (groups >= 1).all()
+
+
+def mark(shape, index):
+    found = np.zeros(shape, bool)
+    found[index] = True
+    return found
+
+
+def test_small_heads_are_computed_together_and_large_ones_are_not():
+    assert len(tiled.bundles(bound((64, 8, 32, 4), (64, 8, 32, 4)))) < 64
+    assert len(tiled.bundles(bound((64, 600, 4), (64, 600, 4)))) == 64
+    assert len(tiled.bundles(bound((64, 512, 4), (64, 512, 4), causal()))) < 64
+    assert len(tiled.bundles(bound((32, 1, 4), (8, 8192, 4)))) == 8  # a group at a time
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("lead", [(), (6,), (2, 6)])
+def test_products_of_grouped_heads(rows, lead):
+    rng = np.random.default_rng(0)
+    groups = (*lead[:-1], 3) if lead else ()
+    x, y = rng.standard_normal((*lead, rows, 5)), rng.standard_normal((*groups, 50, 5))
+    z = rng.standard_normal((*lead, rows, 50))
+    each = np.repeat(y, 2, axis=-3) if lead else y  # of each head
+    got = tiled.times(x, y.swapaxes(-1, -2), np.empty((*lead, rows, 50)))
+    assert np.allclose(got, np.einsum("...ld,...sd->...ls", x, each))
+    sums = np.einsum("...ls,...ld->...sd", z, x)
+    if lead:
+        sums = sums.reshape(*lead[:-1], 3, 2, 50, 5).sum(-3)
+    assert np.allclose(tiled.sum_rows(z, x, np.empty((*groups, 50, 5))), sums)
+
+
+def test_what_is_the_same_for_all_heads_is_asked_for_once():
+    """A mask without heads: as many tiles as for one head."""
+    asked = []
+
+    class Counted(NeverWhole):
+        def bind(self, shape):
+            inner = causal().bind(shape)
+
+            class Tiles(Bound):
+                states, varies = staticmethod(inner.states), staticmethod(inner.varies)
+
+                def tile(self, index, rows, cols):
+                    asked.append((rows, cols))
+                    return inner.tile(index, rows, cols)
+
+            return Tiles()
+
+    x = np.random.default_rng(0).standard_normal((6, 1100, 4), np.float32)
+    counts = []
+    for heads in (1, 6):
+        asked.clear()
+        blockwise_forward(x[:heads], x[:heads], x[:heads], mask=Counted(causal()))
+        counts.append(len(asked))
+    assert 0 < counts[1] <= 2 * counts[0]  # once a thread
+
+
 # --- three ways through exp -----------------------------------------------------------------------------------------------
 
 
@@ -338,6 +427,16 @@ def test_what_nobody_sees_does_not_change_the_way(bad):
     assert not np.isnan(cache.kept.total).any()
     for got, want in zip(blockwise_backward(dout, cache)[:3], grads[:3], strict=True):
         assert got.tobytes() == want.tobytes()
+
+
+def test_a_hidden_pair_whose_dout_v_overflows_gives_nothing():
+    q, k, v, dout = inputs(L=8)
+    v[:, 7], dout[:, 2] = 3e30, 1e20  # dout_2 . v_7 is inf, and query 2 does not see key 7
+    grads = blockwise_backward(dout, blockwise_forward(q, k, v, mask=causal())[1])
+    wide = [x.astype(np.float64) for x in (q, k, v)]
+    expected = attention_backward(dout.astype(np.float64), attention_forward(*wide, mask=causal())[1])
+    for got, true in zip(grads[:3], expected[:3], strict=True):
+        assert np.abs(got - true).max() <= 1e-5 * np.abs(true).max()
 
 
 def test_a_nan_that_is_seen_is_left_to_attention():

@@ -24,7 +24,10 @@ GRID = [(a,) for a in NAMES] + [pair for pair in itertools.combinations(NAMES, 2
 MASKS = {"mask", "causal", "window", "key_lengths", "query_lengths", "keys", "segments", "packed", "blocks", "where"}
 TRIPLES = [t for t in itertools.combinations(NAMES, 3) if all(compatible(*p) for p in itertools.combinations(t, 2))]
 tiled = sys.modules["npattn.blockwise"]  # the name npattn.blockwise is the function
-TILE = (3, 4)  # of queries and keys: several of them at these sizes, and the last one cut short
+WAYS = {  # several tiles of queries and keys at these sizes, and the last one cut short
+    "one head at a time": {"TILE": (3, 4)},
+    "heads together": {"TILE": (6, 4), "FEW_ROWS": 1, "SMALL": 24, "TASKS": 2},
+}
 
 
 def inputs_of(problem):
@@ -102,14 +105,16 @@ def check(options, seed, *, elements, blockwise=True, central=True):
         gradcheck(forward, backward, inputs, method="central", terms=terms, zero=zero, elements=1)
     if not blockwise:
         return
-    with mock.patch.object(tiled, "TILE", TILE):
-        tiles = functions(problem, blockwise_forward, blockwise_backward)
-        gradcheck(*tiles, inputs, terms=terms, zero=zero, elements=1)
-        if central:
-            gradcheck(*tiles, inputs, method="central", terms=terms, zero=zero, elements=0)
-        # element by element: where dense is right, which the complex step has shown, blockwise is
-        dout = problem.dout if problem.dlse is None else (problem.dout, problem.dlse)
-        same(tiles[1](dout, tiles[0](**inputs)[1]), backward(dout, cache), terms)
+    for way in WAYS.values():
+        with mock.patch.multiple(tiled, **way):
+            tiles = functions(problem, blockwise_forward, blockwise_backward)
+            if way is WAYS["one head at a time"]:
+                gradcheck(*tiles, inputs, terms=terms, zero=zero, elements=1)
+                if central:
+                    gradcheck(*tiles, inputs, method="central", terms=terms, zero=zero, elements=0)
+            # element by element: where dense is right, which the complex step has shown, blockwise is
+            dout = problem.dout if problem.dlse is None else (problem.dout, problem.dlse)
+            same(tiles[1](dout, tiles[0](**inputs)[1]), backward(dout, cache), terms)
 
 
 def same(got, expected, terms):

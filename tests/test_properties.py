@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from unittest import mock
 
@@ -90,10 +91,12 @@ def test_gradients_of_any_options(options, seed):
     check(options, seed, elements=4, central=seed % 8 == 0)
 
 
-@given(option_sets(), seeds, sizes(), st.tuples(st.integers(1, 9), st.integers(1, 9)))
-def test_tiles_of_every_size_are_dense(options, seed, letters, tile):
+@given(option_sets(), seeds, sizes(), st.tuples(st.integers(1, 9), st.integers(1, 9)), st.booleans())
+def test_tiles_of_every_size_are_dense(options, seed, letters, tile, together):
+    """One head at a time, or as many as fill a tile."""
     problem = draw_or_reject(options, seed, letters)
-    with mock.patch.object(tiled, "TILE", tile):
+    few = {"FEW_ROWS": 1, "SMALL": math.prod(tile), "TASKS": 1} if together else {}
+    with mock.patch.multiple(tiled, TILE=tile, **few):
         got = run(problem, "blockwise")
     expected = run(problem)
     size = size_of(problem)
