@@ -30,6 +30,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer rows, and fewer rounds")
     parser.add_argument("--only", metavar="TEXT", default="", help='only rows with this in their name, as "L=2048 D=64 causal"')
     parser.add_argument("--json", metavar="FILE", type=Path, help="store all results there, with the environment")
+    parser.add_argument("--from", dest="stored", metavar="FILE", type=Path, help="measure nothing: show what --json has stored")
     parser.add_argument("--plot", metavar="DIR", type=Path, help="draw what was measured (needs matplotlib)")
     parser.add_argument("--write", metavar="README", type=Path, help="fill the part between two comments, and docs/speed.png")
     parser.add_argument("--threads", metavar="N", type=int, help="for everybody (default: as many as there are processors)")
@@ -53,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
         readme.check(given.write)
     if given.plot:
         plots.pyplot()
+    if given.stored:
+        summarize(given, json.loads(given.stored.read_text()))
+        return 0
     facts = machine.facts()
     machine.print_facts(facts)
     results: dict[str, Any] = {"environment": facts, "command": command(arguments), "results": []}
@@ -107,13 +111,16 @@ def summarize(given: argparse.Namespace, results: dict[str, Any]) -> None:
     rows, facts = results["results"], results["environment"]
     found = targets.targets(rows)
     results["targets"] = targets.as_rows(found)
-    if given.verb in (None, "attention"):
+    words = results["command"].split()
+    verb = next((word for word in words if word in VERBS), "")
+    if verb in ("", "attention"):
         targets.show(found)
     elif any(t.values for t in found):
         targets.show([t for t in found if t.values])
     written = plots.draw_all(rows, facts, given.plot) if given.plot else []
     if given.write:
-        how = f"python -m benchmarks attention{' --quick' if given.quick else ''} --write {given.write.name}"
+        options = [verb, "--quick" if "--quick" in words else "", f"--write {given.write.name}"]
+        how = " ".join(["python -m benchmarks", *filter(None, options)])
         written += readme.write(given.write, rows, facts, found, how)
     for file in written:
         print(f"written: {file}")

@@ -40,11 +40,11 @@ from npattn.attention import (
 )
 
 TILE = (1024, 256)  # queries, keys; where there are fewer of one there are more of the other, up to LONG
-TASKS = 8  # the forward takes a quarter of the queries, and more keys, where that would leave less to share than this
 LONG = 8192
-SMALL = 256 * 256  # heads of which no more scores are computed at a time are computed together, as many as fill a tile
 PARTS = (8, 2)  # what may be left out of a tile, or need no mask, is found in steps of its sides over PARTS
-FEW_ROWS = 16
+SMALL = 256 * 256  # heads of which no more scores are computed at a time are computed together, as many as fill a tile
+TASKS = 8  # pieces of work that are to be left to share: where there are fewer, tiles have a quarter of the queries
+FEW_ROWS = 16  # products of fewer rows take as long
 FEW = 1 << 20  # scores at a time of what is left to `npattn.attention`
 
 
@@ -270,6 +270,7 @@ def differentiate(
 
 # --- the small print: which tiles, buffers, and what is left to `npattn.attention` ----------------------------------------
 
+
 class Kept(NamedTuple):
     """What the forward keeps for the backward beside the inputs and lse."""
 
@@ -364,7 +365,6 @@ class Heads(NamedTuple):
     names: Any  # for each of them, which of the H heads it is
     of_mask: Any  # where the mask has what they see: only once if it is the same for all
 
-
     @property
     def pattern(self) -> str:
         """What is equal where they see the same keys."""
@@ -389,7 +389,7 @@ def bundles(c: AttentionCache) -> list[Heads]:
 def together(c: AttentionCache) -> int:
     """How many heads at a time: 0 if each by itself."""
     (*lead, L, _), S, same = c.q.shape, c.k.shape[-2], readers(c)
-    high, wide = (max(n, FEW_ROWS) for n in (L, S))  # products of fewer cost the same
+    high, wide = (max(n, FEW_ROWS) for n in (L, S))
     # Without a mask a block is a whole tile; with one it may be as narrow as a part.
     block, most = high * (wide if c.mask is None else min(wide, part_of()[1])), 0
     if block <= (SMALL if c.mask is None else 2 * SMALL) and high * wide <= 16 * SMALL:

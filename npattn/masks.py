@@ -3,7 +3,8 @@
     (key_lengths(4) | window(1024, 0)) & causal()      # streaming: 4 keys that stay, a query's own, and 1024 before it
 
 A mask is a value: what it is made of is copied, so that an offset that is counted up later does not change it.
-An object of your own with ``bind(shape)`` that returns something with ``dense``, ``tile`` and ``state`` is a mask too.
+An object of your own with ``bind(shape)`` that returns something with ``tile(index, rows, cols)``, and perhaps ``dense`` and
+``state``, is a mask too; index is what ``scores[index]`` takes: integers, and perhaps a slice at its end.
 """
 
 from __future__ import annotations
