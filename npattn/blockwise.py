@@ -41,7 +41,7 @@ from npattn.attention import (
 
 TILE = (1024, 256)  # queries, keys; where there are fewer of one there are more of the other, up to LONG
 LONG = 8192
-PARTS = (8, 2)  # what may be left out of a tile, or need no mask, is found in steps of its sides over PARTS
+PARTS = (4, 1)  # what may be left out of a tile, or need no mask, is found in steps of its sides over PARTS
 SMALL = 256 * 256  # heads of which no more scores are computed at a time are computed together, as many as fill a tile
 TASKS = 8  # pieces of work that are to be left to share: where there are fewer, tiles have a quarter of the queries
 FEW_ROWS = 16  # products of fewer rows take as long
@@ -391,7 +391,7 @@ def together(c: AttentionCache) -> int:
     (*lead, L, _), S, same = c.q.shape, c.k.shape[-2], readers(c)
     high, wide = (max(n, FEW_ROWS) for n in (L, S))
     # Without a mask a block is a whole tile; with one it may be as narrow as a part.
-    block, most = high * (wide if c.mask is None else min(wide, part_of()[1])), 0
+    block, most = high * (wide if c.mask is None else min(wide, part_of(2)[1])), 0
     if block <= (SMALL if c.mask is None else 2 * SMALL) and high * wide <= 16 * SMALL:
         most = min(math.prod(TILE) // block, 2 * math.prod(lead) // TASKS)
     return max(most, same) if same > 1 and L * same <= FEW_ROWS and math.prod(lead) else most
@@ -450,21 +450,21 @@ def tile_of(c: AttentionCache, tasks: int = 0) -> Shape:
     (*lead, L, _), S, (high, wide) = c.q.shape, c.k.shape[-2], TILE
     size = high * wide
     if heads := together(c):
-        return max(L, 1), part_of()[1] * max(size // (part_of()[1] * heads * max(L, 1)), 1)
+        return max(L, 1), part_of(2)[1] * max(size // (part_of(2)[1] * heads * max(L, 1)), 1)
     if math.prod(lead) * -(-L // high) < tasks:
         high = max(high // 4, 1)
     wide = max(wide, min(LONG, size // max(min(L, high), 1)))
-    return max(high, min(LONG, size // max(S, 1))), wide - wide % part_of()[1]
+    return max(high, min(LONG, size // max(S, 1))), wide - wide % part_of(1)[1]
 
 
-def part_of() -> Shape:
-    """How many queries and keys are a part of a tile."""
-    return tuple(max(n // parts, 1) for n, parts in zip(TILE, PARTS, strict=True))
+def part_of(divisor: int) -> Shape:
+    """How many queries and keys are a part of a tile. divisor: 2 in a bundle of heads, whose blocks may be narrow."""
+    return tuple(max(n // (parts * divisor), 1) for n, parts in zip(TILE, PARTS, strict=True))
 
 
 def plan(c: AttentionCache, heads: Heads, rows: slice, tile: Shape) -> list[list[Block]]:
     """For each tile of keys what of it these queries may see: by its parts, of which equal ones side by side are one."""
-    high, wide = part_of()
+    high, wide = part_of(2 if together(c) else 1)
     spans = slices(c.k.shape[-2], tile[1])
     if c.mask is None:
         return [[Block(rows, cols, slice(rows.start, rows.start))] for cols in spans]

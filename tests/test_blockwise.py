@@ -51,8 +51,7 @@ class NeverWhole:
 
             @staticmethod
             def tile(index, rows, cols):
-                assert rows.stop - rows.start <= tiled.TILE[0]
-                assert cols.stop - cols.start <= tiled.TILE[1]
+                assert (rows.stop - rows.start) * (cols.stop - cols.start) <= math.prod(tiled.TILE)
                 return bound.tile(index, rows, cols)
 
         return Tiles
