@@ -12,6 +12,7 @@ A mask, bias or dropout mask knows nothing of shapes until an operation *binds* 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -45,15 +46,19 @@ class Bound:
         tile = self.tile(index, rows, cols)
         return FULL if tile.all() else PARTIAL if tile.any() else EMPTY
 
-    def states(self, index: Index, rows: slice, size: Shape) -> Array:
-        """``state`` of all parts of ``size`` = (queries, keys) of these rows, (parts of rows, parts of keys)."""
-        starts, found = np.arange(0, self.shape[-1], size[1]), []
-        for x in slices(rows.stop - rows.start, size[0]):
-            tile = self.tile(index, slice(rows.start + x.start, rows.start + x.stop), ALL)
-            others, shape = tuple(range(tile.ndim - 1)), (self.shape[-1],)
+    def states(self, index: Index, rows: Sequence[slice], cols: Sequence[slice]) -> Array:
+        """``state`` of each of these queries with each of these keys, which lie side by side."""
+        found, starts = [], np.array([x.start for x in cols], int) - cols[0].start
+        for x in rows:
+            tile = self.tile(index, x, slice(cols[0].start, cols[-1].stop))
+            others, shape = tuple(range(tile.ndim - 1)), (cols[-1].stop - cols[0].start,)
             some, every = (np.broadcast_to(by(tile, others), shape) for by in (np.any, np.all))
             found.append(np.add(np.logical_or.reduceat(some, starts), np.logical_and.reduceat(every, starts), dtype=np.int8))
         return np.array(found)
+
+    def cuts(self) -> tuple[Array, Array]:
+        """Queries and keys before which what is allowed changes, if that is the same for all: good places to end a tile."""
+        return np.empty(0, int), np.empty(0, int)
 
     def varies(self, axis: int) -> bool:
         """Whether what is known depends on this axis before (L, S). True is always a right answer."""
@@ -99,11 +104,10 @@ class ForeignMask(Bound):
             return int(self.mask.state(index, rows, cols))
         return super().state(index, rows, cols)
 
-    def states(self, index: Index, rows: slice, size: Shape) -> Array:
+    def states(self, index: Index, rows: Sequence[slice], cols: Sequence[slice]) -> Array:
         if not hasattr(self.mask, "state"):
-            return super().states(index, rows, size)
-        parts = [slice(rows.start + x.start, rows.start + x.stop) for x in slices(rows.stop - rows.start, size[0])]
-        return np.array([[self.state(index, x, y) for y in slices(self.shape[-1], size[1])] for x in parts], np.int8)
+            return super().states(index, rows, cols)
+        return np.array([[self.state(index, x, y) for y in cols] for x in rows], np.int8)
 
 
 @runtime_checkable

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,12 +63,13 @@ def blockwise_forward(
     c = bind("blockwise", q, k, v, mask, bias, scale, softcap, sink, dropout_mask)
     out, kept = (np.empty((*q.shape[:-1], v.shape[-1]), dtype) for dtype in (q.dtype, c.computing))
     lse, total = (np.empty(q.shape[:-1], c.computing) for _ in range(2))
-    tile, plans = tile_of(c, TASKS), dict[Any, list[list[Block]]]()
+    (of_rows, of_cols), plans = tiles_of(c, TASKS), dict[Any, list[list[Block]]]()
 
-    def work(task: tuple[Heads, slice], tiles: Tiles) -> None:
-        heads, rows = task
+    def work(task: tuple[Heads, list[slice]], tiles: Tiles) -> None:
+        heads, parts = task
+        rows = slice(parts[0].start, parts[-1].stop)
         if (key := (heads.pattern, rows.start)) not in plans:
-            plans[key] = plan(c, heads, rows, tile)
+            plans[key] = plan(c, heads, parts, of_cols)
         a, blocks = kept[heads.index][..., rows, :], list(itertools.chain(*plans[key]))
         lse[heads.index][..., rows], total[heads.index][..., rows] = (
             attend(c, heads, rows, blocks, tiles, a, True)
@@ -76,7 +78,7 @@ def blockwise_forward(
         )
         out[heads.index][..., rows, :] = a  # a copy: the caller may write into it
 
-    tasks = [(heads, rows) for rows in reversed(slices(q.shape[-2], tile[0])) for heads in bundles(c)]
+    tasks = [(heads, parts) for parts in reversed(of_rows) for heads in bundles(c)]
     share(work, tasks, lambda: Tiles(c.computing))
     cache = c._replace(lse=lse, kept=Kept(kept, total))
     return (out, lse) if return_lse else out, cache
@@ -142,7 +144,7 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     """`npattn.attention_backward` without an array of L x S elements, and independent of the number of threads."""
     c = cache
     check_cotangents("blockwise", c, dout, dlse)
-    tile, (L, S) = tile_of(c), (c.q.shape[-2], c.k.shape[-2])
+    of_rows, of_cols = tiles_of(c)
     q1, do1 = (np.empty((*x.shape[:-1], x.shape[-1] + 1), c.computing) for x in (c.q, dout))
     known = Known(q1, do1, np.empty_like(c.kept.total))
     dq, dk, dv = (np.zeros(x.shape, dtype) for x, dtype in ((c.q, c.computing), (c.k, c.k.dtype), (c.v, c.v.dtype)))
@@ -154,7 +156,7 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
         if prepare(c, known, heads, dout, dlse):
             sound.add(heads.number)
             if heads.pattern not in plans:
-                plans[heads.pattern] = [plan(c, heads, rows, tile) for rows in slices(L, tile[0])]
+                plans[heads.pattern] = [plan(c, heads, parts, of_cols) for parts in of_rows]
 
     def work(task: tuple[int, slice, list[Heads]], tiles: Tiles) -> None:
         try:
@@ -181,7 +183,7 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
             dscales[heads.number] = dscales.get(heads.number, 0) + dscale
             if dsink is not None:
                 dsink[index[-1:] or ...] += part
-    tasks = [(j, cols, group) for j, cols in enumerate(slices(S, tile[1])) for group in rest]
+    tasks = [(j, slice(x[0].start, x[-1].stop), group) for j, x in enumerate(of_cols) for group in rest]
     share(work, tasks, lambda: Tiles(c.computing), 1 if dbias is not None else None)
     share(after, itertools.chain(*rest), lambda: Tiles(c.computing))
 
@@ -445,16 +447,43 @@ class Block(NamedTuple):
     some: slice  # those of its rows that may not see all of it: the rest needs no mask
 
 
-def tile_of(c: AttentionCache, tasks: int = 0) -> Shape:
-    """How many queries and keys are a tile; fewer queries where there would be less than so many tiles of queries."""
+def tiles_of(c: AttentionCache, tasks: int = 0) -> tuple[list[list[slice]], list[list[slice]]]:
+    """The tiles of queries, and those of keys, each as its parts, side by side. Parts end where the mask changes.
+
+    tasks : where there would be fewer tiles of queries they are a quarter as high
+    """
     (*lead, L, _), S, (high, wide) = c.q.shape, c.k.shape[-2], TILE
-    size = high * wide
-    if heads := together(c):
-        return max(L, 1), part_of(2)[1] * max(size // (part_of(2)[1] * heads * max(L, 1)), 1)
-    if math.prod(lead) * -(-L // high) < tasks:
-        high = max(high // 4, 1)
-    wide = max(wide, min(LONG, size // max(min(L, high), 1)))
-    return max(high, min(LONG, size // max(S, 1))), wide - wide % part_of(1)[1]
+    size, heads = high * wide, together(c)
+    part = part_of(2 if heads else 1)
+    if heads:
+        high, wide = max(L, 1), max(size // (heads * max(L, 1)), 1)
+    else:
+        if math.prod(lead) * -(-L // high) < tasks:
+            high = max(high // 4, 1)
+        high, wide = max(high, min(LONG, size // max(S, 1))), max(wide, min(LONG, size // max(min(L, high), 1)))
+    cuts = ((), ()) if c.mask is None else c.mask.cuts()
+    rows, cols = (in_parts(n, step, cut) for n, step, cut in zip((L, S), part, cuts, strict=True))
+    return in_tiles(rows, high), in_tiles(cols, wide)
+
+
+def in_parts(n: int, size: int, cuts: Iterable[int]) -> list[slice]:
+    """0 to n in parts of at most ``size``; they end at the cuts, too, if they are not much shorter for it."""
+    ends = [0]
+    for end in (*cuts, n):
+        if end == n or end - ends[-1] >= size // 4:
+            ends += [*range(ends[-1] + size, int(end), size), int(end)]
+    return [slice(*pair) for pair in itertools.pairwise(ends) if pair[0] < pair[1]]
+
+
+def in_tiles(parts: list[slice], size: int) -> list[list[slice]]:
+    """As many parts together as fit into ``size``, but one at least."""
+    tiles: list[list[slice]] = []
+    for part in parts:
+        if tiles and part.stop - tiles[-1][0].start <= size:
+            tiles[-1].append(part)
+        else:
+            tiles.append([part])
+    return tiles
 
 
 def part_of(divisor: int) -> Shape:
@@ -462,33 +491,26 @@ def part_of(divisor: int) -> Shape:
     return tuple(max(n // (parts * divisor), 1) for n, parts in zip(TILE, PARTS, strict=True))
 
 
-def plan(c: AttentionCache, heads: Heads, rows: slice, tile: Shape) -> list[list[Block]]:
+def plan(c: AttentionCache, heads: Heads, rows: list[slice], tiles: list[list[slice]]) -> list[list[Block]]:
     """For each tile of keys what of it these queries may see: by its parts, of which equal ones side by side are one."""
-    high, wide = part_of(2 if together(c) else 1)
-    spans = slices(c.k.shape[-2], tile[1])
-    if c.mask is None:
-        return [[Block(rows, cols, slice(rows.start, rows.start))] for cols in spans]
-    parts = [slice(rows.start + x.start, rows.start + x.stop) for x in slices(rows.stop - rows.start, high)]
-    states = c.mask.states(heads.of_mask, rows, (high, wide))
+    start, stop = rows[0].start, rows[-1].stop
+    if c.mask is None or not tiles:
+        return [[Block(slice(start, stop), slice(x[0].start, x[-1].stop), slice(start, start))] for x in tiles]
+    states = iter(c.mask.states(heads.of_mask, rows, list(itertools.chain(*tiles))).T.tolist())
     found: list[list[Block]] = []
-    for cols in spans:
-        here = states[:, cols.start // wide : -(-cols.stop // wide)]
-        first = here[:, :1]
-        equal = (here == first).all()
+    for parts in tiles:
         blocks: list[Block] = []
-        for j, state in enumerate(first.T.tolist() if equal else here.T.tolist()):
+        for cols, state in zip(parts, states, strict=False):
             seen = [i for i, x in enumerate(state) if x != EMPTY]
             if not seen:
                 continue
             partly = [i for i in range(seen[0], seen[-1] + 1) if state[i] != FULL]
-            start, stop = parts[seen[0]].start, parts[seen[-1]].stop
-            some = slice(parts[partly[0]].start, parts[partly[-1]].stop) if partly else slice(start, start)
-            left = cols.start + j * wide
-            block = Block(slice(start, stop), cols if equal else slice(left, min(left + wide, cols.stop)), some)
+            start, stop = rows[seen[0]].start, rows[seen[-1]].stop
+            some = slice(rows[partly[0]].start, rows[partly[-1]].stop) if partly else slice(start, start)
             last = blocks[-1] if blocks else None
-            if last and (last.rows, last.cols.stop, last.some) == (block.rows, left, some):
-                block = Block(block.rows, slice(blocks.pop().cols.start, block.cols.stop), some)
-            blocks.append(block)
+            if last and (last.rows, last.cols.stop, last.some) == (slice(start, stop), cols.start, some):
+                cols = slice(blocks.pop().cols.start, cols.stop)
+            blocks.append(Block(slice(start, stop), cols, some))
         found.append(blocks)
     return found
 

@@ -9,7 +9,7 @@ An object of your own with ``bind(shape)`` that returns something with ``tile(in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,8 +145,12 @@ class BothBound(Bound):
     def state(self, index: Index, rows: slice, cols: slice) -> int:
         return min(self.a.state(index, rows, cols), self.b.state(index, rows, cols))
 
-    def states(self, index: Index, rows: slice, size: Shape) -> Array:
-        return np.minimum(self.a.states(index, rows, size), self.b.states(index, rows, size))
+    def states(self, index: Index, rows: Sequence[slice], cols: Sequence[slice]) -> Array:
+        return np.minimum(self.a.states(index, rows, cols), self.b.states(index, rows, cols))
+
+    def cuts(self) -> tuple[Array, Array]:
+        (q, k), (r, s) = self.a.cuts(), self.b.cuts()
+        return np.union1d(q, r), np.union1d(k, s)
 
     def varies(self, axis: int) -> bool:
         return self.a.varies(axis) or self.b.varies(axis)
@@ -165,8 +169,11 @@ class InverseBound(Bound):
     def state(self, index: Index, rows: slice, cols: slice) -> int:
         return FULL - self.a.state(index, rows, cols)
 
-    def states(self, index: Index, rows: slice, size: Shape) -> Array:
-        return FULL - self.a.states(index, rows, size)
+    def states(self, index: Index, rows: Sequence[slice], cols: Sequence[slice]) -> Array:
+        return FULL - self.a.states(index, rows, cols)
+
+    def cuts(self) -> tuple[Array, Array]:
+        return self.a.cuts()
 
     def varies(self, axis: int) -> bool:
         return self.a.varies(axis)
@@ -179,18 +186,13 @@ def narrow(*views: Array) -> list[Array]:
     return [np.broadcast_to(x.astype(np.int32), view.shape) for x, view in zip(once, views, strict=True)] if small else [*views]
 
 
-def extremes(x: Array, n: int, size: int) -> tuple[Array, Array]:
-    """The least and the largest of each ``size`` of the n elements of x (or of what x stands for n times), over other axes."""
-    others, starts = tuple(range(x.ndim - 1)), np.arange(0, n, size)
-    least, most = x.min(others), x.max(others)
-    if x.shape[-1] != n:
-        return least.repeat(len(starts)), most.repeat(len(starts))
-    return np.minimum.reduceat(least, starts), np.maximum.reduceat(most, starts)
-
-
-def pairs(bound: Bound, rows: slice) -> Shape:
-    """How many queries and keys these rows have."""
-    return rows.stop - rows.start, bound.shape[-1]
+def extremes(x: Array, parts: Sequence[slice]) -> tuple[Array, Array]:
+    """The least and the largest of each of these parts of x, which lie side by side; over all other axes, too."""
+    others, first = tuple(range(x.ndim - 1)), parts[0].start
+    if x.shape[-1] == 1:  # one number stands for all
+        return x.min(others).repeat(len(parts)), x.max(others).repeat(len(parts))
+    x, starts = x[..., first : parts[-1].stop], np.array([part.start for part in parts]) - first
+    return np.minimum.reduceat(x.min(others), starts), np.maximum.reduceat(x.max(others), starts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,8 +239,8 @@ class WindowBound(Bound):
         q, k = self._ends(index, rows, cols)
         return FULL if not (q.size and k.size) else int(self._between(k.min() - q.max(), k.max() - q.min()))
 
-    def states(self, index: Index, rows: slice, size: Shape) -> Array:
-        q, k = (extremes(x, n, m) for x, n, m in zip(self._ends(index, rows, ALL), pairs(self, rows), size, strict=True))
+    def states(self, index: Index, rows: Sequence[slice], cols: Sequence[slice]) -> Array:
+        q, k = extremes(self.q[index], rows), extremes(self.k[index], cols)
         return np.asarray(self._between(k[0] - q[1][:, None], k[1] - q[0][:, None]))
 
     def varies(self, axis: int) -> bool:
@@ -373,10 +375,15 @@ class SegmentsBound(Bound):
         q, k = self.q[index][..., rows], self.k[index][..., cols]
         return FULL if not (q.size and k.size) else int(self._between(q.min(), q.max(), k.min(), k.max()))
 
-    def states(self, index: Index, rows: slice, size: Shape) -> Array:
-        ends = (self.q[index][..., rows], self.k[index])
-        q, k = (extremes(x, n, m) for x, n, m in zip(ends, pairs(self, rows), size, strict=True))
+    def states(self, index: Index, rows: Sequence[slice], cols: Sequence[slice]) -> Array:
+        q, k = extremes(self.q[index], rows), extremes(self.k[index], cols)
         return np.asarray(self._between(q[0][:, None], q[1][:, None], *k))
+
+    def cuts(self) -> tuple[Array, Array]:
+        if any(self.varies(axis) for axis in range(len(self.shape) - 2)) or not all(self.shape):
+            return super().cuts()
+        q, k = (np.flatnonzero(np.diff(x.reshape(-1, x.shape[-1])[0])) + 1 for x in (self.q, self.k))
+        return q, k
 
     def varies(self, axis: int) -> bool:
         return self.q.strides[axis] != 0 or self.k.strides[axis] != 0

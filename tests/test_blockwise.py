@@ -150,8 +150,8 @@ def test_the_work_is_that_of_the_pairs_that_are_allowed(mask, most):
     c = tiled.bind("blockwise", x, x, x, mask, None, None, None, None, None)
     computed = sum(
         (block.rows.stop - block.rows.start) * (block.cols.stop - block.cols.start)
-        for rows in tiled.slices(4096, tiled.TILE[0])
-        for block in itertools.chain(*tiled.plan(c, tiled.bundles(c)[0], rows, tiled.TILE))
+        for rows in tiled.tiles_of(c)[0]
+        for block in itertools.chain(*tiled.plan(c, tiled.bundles(c)[0], rows, tiled.tiles_of(c)[1]))
     )
     pairs = 4096 * 4096 if mask is None else int(mask.bind((4096, 4096)).dense().sum())
     assert pairs <= computed <= most * pairs
