@@ -501,18 +501,29 @@ def plan(c: AttentionCache, heads: Heads, rows: list[slice], tiles: list[list[sl
     for parts in tiles:
         blocks: list[Block] = []
         for cols, state in zip(parts, states, strict=False):
-            seen = [i for i, x in enumerate(state) if x != EMPTY]
-            if not seen:
-                continue
-            partly = [i for i in range(seen[0], seen[-1] + 1) if state[i] != FULL]
-            start, stop = rows[seen[0]].start, rows[seen[-1]].stop
-            some = slice(rows[partly[0]].start, rows[partly[-1]].stop) if partly else slice(start, start)
-            last = blocks[-1] if blocks else None
-            if last and (last.rows, last.cols.stop, last.some) == (slice(start, stop), cols.start, some):
-                cols = slice(blocks.pop().cols.start, cols.stop)
-            blocks.append(Block(slice(start, stop), cols, some))
+            for first, end in pieces(state):
+                partly = [i for i in range(first, end) if state[i] != FULL]
+                start, stop = rows[first].start, rows[end - 1].stop
+                some = slice(rows[partly[0]].start, rows[partly[-1]].stop) if partly else slice(start, start)
+                last = blocks[-1] if blocks else None
+                block = Block(slice(start, stop), cols, some)
+                if last and (last.rows, last.cols.stop, last.some) == (block.rows, cols.start, some):
+                    block = Block(block.rows, slice(blocks.pop().cols.start, cols.stop), some)
+                blocks.append(block)
         found.append(blocks)
     return found
+
+
+def pieces(state: list[int]) -> list[tuple[int, int]]:
+    """From the first to the last part that is not empty; in two where full ones lie between others, as in a window."""
+    seen = [i for i, x in enumerate(state) if x != EMPTY]
+    if not seen:
+        return []
+    first, end = seen[0], seen[-1] + 1
+    for i in range(first + 2, end):
+        if state[i] != FULL and state[i - 1] == FULL and any(x != FULL for x in state[first : i - 1]):
+            return [(first, i), (i, end)]
+    return [(first, end)]
 
 
 class Visible(NamedTuple):

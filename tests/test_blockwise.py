@@ -29,6 +29,7 @@ from npattn import (
     merge_backward,
     merge_forward,
     packed,
+    segments,
     window,
 )
 from npattn._pairs import Bound
@@ -55,6 +56,11 @@ class NeverWhole:
                 return bound.tile(index, rows, cols)
 
         return Tiles
+
+
+def bound(q_shape, k_shape, mask=None):
+    q, k = np.zeros(q_shape, np.float32), np.zeros(k_shape, np.float32)
+    return tiled.bind("blockwise", q, k, k, mask, None, None, None, None, None)
 
 
 def peak_beyond_outputs(function):
@@ -155,6 +161,57 @@ def test_the_work_is_that_of_the_pairs_that_are_allowed(mask, most):
     )
     pairs = 4096 * 4096 if mask is None else int(mask.bind((4096, 4096)).dense().sum())
     assert pairs <= computed <= most * pairs
+
+
+def covered(mask, L, S, tile, parts, tasks=0):
+    """How often each pair is computed, which are not masked, and what is allowed."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(tiled, "TILE", tile)
+        m.setattr(tiled, "PARTS", parts)
+        c = bound((L, 3), (S, 3), mask)
+        computed, unmasked = np.zeros((L, S), int), np.zeros((L, S), bool)
+        of_rows, of_cols = tiled.tiles_of(c, tasks)
+        for rows in of_rows:
+            for block in itertools.chain(*tiled.plan(c, tiled.bundles(c)[0], rows, of_cols)):
+                computed[block.rows, block.cols] += 1
+                unmasked[block.rows, block.cols] = True
+                unmasked[block.some, block.cols] = False
+        return computed, unmasked, c.mask.dense()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_blocks_are_apart_and_hold_all_that_is_allowed(seed):
+    """Random parts that are empty, full or neither, and packed sequences: each pair is computed at most once."""
+    rng = np.random.default_rng(seed)
+    L, S = (int(n) for n in rng.integers(1, 60, 2))
+    states = rng.choice([0, 1, 2], (20, 20), p=[[0.3, 0.3, 0.4], [0.1, 0.2, 0.7], [0.6, 0.2, 0.2]][seed % 3])
+    for j in range(1, 20):
+        if rng.random() < 0.5:  # like the keys before, but for some queries
+            n = rng.integers(1, 21)
+            states[:n, j] = states[:n, j - 1]
+    dense = states.repeat(3, 0).repeat(3, 1)[:L, :S]
+    dense = (dense == 2) | ((dense == 1) & (rng.random((L, S)) < 0.5))
+    q_ids, k_ids = (np.sort(rng.integers(0, 5, n)) for n in (L, S))
+    mask = [dense, segments(q_ids, k_ids), segments(q_ids, k_ids) & dense, window(L // 4, 2, align="top_left")][seed % 4]
+    rows, cols = (int(n) for n in rng.integers(1, 9, 2))  # parts of a tile, first as large as the states
+    tile = (3 * rows, 3 * cols) if seed < 40 else (2 * rows, 5 * cols)
+    computed, unmasked, whole = covered(mask, L, S, tile, (rows, cols), int(rng.integers(0, 9)))
+    assert computed.max() <= 1
+    assert (computed[whole] == 1).all()
+    assert whole[unmasked].all()
+
+
+@pytest.mark.parametrize("before", [(1, 2, 0, 0), (1, 2, 1, 2), (2, 2, 2, 2), (0, 0, 1, 2), (1, 2, 2, 1)])
+@pytest.mark.parametrize("state", [(1, 2, 1, 2), (1, 2, 2, 1), (2, 1, 2, 1), (1, 1, 2, 0)])
+def test_a_block_in_two_pieces_beside_any_other(before, state):
+    """0 empty, 1 partial, 2 full, from the first queries to the last."""
+    half = np.tile([True, False], (2, 1))
+    kinds = [np.zeros((2, 2), bool), half, np.ones((2, 2), bool)]
+    mask = np.hstack([np.vstack([kinds[x] for x in column]) for column in (before, state)])
+    computed, unmasked, whole = covered(mask, 8, 4, (8, 4), (4, 2))
+    assert computed.max() <= 1
+    assert (computed[whole] == 1).all()
+    assert whole[unmasked].all()
 
 
 # --- threads --------------------------------------------------------------------------------------------------------------
@@ -271,11 +328,6 @@ def test_an_error_in_one_thread_ends_all_and_is_raised(direction, monkeypatch):
 
 
 # --- heads together -------------------------------------------------------------------------------------------------------
-
-
-def bound(q_shape, k_shape, mask=None):
-    q, k = np.zeros(q_shape, np.float32), np.zeros(k_shape, np.float32)
-    return tiled.bind("blockwise", q, k, k, mask, None, None, None, None, None)
 
 
 @pytest.mark.parametrize(
