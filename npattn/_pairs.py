@@ -5,8 +5,12 @@ A mask, bias or dropout mask knows nothing of shapes until an operation *binds* 
 
     dense()                    all pairs, (..., H, L, S)
     tile(index, rows, cols)    those of ``scores[index][..., rows, cols]``, or what broadcasts to it; an index is integers,
-                               and perhaps a slice at its end
+                               and perhaps slices behind them
     state(index, rows, cols)   EMPTY, PARTIAL or FULL (masks only; PARTIAL is always a right answer)
+    varies(axis)               whether the pairs depend on this axis before (L, S) (masks only; True is always right)
+
+`blockwise` asks for tiles from several threads, in any order, some of them twice, and keeps those of masks for a while: what is
+asked for twice must be the same, and an array that was returned must not change.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from npattn._checks import Array, Shape, as_array, broadcast_pairs, check_one_of
 EMPTY, PARTIAL, FULL = 0, 1, 2
 Index: TypeAlias = tuple[int | slice, ...]
 ALL = slice(None)
+AT_ONCE = 1 << 18  # pairs of a mask that are looked at together
 FAR = 1 << 61  # positions stay below this, so that differences of two fit into int64
 
 
@@ -43,11 +48,16 @@ class Bound:
         return np.broadcast_to(self.tile((), ALL, ALL), self.shape)
 
     def state(self, index: Index, rows: slice, cols: slice) -> int:
-        tile = self.tile(index, rows, cols)
-        return FULL if tile.all() else PARTIAL if tile.any() else EMPTY
+        rows, cols = (slice(*x.indices(n)[:2]) for x, n in zip((rows, cols), self.shape[-2:], strict=True))
+        if rows.stop <= rows.start or cols.stop <= cols.start or not all(self.shape):
+            return FULL  # no pair that is not allowed
+        return int(self.states(index, [rows], [cols])[0, 0])
 
     def states(self, index: Index, rows: Sequence[slice], cols: Sequence[slice]) -> Array:
         """``state`` of each of these queries with each of these keys, which lie side by side."""
+        if len(cols) > 1 and (rows[0].stop - rows[0].start) * (cols[-1].stop - cols[0].start) > AT_ONCE:
+            halves = cols[: len(cols) // 2], cols[len(cols) // 2 :]
+            return np.hstack([self.states(index, rows, half) for half in halves])
         found, starts = [], np.array([x.start for x in cols], int) - cols[0].start
         for x in rows:
             tile = self.tile(index, x, slice(cols[0].start, cols[-1].stop))
@@ -108,6 +118,9 @@ class ForeignMask(Bound):
         if not hasattr(self.mask, "state"):
             return super().states(index, rows, cols)
         return np.array([[self.state(index, x, y) for y in cols] for x in rows], np.int8)
+
+    def varies(self, axis: int) -> bool:
+        return bool(self.mask.varies(axis)) if hasattr(self.mask, "varies") else True
 
 
 @runtime_checkable

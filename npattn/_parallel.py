@@ -7,7 +7,6 @@ one thread of ours, and BLAS has its own.
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,13 +19,8 @@ class _Blas:
     """The BLAS libraries of this process, and how many calls of ours keep them at one thread."""
 
     def __init__(self) -> None:
-        self.libraries: list[Any] = []
+        self.libraries: list[Any] | None = None  # looked for when they are needed
         self.lock, self.users, self.threads = threading.Lock(), 0, [1]
-        try:
-            from threadpoolctl import ThreadpoolController
-        except ImportError:
-            return
-        self.libraries = ThreadpoolController().select(user_api="blas").lib_controllers
 
     @contextmanager
     def alone(self) -> Iterator[int]:
@@ -35,6 +29,8 @@ class _Blas:
         Calls may overlap: the first sets the limit, the last takes it back.
         """
         with self.lock:
+            if self.libraries is None:
+                self.libraries = libraries()
             if not self.users:
                 self.threads = [x.num_threads or 1 for x in self.libraries]
                 for x in self.libraries:
@@ -46,43 +42,65 @@ class _Blas:
             with self.lock:
                 self.users -= 1
                 if not self.users:
-                    for x, n in zip(self.libraries, self.threads, strict=True):
+                    for x, n in zip(self.libraries or (), self.threads, strict=True):
                         x.set_num_threads(n)
 
 
-@functools.cache
-def _blas() -> _Blas:
-    return _Blas()
+def libraries() -> list[Any]:
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ImportError:
+        return []
+    return list(ThreadpoolController().select(user_api="blas").lib_controllers)
 
 
-def share(work: Callable[[Any, Any], None], tasks: Iterable[Any], buffers: Callable[[], Any], most: int | None = None) -> None:
+BLAS = _Blas()
+
+
+def share(
+    work: Callable[[Any, Any], None], tasks: Iterable[Any], buffers: Callable[[], Any], turns: Turns | None = None,
+    most: int | None = None,
+) -> None:  # fmt: skip
     """work(task, buffers) for all tasks, on as many threads as BLAS has, or ``most``; each has buffers of its own.
 
-    Tasks are begun in their order. An exception ends all threads, and is raised.
+    Tasks are begun in their order. An exception ends all threads, those that wait for their turn, too, and is raised.
     """
     tasks = list(tasks)
     rest, claim, failed = iter(tasks), threading.Lock(), list[BaseException]()
 
     @quiet  # the state of np.errstate is each thread's own
     def run() -> None:
-        own = buffers()
-        while not failed:
-            with claim:
-                task = next(rest, rest)
-            if task is rest:
-                return
-            try:
+        try:
+            own = buffers()
+            while not failed:
+                with claim:
+                    task = next(rest, rest)
+                if task is rest:
+                    return
                 work(task, own)
-            except BaseException as error:
-                failed.append(error)
+        except BaseException as error:
+            fail(error)
 
-    with _blas().alone() as threads:
-        others = [threading.Thread(target=run) for _ in range(min(threads, most or threads, len(tasks)) - 1)]
-        for thread in others:
-            thread.start()
-        run()
-        for thread in others:
-            thread.join()
+    def fail(error: BaseException) -> None:
+        failed.append(error)
+        if turns is not None:
+            turns.stop()
+
+    with BLAS.alone() as threads:
+        n, started = min(threads, most or threads, len(tasks)), list[threading.Thread]()
+        if n == 1:
+            run()
+        try:  # the main thread, which an interrupt reaches, only waits
+            for _ in range(n if n > 1 else 0):
+                thread = threading.Thread(target=run)
+                thread.start()
+                started.append(thread)
+            for thread in started:
+                thread.join()
+        except BaseException as error:
+            fail(error)
+            for thread in started:
+                thread.join()
     if failed:
         raise failed[0]
 

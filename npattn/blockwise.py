@@ -1,7 +1,7 @@
 """Attention in tiles, by online softmax, on all cores: the contract of `npattn.attention` in O(L + S) memory.
 
-A tile of scores is as large as the second-level cache. For a tile of queries the keys are visited a tile at a time. With the
-top score m seen so far, e_j = exp(s_j - m):
+A tile of scores fits into the second-level cache. For a tile of queries the keys are visited a tile at a time. With the top
+score m seen so far, and e_j = exp(s_j - m'):
 
     m' = max(m, max_j s_j)             r = exp(m - m')               (5a)   what was summed up is rescaled to the new top
     z' = r z + sum_j e_j               a' = r a + sum_j e_j v_j      (5b)
@@ -9,11 +9,12 @@ top score m seen so far, e_j = exp(s_j - m):
 
 It is tried with m = 0, where (5a) is nothing: z shows in the end whether exp has left its range. The backward visits each tile
 once, with p_j = exp(s_j - lse) / total: total, the sum of exp(s_j - lse), is 1 but for the rounding of lse, and is kept beside
-it, so that p is as good as the dense weights. sum_j p_j dp_j is dout . out. What is subtracted from a score or from dp is one
-more column of their product: [q, -lse] [k, 1]^T = q k^T - lse.
+it, so that p is as good as the dense weights. sum_j p_j dp_j is dout . out; that it is subtracted from dp is one more column of
+the product: [do, -off] [v, 1]^T = do v^T - off.
 
-(1) to (4), (6) and (7) are those of `npattn.attention`. Rows that see NaN, inf or numbers that overflow are left to it, a few
-at a time. docs/blockwise.md derives all of it. Milakov and Gimelshein 2018; Dao et al. 2022.
+(1) to (4), (6) and (7) are those of `npattn.attention`. What sees NaN, inf or numbers that overflow is left to it: forwards a
+tile of queries, backwards all heads that read the same keys. docs/blockwise.md derives all of it. Milakov and Gimelshein 2018;
+Dao et al. 2022.
 
 Two disjoint sets of keys are merged by their lse alone: `merge`.
 """
@@ -47,6 +48,7 @@ SMALL = 256 * 256  # heads of which no more scores are computed at a time are co
 TASKS = 8  # pieces of work that are to be left to share: where there are fewer, tiles have a quarter of the queries
 FEW_ROWS = 16  # products of fewer rows take as long
 FEW = 1 << 20  # scores at a time of what is left to `npattn.attention`
+MANY = 1 << 20  # numbers: the gradients of a bias that are summed up apart from each other
 
 
 @quiet
@@ -130,7 +132,7 @@ def attend(
     least = np.finfo(c.computing).eps if steady else 0.0  # below it, terms that are lost as subnormal numbers would count
     seen: Any = (z != alone) & (z.real >= least)
     if not seen.all():
-        seen = sees(c, heads, rows, blocks, tiles)
+        seen = who_sees(c, heads, rows, blocks, tiles)
     if not (np.isfinite(z).all() and np.isfinite(a).all() and (z.real >= least).all(where=seen)):
         return None
     a /= np.where(z == 0, 1, z)[..., None]  # (5c)
@@ -145,51 +147,60 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     c = cache
     check_cotangents("blockwise", c, dout, dlse)
     of_rows, of_cols = tiles_of(c)
-    q1, do1 = (np.empty((*x.shape[:-1], x.shape[-1] + 1), c.computing) for x in (c.q, dout))
-    known = Known(q1, do1, np.empty_like(c.kept.total))
+    known = Known(
+        np.empty(c.q.shape, c.computing), np.empty((*dout.shape[:-1], dout.shape[-1] + 1), c.computing),
+        *(np.empty_like(c.kept.total) for _ in range(2)),
+    )  # fmt: skip
     dq, dk, dv = (np.zeros(x.shape, dtype) for x, dtype in ((c.q, c.computing), (c.k, c.k.dtype), (c.v, c.v.dtype)))
-    dbias = None if c.bias is None else c.bias.new_gradient()
-    dsink: Any = None if c.sink is None else np.zeros(c.sink.shape, c.computing)
-    plans, turns, sound, dscales = dict[Any, list[list[list[Block]]]](), Turns(), set[int](), dict[int, Any]()
+    plans, turns, sound = dict[Any, list[list[list[Block]]]](), Turns(), set[int]()
+    dscales, dsinks, dbiases = dict[int, Any](), dict[int, Array](), dict[int, Any]()
 
     def before(heads: Heads, tiles: Tiles) -> None:
-        if prepare(c, known, heads, dout, dlse):
+        if heads.pattern not in plans:
+            plans[heads.pattern] = [plan(c, heads, parts, of_cols) for parts in of_rows]
+        if prepare(c, known, heads, dout, dlse) and all_seen_are_finite(c, heads, plans[heads.pattern], tiles):
             sound.add(heads.number)
-            if heads.pattern not in plans:
-                plans[heads.pattern] = [plan(c, heads, parts, of_cols) for parts in of_rows]
 
-    def work(task: tuple[int, slice, list[Heads]], tiles: Tiles) -> None:
-        try:
-            differentiate(c, known, plans, turns, *task, tiles, dq, dk, dv, dbias)
-        except BaseException:
-            turns.stop()
-            raise
+    def work(task: tuple[int, int, slice, list[Heads]], tiles: Tiles) -> None:
+        number, j, cols, group = task
+        differentiate(c, known, plans, turns, j, cols, group, tiles, dq, dk, dv, dbiases.get(number))
 
     def after(heads: Heads, tiles: Tiles) -> None:
         x, y = c.q[heads.index].astype(c.computing, copy=False), dq[heads.index]
         dscale = np.einsum("...ld,...ld->...l", x, y).sum()  # (1): sum_ij dscores_ij q_i . k_j
         dscales[heads.number] = dscale if np.isfinite(dscale) else (x * y).sum(where=y != 0)
         y *= c.scale  # (1)
+        if c.sink is not None:
+            dsinks[heads.number] = -(sink_weight(c, heads) * known.off[heads.index]).sum(-1)  # (5)
+
+    def left(group: list[Heads], tiles: Tiles) -> None:
+        found = differentiate_by_rows(c, group, dout, dlse, dq, dk, dv, dbiases.get(-1))
+        for heads, (dscale, dsink) in zip(group, found, strict=True):
+            dscales[heads.number], dsinks[heads.number] = dscale, dsink
 
     groups = [list(same) for _, same in itertools.groupby(bundles(c), lambda heads: heads.group)]
     share(before, itertools.chain(*groups), lambda: Tiles(c.computing))
-    rest: list[list[Heads]] = []
-    for group in groups:
-        if all(heads.number in sound for heads in group):
-            rest.append(group)
-            continue
-        for heads, index in ((x, index) for x in group for index in each_index(c, x)):  # left to `npattn.attention`
-            dscale, part = differentiate_by_rows(c, index, dout, dlse, dq, dk, dv, dbias)
-            dscales[heads.number] = dscales.get(heads.number, 0) + dscale
-            if dsink is not None:
-                dsink[index[-1:] or ...] += part
-    tasks = [(j, slice(x[0].start, x[-1].stop), group) for j, x in enumerate(of_cols) for group in rest]
-    share(work, tasks, lambda: Tiles(c.computing), 1 if dbias is not None else None)
-    share(after, itertools.chain(*rest), lambda: Tiles(c.computing))
+    whole = [group for group in groups if all(heads.number in sound for heads in group)]
+    rest = [group for group in groups if not all(heads.number in sound for heads in group)]
+    spans = [(j, slice(x[0].start, x[-1].stop)) for j, x in enumerate(of_cols)]
+    tasks = [(number, *span, group) for number, (span, group) in enumerate(itertools.product(spans, whole))]
+    dbias = None if c.bias is None else c.bias.new_gradient()
+    if dbias is not None:
+        dbiases[-1] = dbias
+    # Each task has a total of its own if that is not much; otherwise one thread adds to the same.
+    apart = isinstance(dbias, np.ndarray) and dbias.size * len(tasks) <= MANY
+    for number in range(len(tasks) if dbias is not None else 0):
+        dbiases[number] = c.bias.new_gradient() if apart else dbias
+    share(work, tasks, lambda: Tiles(c.computing), turns, 1 if dbias is not None and not apart else None)
+    share(after, itertools.chain(*whole), lambda: Tiles(c.computing))
+    share(left, rest, lambda: Tiles(c.computing), None, 1 if dbias is not None else None)
 
-    if dsink is not None:
-        for heads in itertools.chain(*rest):
-            np.subtract.at(dsink, heads.names, (sink_weight(c, heads) * known.off[heads.index]).sum(-1))  # (5)
+    if dbias is not None and apart:
+        for number in range(len(tasks)):
+            dbias += dbiases[number]
+    dsink: Any = None if c.sink is None else np.zeros(c.sink.shape, c.computing)
+    for heads in itertools.chain(*groups) if dsink is not None else ():
+        np.add.at(dsink, heads.names, dsinks[heads.number])
     return AttentionGrads(
         dq.astype(c.q.dtype, copy=False), dk, dv,
         None if dbias is None else c.bias.finish(dbias),
@@ -200,18 +211,31 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
 
 def prepare(c: AttentionCache, known: Known, heads: Heads, dout: Array, dlse: Array | None) -> bool:
     """What is known of each query; True if all of it is finite."""
-    index, (D, E) = heads.index, (c.k.shape[-1], c.v.shape[-1])
+    index, E = heads.index, c.v.shape[-1]
     q, do, off, total, lse = (x[index] for x in (c.q, dout, known.off, c.kept.total, c.lse))
     alive, total = total != 0, select(total != 0, total, 1.0)
     do = only(alive, do.astype(c.computing, copy=False))
     np.einsum("...le,...le->...l", do, c.kept.out[index], out=off)  # (7), (5): sum_j p_j dp_j = dout . out
     if dlse is not None:
         off -= select(lse != -np.inf, dlse[index])  # what dp is less of in (5)
-    q1, do1 = known.q1[index], known.do1[index]
-    np.multiply(c.scale, only(alive, q.astype(c.computing, copy=False)), out=q1[..., :D])
+    scaled, do1 = known.q[index], known.do1[index]
+    np.multiply(c.scale, only(alive, q.astype(c.computing, copy=False)), out=scaled)
     np.divide(do, total[..., None], out=do1[..., :E])
-    q1[..., D], do1[..., E] = -select(lse != -np.inf, lse), -off / total
-    return bool(np.isfinite(total).all() and np.isfinite(do1).all())
+    known.lse[index], do1[..., E] = select(lse != -np.inf, lse), -off / total
+    return all(bool(np.isfinite(x).all()) for x in (total, scaled, do1))
+
+
+def all_seen_are_finite(c: AttentionCache, heads: Heads, rows: list[list[list[Block]]], tiles: Tiles) -> bool:
+    """Whether nobody sees a key or value that is not finite: its score may be -inf, or capped, and nothing else shows it."""
+    bad = ~(np.isfinite(c.k[heads.group]).all(-1) & np.isfinite(c.v[heads.group]).all(-1))
+    if not bad.any():
+        return True
+    for block in itertools.chain(*(itertools.chain(*row) for row in rows)):
+        if bad[..., block.cols].any():
+            pairs = pairs_of(c, heads, block, tiles)
+            if (bad[..., block.cols] & (True if pairs.seen is None else pairs.seen)).any():
+                return False
+    return True
 
 
 def differentiate(
@@ -220,28 +244,27 @@ def differentiate(
 ) -> None:  # fmt: skip
     """dk and dv of some keys of one group (or of small heads), and what these keys give to dq and dbias."""
     D, E = c.k.shape[-1], c.v.shape[-1]
-    k, v = (with_ones(x[group[0].group][..., cols, :], tiles, number) for number, x in enumerate((c.k, c.v)))
+    k, v = (finite_rows(x[group[0].group][..., cols, :], tiles, n, more) for x, n, more in ((c.k, 0, 0), (c.v, 1, 1)))
     sum_k, sum_v = tiles.take(2, *k.shape[:-1], D), tiles.take(3, *v.shape[:-1], E)
     sum_k[...], sum_v[...] = 0, 0
     for heads, i in itertools.product(group, range(len(plans[group[0].pattern]))):
-        row, q, do = plans[heads.pattern][i], known.q1[heads.index], known.do1[heads.index]
+        row, q, do = plans[heads.pattern][i], known.q[heads.index], known.do1[heads.index]
+        earlier = sum(map(bool, row[:j]))
         for block in row[j]:
             rows, near = block.rows, slice(block.cols.start - cols.start, block.cols.stop - cols.start)
             pairs = pairs_of(c, heads, block, tiles)
             q_i, do_i, k_j, v_j = q[..., rows, :], do[..., rows, :], k[..., near, :], v[..., near, :]
             n, high, wide = q.shape[:-2], rows.stop - rows.start, near.stop - near.start
             s, dp = tiles.take(4, *n, high, wide), tiles.take(5, *n, high, wide)
-            if c.softcap is None:
-                times(q_i, swap(k_j), s)  # (1), less lse
-            else:
-                t = times(q_i[..., :D], swap(k_j[..., :D]), tiles.take(6, *n, high, wide))
-                t /= c.softcap
-                np.tanh(t, out=t)
+            times(q_i, swap(k_j), s)  # (1), as in the forward: another product could differ in the last bit of a large score
+            if c.softcap is not None:
+                s /= c.softcap
+                t = np.tanh(s, out=tiles.take(6, *n, high, wide))
                 np.multiply(t, c.softcap, out=s)  # (2)
-                s += q_i[..., D:]
             if pairs.bias is not None:
                 s += pairs.bias  # (3)
             pairs.hide(s)  # (4)
+            s -= known.lse[heads.index][..., rows, None]
             p = np.exp(s, out=s)  # (5), times total
             if c.dropout is None:
                 dropped = p
@@ -261,9 +284,9 @@ def differentiate(
                 np.square(t, out=t)
                 ds *= np.subtract(1, t, out=t)  # (2)
                 pairs.select(ds, t)
-            sum_k[..., near, :] += sum_rows(ds, q_i[..., :D], tiles.take(8, *k.shape[:-2], wide, D))  # (1)
-            of_q = times(ds, k_j[..., :D], tiles.take(9, *n, high, D))  # (1)
-            turns.wait((heads.number, i), sum(map(bool, row[:j])))
+            sum_k[..., near, :] += sum_rows(ds, q_i, tiles.take(8, *k.shape[:-2], wide, D))  # (1)
+            of_q = times(ds, k_j, tiles.take(9, *n, high, D))  # (1)
+            turns.wait((heads.number, i), earlier)
             dq[heads.index][..., rows, :] += of_q
         if row[j]:
             turns.next((heads.number, i))
@@ -283,9 +306,10 @@ class Kept(NamedTuple):
 class Known(NamedTuple):
     """What the backward knows of each query. Rows without a key are 0."""
 
-    q1: Array  # (..., H, L, D + 1) [scale q, -lse]
+    q: Array  # (..., H, L, D) scale q
     do1: Array  # (..., H, L, E + 1) [dout, -off] / total
     off: Array  # (..., H, L) sum_j p_j dp_j - dlse
+    lse: Array  # (..., H, L), 0 where it is -inf
 
 
 class Tiles:
@@ -348,10 +372,10 @@ def total_of(z: Array, shift: Array, lse: Array) -> Array:
     return total.astype(z.dtype)
 
 
-def with_ones(x: Array, tiles: Tiles, number: int) -> Array:
-    """x and one more column of ones. What is not finite is 0: where all results are finite, nobody sees it."""
-    result = tiles.take(number, *x.shape[:-1], x.shape[-1] + 1)
-    result[..., :-1], result[..., -1] = only(np.asarray(np.isfinite(x).all(-1)), x), 1
+def finite_rows(x: Array, tiles: Tiles, number: int, more: int) -> Array:
+    """A copy of x, and 0 in rows that are not finite, which nobody sees; with so many columns of ones behind it."""
+    result, n = tiles.take(number, *x.shape[:-1], x.shape[-1] + more), x.shape[-1]
+    result[..., :n], result[..., n:] = only(np.asarray(np.isfinite(x).all(-1)), x), 1
     return result
 
 
@@ -366,11 +390,7 @@ class Heads(NamedTuple):
     group: Any  # where k and v have theirs
     names: Any  # for each of them, which of the H heads it is
     of_mask: Any  # where the mask has what they see: only once if it is the same for all
-
-    @property
-    def pattern(self) -> str:
-        """What is equal where they see the same keys."""
-        return repr(self.of_mask)
+    pattern: str  # equal where they see the same keys
 
 
 def bundles(c: AttentionCache) -> list[Heads]:
@@ -385,7 +405,8 @@ def bundles(c: AttentionCache) -> list[Heads]:
             indices = [(*first, part) for first in np.ndindex(*lead[:axis]) for part in slices(n, step)]
             break
     names = np.broadcast_to(np.arange(lead[-1] if lead else 1), lead or [1])
-    return [Heads(i, x, group_of(c, x), names[x or 0], of_mask(c, x)) for i, x in enumerate(indices)]
+    found = [(x, group_of(c, x), names[x or 0], of_mask(c, x)) for x in indices]
+    return [Heads(number, *rest, repr(rest[-1])) for number, rest in enumerate(found)]
 
 
 def together(c: AttentionCache) -> int:
@@ -587,7 +608,7 @@ def pairs_of(c: AttentionCache, heads: Heads, block: Block, tiles: Tiles) -> Vis
     return found
 
 
-def sees(c: AttentionCache, heads: Heads, rows: slice, blocks: list[Block], tiles: Tiles) -> Array:
+def who_sees(c: AttentionCache, heads: Heads, rows: slice, blocks: list[Block], tiles: Tiles) -> Array:
     """Which of these queries see somebody."""
     found = np.zeros((*c.q[heads.index].shape[:-2], rows.stop - rows.start), bool)
     for block in blocks:
@@ -658,19 +679,29 @@ def some_rows(c: AttentionCache, rows: slice) -> list[slice]:
 
 
 def differentiate_by_rows(
-    c: AttentionCache, index: Shape, dout: Array, dlse: Array | None, dq: Array, dk: Array, dv: Array, dbias: Any
-) -> tuple[Any, Any]:
-    """One head by `npattn.attention_backward`, added to these gradients. Returns its part of dscale and dsink."""
-    group, dscale, dsink = group_of(c, index), c.computing.type(0), c.computing.type(0)
-    for rows in some_rows(c, slice(0, c.q.shape[-2])):
-        _, cache = dense_rows(c, index, rows, dbias)
-        do, dl = dout[index][rows].astype(c.computing, copy=False), None if dlse is None else dlse[index][rows]
-        g: Any = attention_backward(do, cache, dl)
-        dq[index][rows] = g.q
-        dk[group] += g.k
-        dv[group] += g.v
-        dscale, dsink = dscale + g.scale, dsink + (0 if g.sink is None else g.sink[0])
-    return dscale, dsink
+    c: AttentionCache, group: list[Heads], dout: Array, dlse: Array | None, dq: Array, dk: Array, dv: Array, dbias: Any
+) -> list[tuple[Any, Array]]:
+    """Heads that read the same keys, by `npattn.attention_backward`. Returns for each the part of dscale, and of dsink."""
+    sums = {place: (np.zeros(dk[place].shape, c.computing), np.zeros(dv[place].shape, c.computing))
+            for place in {group_of(c, index) for heads in group for index in each_index(c, heads)}}  # fmt: skip
+    found = []
+    for heads in group:
+        dscale, dsink = c.computing.type(0), np.zeros(np.shape(heads.names), c.computing)
+        for index, own in zip(each_index(c, heads), np.ndindex(dsink.shape), strict=True):
+            sum_k, sum_v = sums[group_of(c, index)]
+            for rows in some_rows(c, slice(0, c.q.shape[-2])):
+                _, cache = dense_rows(c, index, rows, dbias)
+                do, dl = dout[index][rows].astype(c.computing, copy=False), None if dlse is None else dlse[index][rows]
+                g: Any = attention_backward(do, cache, dl)
+                dq[index][rows] = g.q
+                sum_k += g.k
+                sum_v += g.v
+                dscale += g.scale
+                dsink[own] += 0 if g.sink is None else g.sink[0]
+        found.append((dscale, dsink))
+    for place, (sum_k, sum_v) in sums.items():
+        dk[place], dv[place] = sum_k, sum_v
+    return found
 
 
 def blockwise(

@@ -4,7 +4,7 @@
 
 A mask is a value: what it is made of is copied, so that an offset that is counted up later does not change it.
 An object of your own with ``bind(shape)`` that returns something with ``tile(index, rows, cols)``, and perhaps ``dense`` and
-``state``, is a mask too; index is what ``scores[index]`` takes: integers, and perhaps a slice at its end.
+``state``, is a mask too; index is what ``scores[index]`` takes: integers, and perhaps slices behind them.
 """
 
 from __future__ import annotations
@@ -142,9 +142,6 @@ class BothBound(Bound):
     def tile(self, index: Index, rows: slice, cols: slice) -> Array:
         return self.a.tile(index, rows, cols) & self.b.tile(index, rows, cols)
 
-    def state(self, index: Index, rows: slice, cols: slice) -> int:
-        return min(self.a.state(index, rows, cols), self.b.state(index, rows, cols))
-
     def states(self, index: Index, rows: Sequence[slice], cols: Sequence[slice]) -> Array:
         return np.minimum(self.a.states(index, rows, cols), self.b.states(index, rows, cols))
 
@@ -165,9 +162,6 @@ class InverseBound(Bound):
 
     def tile(self, index: Index, rows: slice, cols: slice) -> Array:
         return ~self.a.tile(index, rows, cols)
-
-    def state(self, index: Index, rows: slice, cols: slice) -> int:
-        return FULL - self.a.state(index, rows, cols)
 
     def states(self, index: Index, rows: Sequence[slice], cols: Sequence[slice]) -> Array:
         return FULL - self.a.states(index, rows, cols)
@@ -235,13 +229,9 @@ class WindowBound(Bound):
         result: Any = right if self.left is None else right & (k >= q - self.left)
         return result if result.ndim else np.broadcast_to(result, np.broadcast_shapes(q.shape, k.shape))
 
-    def state(self, index: Index, rows: slice, cols: slice) -> int:
-        q, k = self._ends(index, rows, cols)
-        return FULL if not (q.size and k.size) else int(self._between(k.min() - q.max(), k.max() - q.min()))
-
     def states(self, index: Index, rows: Sequence[slice], cols: Sequence[slice]) -> Array:
         q, k = extremes(self.q[index], rows), extremes(self.k[index], cols)
-        return np.asarray(self._between(k[0] - q[1][:, None], k[1] - q[0][:, None]))
+        return np.broadcast_to(self._between(k[0] - q[1][:, None], k[1] - q[0][:, None]), (len(rows), len(cols)))
 
     def varies(self, axis: int) -> bool:
         return self.q.strides[axis] != 0 or self.k.strides[axis] != 0
@@ -370,10 +360,6 @@ class SegmentsBound(Bound):
     def tile(self, index: Index, rows: slice, cols: slice) -> Array:
         result: Array = np.equal(self.q[index][..., rows, None], self.k[index][..., None, cols])
         return result
-
-    def state(self, index: Index, rows: slice, cols: slice) -> int:
-        q, k = self.q[index][..., rows], self.k[index][..., cols]
-        return FULL if not (q.size and k.size) else int(self._between(q.min(), q.max(), k.min(), k.max()))
 
     def states(self, index: Index, rows: Sequence[slice], cols: Sequence[slice]) -> Array:
         q, k = extremes(self.q[index], rows), extremes(self.k[index], cols)

@@ -9,6 +9,7 @@ import itertools
 import math
 import sys
 import threading
+import time
 import tracemalloc
 from contextlib import contextmanager
 
@@ -16,8 +17,8 @@ import numpy as np
 import pytest
 from helpers import TEST_EPS
 
-from npattn import _parallel as parallel
 from npattn import (
+    Alibi,
     attention_backward,
     attention_forward,
     blockwise_backward,
@@ -30,8 +31,10 @@ from npattn import (
     merge_forward,
     packed,
     segments,
+    where,
     window,
 )
+from npattn import _parallel as parallel
 from npattn._pairs import Bound
 
 tiled = sys.modules["npattn.blockwise"]
@@ -227,7 +230,7 @@ def threads(monkeypatch, n):
             yield n
 
     with monkeypatch.context() as m:
-        m.setattr(parallel, "_blas", Blas)
+        m.setattr(parallel, "BLAS", Blas())
         yield
 
 
@@ -236,6 +239,10 @@ OPTIONS = {
     "heads": ((2, 4), {}),
     "grouped, causal": ((1, 2), {"mask": causal(), "softcap": 2.0}),
     "bias": ((1, 2), {"mask": window(700, 0)}),
+    "Alibi": ((2, 4), {"bias": Alibi(np.float32([0.5, 0.25, 0.125, 0.0625])), "mask": causal()}),
+    "packed": ((2, 2), {"mask": packed([0, 100, 700, 1300], [0, 100, 700, 1300], "top_left"), "sink": np.float32([0, 1])}),
+    "small heads": ((12, 24), {"mask": causal(), "bias": Alibi(np.float32(np.arange(24) / 24))}),
+    "a few queries": ((3, 12), {}),
 }
 
 
@@ -243,8 +250,8 @@ OPTIONS = {
 def test_the_result_does_not_depend_on_the_number_of_threads(name, monkeypatch):
     (G, H), options = OPTIONS[name]
     rng = np.random.default_rng(0)
-    L = 1300
-    q, k, v, dout = (rng.standard_normal((1, h, L, 8), np.float32) for h in (H, G, G, H))
+    L, S = {"small heads": (90, 90), "a few queries": (2, 5000)}.get(name, (1300, 1300))
+    q, k, v, dout = (rng.standard_normal((1, h, n, 8), np.float32) for h, n in ((H, L), (G, S), (G, S), (H, L)))
     if name == "bias":
         options = {**options, "bias": rng.standard_normal((1, H, 1, L), np.float32)}
     results = []
@@ -252,7 +259,8 @@ def test_the_result_does_not_depend_on_the_number_of_threads(name, monkeypatch):
         with threads(monkeypatch, n):
             (out, lse), cache = blockwise_forward(q, k, v, return_lse=True, **options)
             g = blockwise_backward(dout, cache, lse)
-        results.append([np.asarray(x).tobytes() for x in (out, lse, *g) if x is not None])
+        found = (getattr(x, "parameter", x) for x in (out, lse, *g) if x is not None)
+        results.append([np.asarray(x).tobytes() for x in found])
     assert results[0] == results[1] == results[2]
 
 
@@ -274,10 +282,10 @@ def test_blas_gets_its_threads_back():
     for t in runs:
         t.join()
     assert [lib.num_threads for lib in libraries] == before
-    with parallel._blas().alone() as n:
+    with parallel.BLAS.alone() as n:
         assert n == max(before)
         assert {lib.num_threads for lib in libraries} == {1}
-        with parallel._blas().alone() as inner:
+        with parallel.BLAS.alone() as inner:
             assert inner == n
         assert {lib.num_threads for lib in libraries} == {1}
     assert [lib.num_threads for lib in libraries] == before
@@ -288,11 +296,52 @@ def test_without_threadpoolctl_there_is_one_thread_of_ours(monkeypatch):
     blas = parallel._Blas()
     with blas.alone() as n:
         assert n == 1
-    monkeypatch.setattr(parallel, "_blas", lambda: blas)
+    monkeypatch.setattr(parallel, "BLAS", blas)
     x = np.random.default_rng(0).standard_normal((2, 300, 8))
     out, cache = blockwise_forward(x, x, x)
     assert np.isfinite(out).all()
     assert np.isfinite(blockwise_backward(out, cache).q).all()
+
+
+def test_blas_is_looked_for_once_by_many_threads(monkeypatch):
+    asked = []
+    blas = parallel._Blas()
+    monkeypatch.setattr(parallel, "libraries", lambda: (asked.append(1), time.sleep(0.05), [])[2])
+
+    def use():
+        with blas.alone():
+            pass
+
+    runs = [threading.Thread(target=use) for _ in range(4)]
+    for t in runs:
+        t.start()
+    for t in runs:
+        t.join()
+    assert asked == [1]
+
+
+@pytest.mark.parametrize("where", ["buffers", "work"])
+def test_an_error_anywhere_ends_all_tasks(where, monkeypatch):
+    begun, done, waiting, turns = [], [], [], parallel.Turns()
+
+    def buffers():
+        begun.append(threading.get_ident())
+        if where == "buffers" and len(begun) == 3:
+            raise MemoryError("no tiles")
+
+    def work(task, own):
+        time.sleep(0.001)
+        if where == "work" and task > 9:
+            raise MemoryError("no tiles")
+        if not waiting:
+            waiting.append(task)
+            turns.wait("never", 1)  # waits for a turn that does not come
+        done.append(task)
+
+    with threads(monkeypatch, 3), pytest.raises(MemoryError, match="no tiles"):
+        parallel.share(work, range(1000), buffers, turns)
+    assert len(done) < 1000
+    assert threading.active_count() == 1
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -502,6 +551,73 @@ def test_a_nan_that_is_seen_is_left_to_attention():
     grads, expected = blockwise_backward(dout, cache), attention_backward(dout, reference)
     for got, true in zip(grads[:3], expected[:3], strict=True):
         assert np.array_equal(np.isnan(got), np.isnan(true))
+
+
+@pytest.mark.parametrize(("name", "value"), [("k", -np.inf), ("k", np.inf), ("v", np.inf), ("k", np.nan), ("q", np.inf)])
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"sink": np.float32([0.5, 1])}, {"mask": causal()}], ids=str)
+def test_what_is_seen_and_not_finite_is_as_in_attention(name, value, options):
+    """Also where nothing shows it: a score of -inf has weight 0, and a softcap makes a number of inf."""
+    q, k, v, dout = (np.abs(x) for x in inputs(L=40))
+    q = q[:, :, :4].copy()
+    k, v, dout = k[:, :, :4].copy(), v[:, :, :4].copy(), dout[:, :, :4].copy()
+    {"q": q, "k": k, "v": v}[name][0, 7, 2] = value
+    (out, lse), cache = blockwise_forward(q, k, v, return_lse=True, **options)
+    (want, want_lse), reference = attention_forward(q, k, v, return_lse=True, **options)
+    grads, expected = blockwise_backward(dout, cache), attention_backward(dout, reference)
+    for got, true in zip((out, lse, *grads[:3]), (want, want_lse, *expected[:3]), strict=True):
+        assert np.array_equal(np.isfinite(got), np.isfinite(true))
+        assert np.allclose(got, true, 1e-4, 1e-5, equal_nan=True)
+
+
+def test_half_precision_is_summed_up_in_single_where_attention_takes_over(monkeypatch):
+    monkeypatch.setattr(tiled, "FEW", 40)  # a query at a time
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (rng.standard_normal((1, 300, 8)).astype(np.float16) for _ in range(4))
+    v[0, 299, 0] = np.inf  # the last query alone sees it
+    got = blockwise_backward(dout, blockwise_forward(q, k, v, mask=causal())[1])
+    want = attention_backward(dout, attention_forward(q, k, v, mask=causal())[1])
+    error = np.abs(got.v.astype(float) - want.v.astype(float))[0, :299]
+    assert error.max() <= 2 * np.finfo(np.float16).eps * np.abs(want.v[0, :299].astype(float)).max()
+
+
+@pytest.mark.parametrize("L", [1, 2, 40])
+@pytest.mark.parametrize("D", [3, 8, 63, 64])
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e6])
+def test_weights_of_large_scores_add_up_to_1_backwards(L, D, size):
+    """sum_j dv_j = sum_i dout_i: the weights of the backward are those of the forward, whatever the rounding of a score."""
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (rng.standard_normal((n, D), np.float32) for n in (L, 7, 7, L))
+    q *= np.float32(size)
+    got = blockwise_backward(dout, blockwise_forward(q, k, v)[1])
+    wide = dout.astype(np.float64)
+    assert (np.abs(got.v.sum(0, np.float64) - wide.sum(0)) <= 4e-7 * np.abs(wide).sum(0)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_is_left_to_attention_does_not_depend_on_the_number_of_threads(dtype, monkeypatch):
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (rng.standard_normal((3, 600, 8)).astype(dtype) for _ in range(4))
+    q[:, 5, 0] = np.nan
+    results = []
+    for n in (1, 3):
+        with threads(monkeypatch, n):
+            results.append(blockwise_backward(dout, blockwise_forward(q, k, v)[1]))
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(results[0][:3], results[1][:3], strict=True))
+
+
+def test_a_mask_without_states_is_asked_for_some_pairs_at_a_time():
+    most = []
+    mask = where(lambda i, j: (most.append(i.size * j.size), j % 3 != i % 2)[1])
+    x = np.zeros((2, 6000, 4), np.float32)
+    blockwise_forward(x[:, :300], x, x, mask=mask)
+    assert max(most) <= 2 * math.prod(tiled.TILE)
+
+
+def test_the_cache_of_attention_is_refused():
+    x = np.ones((3, 2))
+    out, cache = attention_forward(x, x, x)
+    with pytest.raises(ValueError, match="blockwise: cache is that of attention_forward, expected that of blockwise_forward"):
+        blockwise_backward(out, cache)
 
 
 def test_what_is_returned_may_be_written_on():
