@@ -30,7 +30,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer rows, and fewer rounds")
     parser.add_argument("--only", metavar="TEXT", default="", help='only rows with this in their name, as "L=2048 D=64 causal"')
     parser.add_argument("--json", metavar="FILE", type=Path, help="store all results there, with the environment")
-    parser.add_argument("--from", dest="stored", metavar="FILE", type=Path, help="measure nothing: show what --json has stored")
+    parser.add_argument("--from", dest="stored", metavar="FILE", type=Path, help="--plot or --write what was stored")
     parser.add_argument("--plot", metavar="DIR", type=Path, help="draw what was measured (needs matplotlib)")
     parser.add_argument("--write", metavar="README", type=Path, help="fill the part between two comments, and docs/speed.png")
     parser.add_argument("--threads", metavar="N", type=int, help="for everybody (default: as many as there are processors)")
@@ -39,7 +39,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if given.write and given.verb not in (None, "attention"):
         parser.error("--write is for attention")
+    if given.stored and (given.verb or given.only or given.json or not (given.plot or given.write)):
+        parser.error("--from takes --plot or --write, and nothing else")
+    if given.threads is not None and given.threads < 1:
+        parser.error(f"--threads is {given.threads}, expected at least 1")
+    if given.json and not given.json.parent.is_dir():
+        parser.error(f"--json: there is no directory {given.json.parent}")
+    if given.plot and given.plot.exists() and not given.plot.is_dir():
+        parser.error(f"--plot: {given.plot} is not a directory")
     return given
+
+
+def stored(file: Path) -> dict[str, Any]:
+    """What --json has stored."""
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+        if not {"environment", "command", "results"} <= found.keys():
+            raise ValueError("it is not what --json stores")
+    except (OSError, ValueError, AttributeError) as error:
+        raise SystemExit(f"--from {file}: {error}") from None
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.plot:
         plots.pyplot()
     if given.stored:
-        summarize(given, json.loads(given.stored.read_text()))
+        summarize(given, stored(given.stored))
         return 0
     facts = machine.facts()
     machine.print_facts(facts)
@@ -63,6 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for verb in (given.verb,) if given.verb else VERBS:
             run(verb, given, results)
+        if not results["results"]:
+            raise SystemExit(f"no row has {given.only!r} in its name")
     finally:  # what was measured is not lost when a run is stopped
         if given.json:
             given.json.write_text(json.dumps(results, indent=1) + "\n")
@@ -113,14 +134,15 @@ def summarize(given: argparse.Namespace, results: dict[str, Any]) -> None:
     results["targets"] = targets.as_rows(found)
     words = results["command"].split()
     verb = next((word for word in words if word in VERBS), "")
-    if verb in ("", "attention"):
+    if verb in ("", "attention") and "--only" not in words:
         targets.show(found)
     elif any(t.values for t in found):
         targets.show([t for t in found if t.values])
     written = plots.draw_all(rows, facts, given.plot) if given.plot else []
     if given.write:
-        options = [verb, "--quick" if "--quick" in words else "", f"--write {given.write.name}"]
-        how = " ".join(["python -m benchmarks", *filter(None, options)])
+        paths = ("--json", "--plot", "--write", "--from")
+        kept = [x for before, x in zip(["", *words], words, strict=False) if before not in paths and x not in paths]
+        how = " ".join([*kept, "--write", given.write.name])
         written += readme.write(given.write, rows, facts, found, how)
     for file in written:
         print(f"written: {file}")

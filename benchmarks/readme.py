@@ -27,14 +27,15 @@ def text(rows: Sequence[Row], facts: Mapping[str, str], found: Sequence[Target],
         f"Written by `{command}` on {facts['time'].partition(' ')[0]}.",
         "How many times longer the others take, in the same rounds on the same arrays:",
         "",
-        "| | L | ours | GFLOP/s | of its own products and exp | torch SDPA, best | jax, jitted | onnxruntime |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| | L | batch x heads | ours | GFLOP/s | of its own products and exp | torch SDPA, best | jax, jitted | onnxruntime |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for kind, backward in plots.KINDS.items():
         for r in plots.chosen(rows, D, MASK, backward):
             limits = r["roofline"]
             lines.append(
-                f"| {kind} | {r['case']['L']} | {table.duration(r['seconds']['blockwise'])} | {limits['gflops']:.0f} "
+                f"| {kind} | {r['case']['L']} | {r['case']['B']} x {r['case']['H']} "
+                f"| {table.duration(r['seconds']['blockwise'])} | {limits['gflops']:.0f} "
                 f"| {table.percent(limits.get('own'))} | {times(best_of_torch(r))} | {times(median(r, 'jax'))} "
                 f"| {times(median(r, 'onnxruntime'))} |"
             )
@@ -51,7 +52,10 @@ def text(rows: Sequence[Row], facts: Mapping[str, str], found: Sequence[Target],
 
 def check(file: Path) -> None:
     """Before an hour of measuring: is there a place to write to?"""
-    page = file.read_text()
+    try:
+        page = file.read_text()
+    except OSError as error:
+        raise SystemExit(f"{file}: {error}") from None
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         raise SystemExit(f"{file}: expected one {BEGIN} and behind it one {END}, between which the table goes")
 
@@ -59,6 +63,8 @@ def check(file: Path) -> None:
 def write(file: Path, rows: Sequence[Row], facts: Mapping[str, str], found: Sequence[Target], command: str) -> list[Path]:
     """Fills the page, and draws the plot that it shows; returns what was written."""
     check(file)
+    if not any(plots.chosen(rows, D, MASK, backward) for backward in plots.KINDS.values()):
+        raise SystemExit(f"{file}: nothing to write, no row of attention with D = {D} and {MASK} was measured")
     written, picture = [file], file.parent / PLOT
     shown = ""
     try:

@@ -17,6 +17,8 @@ def ratio(x: Mapping[str, float] | None) -> str:
     if not x:
         return "-"
     digits = 2 if x["median"] < 10 else 1
+    if x["least"] == x["most"]:
+        return f"{x['median']:.{digits}f}"  # of one round
     return f"{x['median']:.{digits}f} ({x['least']:.{digits}f}-{x['most']:.{digits}f})"
 
 
@@ -25,9 +27,12 @@ def percent(x: Mapping[str, float] | None) -> str:
 
 
 def head(title: str, rivals: Sequence[str], width: int = 44, limits: bool = True) -> None:
-    print(f"\n{title}\ntheir time / ours, round by round: median (min-max); * torch's best here")
+    print(f"\n{title}; BxH or BxH/G: batch, heads, groups")
+    print("their time / ours, round by round: median (min-max); * torch's best here")
+    if limits:
+        print("GFLOP/s of ours; own, best: its part of its own products and exponentials alone, and of the best product's rate")
     columns = f"{'ours':>10}{'GFLOP/s':>9}{'own':>5}{'best':>6}" if limits else f"{'ours':>10}"
-    print(f"{'':{width}}{columns}" + "".join(f"{name + ' ':>{WIDTH}}" for name in rivals), flush=True)
+    print(f"{'':{width}}{columns}" + "".join(f" {name + ' ':>{WIDTH}}" for name in rivals), flush=True)
 
 
 def line(row: Mapping[str, Any], rivals: Sequence[str], width: int = 44, limits: bool = True) -> None:
@@ -40,7 +45,7 @@ def line(row: Mapping[str, Any], rivals: Sequence[str], width: int = 44, limits:
     for name in rivals:
         wrong = row["left_out"].get(name, "")
         shown = "WRONG" if wrong.startswith("WRONG") else ratio(row["ratios"].get(name))
-        text += f"{shown + ('*' if name == row.get('best_of', {}).get('torch') else ' '):>{WIDTH}}"
+        text += f" {shown + ('*' if name == row.get('best_of', {}).get('torch') else ' '):>{WIDTH}}"
     print(text.rstrip(), flush=True)
 
 

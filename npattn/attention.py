@@ -174,10 +174,8 @@ def bind(op: str, q: Any, k: Any, v: Any, mask: Any, bias: Any, scale: Any, soft
 
 def check_cotangents(op: str, c: AttentionCache, dout: Any, dlse: Any) -> None:
     check_class(op, "cache", c, AttentionCache, f", from {op}_forward")
-    if op == "attention" and c.weights is None:
-        raise ValueError(f"{op}: cache holds no weights, so it is for blockwise_backward; expected that of attention_forward")
-    if op == "blockwise" and c.kept is None:
-        raise ValueError(f"{op}: cache is that of attention_forward, expected that of blockwise_forward")
+    if (c.weights if op == "attention" else c.kept) is None:
+        raise ValueError(f"{op}: cache is that of the other forward, expected that of {op}_forward")
     check_cotangent(op, "dout", dout, (*c.q.shape[:-1], c.v.shape[-1]), c.q.dtype, c.computing)
     if dlse is not None:
         check_cotangent(op, "dlse", dlse, c.lse.shape, c.computing, c.computing)

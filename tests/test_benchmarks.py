@@ -16,7 +16,7 @@ import npattn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import attention, harness, machine, memory, multihead, plots, readme, rivals, rnn, roofline, scaling, targets
-from benchmarks.__main__ import main
+from benchmarks.__main__ import main, parse, stored
 from benchmarks.cases import Case, draw, heads, truth
 from benchmarks.company import report
 from benchmarks.harness import TINY, Measured, Plan, Rival
@@ -320,7 +320,7 @@ def test_readme_is_filled_between_its_comments(tmp_path, monkeypatch):
     assert text.endswith("<!-- /benchmark -->\nafter\n")
     assert "old" not in text
     assert "`the command`" in text
-    assert "| forward | 2048 | 1000.0 ms |" in text
+    assert "| 1000.0 ms |" in next(line for line in text.splitlines() if line.startswith("| forward | 2048 |"))
     assert facts["BLAS"] in text
     page.write_text("no comments")
     with pytest.raises(SystemExit, match="expected one <!-- benchmark -->"):
@@ -392,3 +392,29 @@ def test_adapters_of_layers_are_right():
         row = rnn.measure(shape, TINY)
         assert {"npattn", "torch.nn.RNN"} <= set(row["seconds"]), row["left_out"]
         assert not any(why.startswith("WRONG") for why in row["left_out"].values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--from", "x.json"], "--from takes --plot or --write"),
+        (["rnn", "--from", "x.json", "--plot", "p"], "--from takes --plot or --write"),
+        (["--threads", "0"], "--threads is 0, expected at least 1"),
+        (["--json", "nowhere/x.json"], "there is no directory nowhere"),
+        (["rnn", "--write", "README.md"], "--write is for attention"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_measured(arguments, message, capsys):
+    with pytest.raises(SystemExit) as raised:
+        parse(arguments)
+    assert raised.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}"])
+def test_a_file_that_was_not_stored_is_refused(text, tmp_path):
+    file = tmp_path / "x.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(SystemExit, match="--from .*x.json: "):
+        stored(file)

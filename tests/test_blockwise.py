@@ -616,7 +616,7 @@ def test_a_mask_without_states_is_asked_for_some_pairs_at_a_time():
 def test_the_cache_of_attention_is_refused():
     x = np.ones((3, 2))
     out, cache = attention_forward(x, x, x)
-    with pytest.raises(ValueError, match="blockwise: cache is that of attention_forward, expected that of blockwise_forward"):
+    with pytest.raises(ValueError, match="blockwise: cache is that of the other forward, expected that of blockwise_forward"):
         blockwise_backward(out, cache)
 
 
