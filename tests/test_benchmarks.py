@@ -16,7 +16,8 @@ import npattn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import attention, harness, machine, memory, multihead, plots, readme, rivals, rnn, roofline, scaling, targets
-from benchmarks.__main__ import main, parse, stored
+from benchmarks.__main__ import main, parse
+from benchmarks.__main__ import stored as read_stored
 from benchmarks.cases import Case, draw, heads, truth
 from benchmarks.company import report
 from benchmarks.harness import TINY, Measured, Plan, Rival
@@ -417,4 +418,4 @@ def test_a_file_that_was_not_stored_is_refused(text, tmp_path):
     if text is not None:
         file.write_text(text)
     with pytest.raises(SystemExit, match="--from .*x.json: "):
-        stored(file)
+        read_stored(file)
