@@ -417,5 +417,5 @@ def test_a_file_that_was_not_stored_is_refused(text, tmp_path):
     file = tmp_path / "x.json"
     if text is not None:
         file.write_text(text)
-    with pytest.raises(SystemExit, match="--from .*x.json: "):
+    with pytest.raises(SystemExit, match=r"--from .*x\.json: "):
         read_stored(file)
