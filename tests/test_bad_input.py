@@ -556,8 +556,15 @@ backward("cache is the output", TypeError, ["cache is", "AttentionCache"], cache
 row(
     "attention_backward: cache of blockwise",
     (TypeError, ValueError),
-    ["attention: ", "cache", "blockwise_backward"],
+    ["attention: ", "cache", "expected that of attention_forward"],
     lambda q: npattn.attention_backward(q, npattn.blockwise_forward(q, q, q)[1]),
+    q=f32(L, D),
+)
+row(
+    "blockwise_backward: cache of attention",
+    (TypeError, ValueError),
+    ["blockwise: ", "cache", "expected that of blockwise_forward"],
+    lambda q: npattn.blockwise_backward(q, npattn.attention_forward(q, q, q)[1]),
     q=f32(L, D),
 )
 
