@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def command(arguments: list[str] | None) -> str:
-    return " ".join(["python -m benchmarks", *(sys.argv[1:] if arguments is None else arguments)])
+    return f"python -m benchmarks {shlex.join(sys.argv[1:] if arguments is None else arguments)}".strip()
 
 
 def run(verb: str, given: argparse.Namespace, results: dict[str, Any]) -> None:
@@ -132,7 +133,7 @@ def summarize(given: argparse.Namespace, results: dict[str, Any]) -> None:
     rows, facts = results["results"], results["environment"]
     found = targets.targets(rows)
     results["targets"] = targets.as_rows(found)
-    words = results["command"].split()
+    words = shlex.split(results["command"])
     verb = next((word for word in words if word in VERBS), "")
     if verb in ("", "attention") and "--only" not in words:
         targets.show(found)
@@ -142,7 +143,7 @@ def summarize(given: argparse.Namespace, results: dict[str, Any]) -> None:
     if given.write:
         paths = ("--json", "--plot", "--write", "--from")
         kept = [x for before, x in zip(["", *words], words, strict=False) if before not in paths and x not in paths]
-        how = " ".join([*kept, "--write", given.write.name])
+        how = shlex.join([*kept, "--write", given.write.name])
         written += readme.write(given.write, rows, facts, found, how)
     for file in written:
         print(f"written: {file}")
