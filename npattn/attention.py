@@ -190,11 +190,11 @@ def visible(c: AttentionCache, index: Any = (), rows: slice = ALL, cols: slice =
     return allowed, bias
 
 
-def live(c: AttentionCache, dout: Array, dlse: Any, index: Any = (), rows: slice = ALL) -> tuple[Array, Any]:
+def live(c: AttentionCache, dout: Array, dlse: Any) -> tuple[Array, Any]:
     """dout (..., L, E) and dlse (..., L, 1) in the computing dtype, 0 in rows whose lse is -inf."""
-    alive = c.lse[index][..., rows, None] != -np.inf
-    dout = select(alive, dout[index][..., rows, :].astype(c.computing, copy=False))
-    return dout, 0.0 if dlse is None else select(alive, dlse[index][..., rows, None])
+    alive = c.lse[..., None] != -np.inf
+    dout = select(alive, dout.astype(c.computing, copy=False))
+    return dout, 0.0 if dlse is None else select(alive, dlse[..., None])
 
 
 __all__ = ["AttentionCache", "AttentionGrads", "attention", "attention_backward", "attention_forward"]

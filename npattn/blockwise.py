@@ -102,7 +102,7 @@ def attend(
     alone = select(sink != -np.inf, np.exp(sink - m))  # one more logit, without a value
     z, a[...] = alone.copy(), 0
     for block in blocks:
-        at, cols = slice(block.rows.start - rows.start, block.rows.stop - rows.start), block.cols
+        at, cols = within(block.rows, rows), block.cols
         high, wide = at.stop - at.start, cols.stop - cols.start
         pairs = pairs_of(c, heads, block, tiles)
         k_j, v_j = (x[..., cols, :].astype(c.computing, copy=False) for x in (k, v))
@@ -153,7 +153,8 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     )  # fmt: skip
     dq, dk, dv = (np.zeros(x.shape, dtype) for x, dtype in ((c.q, c.computing), (c.k, c.k.dtype), (c.v, c.v.dtype)))
     plans, turns, sound = dict[Any, list[list[list[Block]]]](), Turns(), set[int]()
-    dscales, dsinks, dbiases = dict[int, Any](), dict[int, Array](), dict[int, Any]()
+    dscales, dsinks = dict[int, Any](), dict[int, Array]()
+    dbias: Any = None if c.bias is None else c.bias.new_gradient()
 
     def before(heads: Heads, tiles: Tiles) -> None:
         if heads.pattern not in plans:
@@ -163,7 +164,7 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
 
     def work(task: tuple[int, int, slice, list[Heads]], tiles: Tiles) -> None:
         number, j, cols, group = task
-        differentiate(c, known, plans, turns, j, cols, group, tiles, dq, dk, dv, dbiases.get(number))
+        differentiate(c, known, plans, turns, j, cols, group, tiles, dq, dk, dv, dbiases[number])
 
     def after(heads: Heads, tiles: Tiles) -> None:
         x, y = c.q[heads.index].astype(c.computing, copy=False), dq[heads.index]
@@ -174,7 +175,7 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
             dsinks[heads.number] = -(sink_weight(c, heads) * known.off[heads.index]).sum(-1)  # (5)
 
     def left(group: list[Heads], tiles: Tiles) -> None:
-        found = differentiate_by_rows(c, group, dout, dlse, dq, dk, dv, dbiases.get(-1))
+        found = differentiate_by_rows(c, group, dout, dlse, dq, dk, dv, dbias)
         for heads, (dscale, dsink) in zip(group, found, strict=True):
             dscales[heads.number], dsinks[heads.number] = dscale, dsink
 
@@ -184,20 +185,15 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     rest = [group for group in groups if not all(heads.number in sound for heads in group)]
     spans = [(j, slice(x[0].start, x[-1].stop)) for j, x in enumerate(of_cols)]
     tasks = [(number, *span, group) for number, (span, group) in enumerate(itertools.product(spans, whole))]
-    dbias = None if c.bias is None else c.bias.new_gradient()
-    if dbias is not None:
-        dbiases[-1] = dbias
     # Each task has a total of its own if that is not much; otherwise one thread adds to the same.
     apart = isinstance(dbias, np.ndarray) and dbias.size * len(tasks) <= MANY
-    for number in range(len(tasks) if dbias is not None else 0):
-        dbiases[number] = c.bias.new_gradient() if apart else dbias
+    dbiases = [c.bias.new_gradient() if apart else dbias for _ in tasks]
     share(work, tasks, lambda: Tiles(c.computing), turns, 1 if dbias is not None and not apart else None)
     share(after, itertools.chain(*whole), lambda: Tiles(c.computing))
     share(left, rest, lambda: Tiles(c.computing), None, 1 if dbias is not None else None)
 
-    if dbias is not None and apart:
-        for number in range(len(tasks)):
-            dbias += dbiases[number]
+    for part in dbiases if apart else ():
+        dbias += part
     dsink: Any = None if c.sink is None else np.zeros(c.sink.shape, c.computing)
     for heads in itertools.chain(*groups) if dsink is not None else ():
         np.add.at(dsink, heads.names, dsinks[heads.number])
@@ -251,7 +247,7 @@ def differentiate(
         row, q, do = plans[heads.pattern][i], known.q[heads.index], known.do1[heads.index]
         earlier = sum(map(bool, row[:j]))
         for block in row[j]:
-            rows, near = block.rows, slice(block.cols.start - cols.start, block.cols.stop - cols.start)
+            rows, near = block.rows, within(block.cols, cols)
             pairs = pairs_of(c, heads, block, tiles)
             q_i, do_i, k_j, v_j = q[..., rows, :], do[..., rows, :], k[..., near, :], v[..., near, :]
             n, high, wide = q.shape[:-2], rows.stop - rows.start, near.stop - near.start
@@ -310,6 +306,11 @@ class Known(NamedTuple):
     do1: Array  # (..., H, L, E + 1) [dout, -off] / total
     off: Array  # (..., H, L) sum_j p_j dp_j - dlse
     lse: Array  # (..., H, L), 0 where it is -inf
+
+
+def within(part: slice, whole: slice) -> slice:
+    """Where a part of a slice lies in what the slice takes."""
+    return slice(part.start - whole.start, part.stop - whole.start)
 
 
 class Tiles:
@@ -594,7 +595,7 @@ def pairs_of(c: AttentionCache, heads: Heads, block: Block, tiles: Tiles) -> Vis
     allowed = np.broadcast_to(allowed, np.broadcast_shapes(allowed.shape, (*n, some.stop - some.start, cols.stop - cols.start)))
     edge = np.subtract(allowed, 0.5, dtype=np.empty(0, c.computing).real.dtype)
     edge *= np.inf
-    at = slice(some.start - rows.start, some.stop - rows.start)
+    at = within(some, rows)
     if some == rows:
         found = Visible(bias, at, allowed, edge, allowed.any(-1), by_group(allowed, c.k[heads.group]).any(-2))
     else:  # the other rows see all keys
@@ -612,9 +613,8 @@ def who_sees(c: AttentionCache, heads: Heads, rows: slice, blocks: list[Block], 
     """Which of these queries see somebody."""
     found = np.zeros((*c.q[heads.index].shape[:-2], rows.stop - rows.start), bool)
     for block in blocks:
-        at = slice(block.rows.start - rows.start, block.rows.stop - rows.start)
         pairs = pairs_of(c, heads, block, tiles)
-        found[..., at] |= True if pairs.sees is None else pairs.sees
+        found[..., within(block.rows, rows)] |= True if pairs.sees is None else pairs.sees
     return found
 
 
@@ -668,7 +668,7 @@ def attend_by_rows(c: AttentionCache, heads: Heads, rows: slice, a: Array) -> tu
     lse = np.empty(a.shape[:-1], c.computing)
     for index, own in zip(each_index(c, heads), np.ndindex(a.shape[:-2]), strict=True):
         for few in some_rows(c, rows):
-            at = slice(few.start - rows.start, few.stop - rows.start)
+            at = within(few, rows)
             (a[own][at], lse[own][at]), _ = dense_rows(c, index, few)
     return lse, np.full(lse.shape, np.nan, lse.dtype)
 

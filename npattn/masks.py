@@ -189,6 +189,21 @@ def extremes(x: Array, parts: Sequence[slice]) -> tuple[Array, Array]:
     return np.minimum.reduceat(x.min(others), starts), np.maximum.reduceat(x.max(others), starts)
 
 
+@dataclass(eq=False)
+class TokensBound(Bound):
+    """What is known of each pair from one number a query and one a key, as views (..., H, L) and (..., H, S)."""
+
+    shape: Shape
+    q: Array
+    k: Array
+
+    def __post_init__(self) -> None:
+        self.q, self.k = narrow(self.q, self.k)
+
+    def varies(self, axis: int) -> bool:
+        return self.q.strides[axis] != 0 or self.k.strides[axis] != 0
+
+
 @dataclass(frozen=True, eq=False)
 class Window(Mask):
     positions: Positions
@@ -200,31 +215,25 @@ class Window(Mask):
 
 
 @dataclass(eq=False)
-class WindowBound(Bound):
+class WindowBound(TokensBound):
     """-left <= k - q <= right, with q (..., H, L or 1) and k (..., H, S or 1)."""
 
-    shape: Shape
-    q: Array
-    k: Array
     left: int | None
     right: int | None
 
     def __post_init__(self) -> None:
-        self.q, self.k = narrow(self.q, self.k)
+        super().__post_init__()
         if self.q.dtype == np.int32:  # no distance is larger
             self.left, self.right = (None if x is None else min(x, 2 * NEAR) for x in (self.left, self.right))
-
-    def _ends(self, index: Index, rows: slice, cols: slice) -> tuple[Array, Array]:
-        q, k = self.q[index], self.k[index]
-        return q[..., rows] if q.shape[-1] > 1 else q, k[..., cols] if k.shape[-1] > 1 else k
 
     def _holds(self, distance: Any) -> Any:
         right = True if self.right is None else distance <= self.right
         return right if self.left is None else right & (distance >= -self.left)
 
     def tile(self, index: Index, rows: slice, cols: slice) -> Array:
-        q, k = self._ends(index, rows, cols)
-        q, k = q[..., :, None], k[..., None, :]
+        q, k = self.q[index], self.k[index]
+        q = q[..., rows, None] if q.shape[-1] > 1 else q[..., None]
+        k = k[..., None, cols] if k.shape[-1] > 1 else k[..., None, :]
         right: Any = np.True_ if self.right is None else k <= q + self.right
         result: Any = right if self.left is None else right & (k >= q - self.left)
         return result if result.ndim else np.broadcast_to(result, np.broadcast_shapes(q.shape, k.shape))
@@ -232,9 +241,6 @@ class WindowBound(Bound):
     def states(self, index: Index, rows: Sequence[slice], cols: Sequence[slice]) -> Array:
         q, k = extremes(self.q[index], rows), extremes(self.k[index], cols)
         return np.broadcast_to(self._between(k[0] - q[1][:, None], k[1] - q[0][:, None]), (len(rows), len(cols)))
-
-    def varies(self, axis: int) -> bool:
-        return self.q.strides[axis] != 0 or self.k.strides[axis] != 0
 
     def _between(self, nearest: Any, farthest: Any) -> Any:
         """The state of pairs whose distances lie between these."""
@@ -349,14 +355,7 @@ class Segments(Mask):
 
 
 @dataclass(eq=False)
-class SegmentsBound(Bound):
-    shape: Shape
-    q: Array
-    k: Array
-
-    def __post_init__(self) -> None:
-        self.q, self.k = narrow(self.q, self.k)
-
+class SegmentsBound(TokensBound):
     def tile(self, index: Index, rows: slice, cols: slice) -> Array:
         result: Array = np.equal(self.q[index][..., rows, None], self.k[index][..., None, cols])
         return result
@@ -368,11 +367,8 @@ class SegmentsBound(Bound):
     def cuts(self) -> tuple[Array, Array]:
         if any(self.varies(axis) for axis in range(len(self.shape) - 2)) or not all(self.shape):
             return super().cuts()
-        q, k = (np.flatnonzero(np.diff(x.reshape(-1, x.shape[-1])[0])) + 1 for x in (self.q, self.k))
+        q, k = (np.flatnonzero(np.diff(x[(0,) * (x.ndim - 1)])) + 1 for x in (self.q, self.k))
         return q, k
-
-    def varies(self, axis: int) -> bool:
-        return self.q.strides[axis] != 0 or self.k.strides[axis] != 0
 
     def _between(self, first: Any, last: Any, least: Any, most: Any) -> Any:
         """The state of pairs whose queries and keys have ids between these. Ids that do not meet are of different segments."""

@@ -385,7 +385,7 @@ def test_an_error_in_one_thread_ends_all_and_is_raised(direction, monkeypatch):
         ((64, 8, 32, 4), (64, 8, 32, 4), None), ((2, 3, 12, 64, 4), (2, 3, 4, 64, 4), None),
         ((7, 5, 40, 4), (7, 1, 40, 4), None), ((16, 512, 4), (16, 512, 4), causal()),
         ((4, 600, 4), (4, 600, 4), None), ((1, 32, 1, 4), (1, 8, 4096, 4), None),
-        ((600, 4), (600, 4), None), ((2, 0, 8, 4), (2, 0, 8, 4), None), ((9, 3, 8, 4), (9, 3, 8, 4), causal()),
+        ((16, 64, 4), (2, 64, 4), None), ((600, 4), (600, 4), None), ((2, 0, 8, 4), (2, 0, 8, 4), None), ((9, 3, 8, 4), (9, 3, 8, 4), causal()),
     ],
     ids=str,
 )  # fmt: skip
@@ -537,7 +537,7 @@ def test_a_hidden_pair_whose_dout_v_overflows_gives_nothing():
     wide = [x.astype(np.float64) for x in (q, k, v)]
     expected = attention_backward(dout.astype(np.float64), attention_forward(*wide, mask=causal())[1])
     for got, true in zip(grads[:3], expected[:3], strict=True):
-        assert np.abs(got - true).max() <= 1e-5 * np.abs(true).max()
+        assert np.abs(got - true).max() <= 64 * np.finfo(np.float32).eps * np.abs(true).max()
 
 
 def test_a_nan_that_is_seen_is_left_to_attention():
@@ -554,7 +554,11 @@ def test_a_nan_that_is_seen_is_left_to_attention():
 
 
 @pytest.mark.parametrize(("name", "value"), [("k", -np.inf), ("k", np.inf), ("v", np.inf), ("k", np.nan), ("q", np.inf)])
-@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"sink": np.float32([0.5, 1])}, {"mask": causal()}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"softcap": 2.0}, {"sink": np.float32([0.5, 1])}, {"mask": causal()}, {"softcap": 2.0, "mask": causal()}],
+    ids=str,
+)
 def test_what_is_seen_and_not_finite_is_as_in_attention(name, value, options):
     """Also where nothing shows it: a score of -inf has weight 0, and a softcap makes a number of inf."""
     q, k, v, dout = (np.abs(x) for x in inputs(L=40))
@@ -566,7 +570,8 @@ def test_what_is_seen_and_not_finite_is_as_in_attention(name, value, options):
     grads, expected = blockwise_backward(dout, cache), attention_backward(dout, reference)
     for got, true in zip((out, lse, *grads[:3]), (want, want_lse, *expected[:3]), strict=True):
         assert np.array_equal(np.isfinite(got), np.isfinite(true))
-        assert np.allclose(got, true, 1e-4, 1e-5, equal_nan=True)
+        eps = np.finfo(np.float32).eps
+        assert np.allclose(got, true, 64 * eps, 64 * eps, equal_nan=True)
 
 
 def test_half_precision_is_summed_up_in_single_where_attention_takes_over(monkeypatch):
@@ -590,7 +595,7 @@ def test_weights_of_large_scores_add_up_to_1_backwards(L, D, size):
     q *= np.float32(size)
     got = blockwise_backward(dout, blockwise_forward(q, k, v)[1])
     wide = dout.astype(np.float64)
-    assert (np.abs(got.v.sum(0, np.float64) - wide.sum(0)) <= 4e-7 * np.abs(wide).sum(0)).all()
+    assert (np.abs(got.v.sum(0, np.float64) - wide.sum(0)) <= 3 * np.finfo(np.float32).eps * np.abs(wide).sum(0)).all()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
