@@ -148,9 +148,8 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     check_cotangents("blockwise", c, dout, dlse)
     of_rows, of_cols = tiles_of(c)
     known = Known(
-        np.empty(c.q.shape, c.computing), np.empty((*dout.shape[:-1], dout.shape[-1] + 1), c.computing),
-        *(np.empty_like(c.kept.total) for _ in range(2)),
-    )  # fmt: skip
+        np.empty((*dout.shape[:-1], dout.shape[-1] + 1), c.computing), *(np.empty_like(c.kept.total) for _ in range(2))
+    )
     dq, dk, dv = (np.zeros(x.shape, dtype) for x, dtype in ((c.q, c.computing), (c.k, c.k.dtype), (c.v, c.v.dtype)))
     plans, turns, sound = dict[Any, list[list[list[Block]]]](), Turns(), set[int]()
     dscales, dsinks = dict[int, Any](), dict[int, Array]()
@@ -159,7 +158,8 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     def before(heads: Heads, tiles: Tiles) -> None:
         if heads.pattern not in plans:
             plans[heads.pattern] = [plan(c, heads, parts, of_cols) for parts in of_rows]
-        if prepare(c, known, heads, dout, dlse) and all_seen_are_finite(c, heads, plans[heads.pattern], tiles):
+        spans = [slice(parts[0].start, parts[-1].stop) for parts in of_rows]
+        if prepare(c, known, heads, spans, dout, dlse, tiles) and all_seen_are_finite(c, heads, plans[heads.pattern], tiles):
             sound.add(heads.number)
 
     def work(task: tuple[int, int, slice, list[Heads]], tiles: Tiles) -> None:
@@ -205,27 +205,44 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     )  # fmt: skip
 
 
-def prepare(c: AttentionCache, known: Known, heads: Heads, dout: Array, dlse: Array | None) -> bool:
+def prepare(
+    c: AttentionCache, known: Known, heads: Heads, spans: list[slice], dout: Array, dlse: Array | None, tiles: Tiles
+) -> bool:  # fmt: skip
     """What is known of each query; True if all of it is finite."""
     index, E = heads.index, c.v.shape[-1]
-    q, do, off, total, lse = (x[index] for x in (c.q, dout, known.off, c.kept.total, c.lse))
+    do, off, total, lse = (x[index] for x in (dout, known.off, c.kept.total, c.lse))
     alive, total = total != 0, select(total != 0, total, 1.0)
     do = only(alive, do.astype(c.computing, copy=False))
     np.einsum("...le,...le->...l", do, c.kept.out[index], out=off)  # (7), (5): sum_j p_j dp_j = dout . out
     if dlse is not None:
         off -= select(lse != -np.inf, dlse[index])  # what dp is less of in (5)
-    scaled, do1 = known.q[index], known.do1[index]
-    np.multiply(c.scale, only(alive, q.astype(c.computing, copy=False)), out=scaled)
+    do1 = known.do1[index]
     np.divide(do, total[..., None], out=do1[..., :E])
     known.lse[index], do1[..., E] = select(lse != -np.inf, lse), -off / total
-    return all(bool(np.isfinite(x).all()) for x in (total, scaled, do1))
+    scaled = (scaled_queries(c, heads, rows, tiles) for rows in spans)
+    return all(bool(np.isfinite(x).all()) for x in itertools.chain((total, do1), scaled))
+
+
+def scaled_queries(c: AttentionCache, heads: Heads, rows: slice, tiles: Tiles) -> Array:
+    """scale q, as in the forward, and 0 in rows without a key."""
+    q = only(c.kept.total[heads.index][..., rows] != 0, c.q[heads.index][..., rows, :].astype(c.computing, copy=False))
+    result = tiles.take(10, *q.shape)
+    np.multiply(c.scale, q, out=result)
+    return result
+
+
+def finite_or_not(x: Array) -> Array | None:
+    """Which rows of x are finite. None: all."""
+    finite = np.isfinite(x)
+    return None if finite.all() else np.asarray(finite.all(-1))
 
 
 def all_seen_are_finite(c: AttentionCache, heads: Heads, rows: list[list[list[Block]]], tiles: Tiles) -> bool:
     """Whether nobody sees a key or value that is not finite: its score may be -inf, or capped, and nothing else shows it."""
-    bad = ~(np.isfinite(c.k[heads.group]).all(-1) & np.isfinite(c.v[heads.group]).all(-1))
-    if not bad.any():
+    good = [finite_or_not(x[heads.group]) for x in (c.k, c.v)]
+    if all(some is None for some in good):
         return True
+    bad = ~np.logical_and(*(True if some is None else some for some in good))
     for block in itertools.chain(*(itertools.chain(*row) for row in rows)):
         if bad[..., block.cols].any():
             pairs = pairs_of(c, heads, block, tiles)
@@ -244,13 +261,13 @@ def differentiate(
     sum_k, sum_v = tiles.take(2, *k.shape[:-1], D), tiles.take(3, *v.shape[:-1], E)
     sum_k[...], sum_v[...] = 0, 0
     for heads, i in itertools.product(group, range(len(plans[group[0].pattern]))):
-        row, q, do = plans[heads.pattern][i], known.q[heads.index], known.do1[heads.index]
+        row, do = plans[heads.pattern][i], known.do1[heads.index]
         earlier = sum(map(bool, row[:j]))
         for block in row[j]:
             rows, near = block.rows, within(block.cols, cols)
             pairs = pairs_of(c, heads, block, tiles)
-            q_i, do_i, k_j, v_j = q[..., rows, :], do[..., rows, :], k[..., near, :], v[..., near, :]
-            n, high, wide = q.shape[:-2], rows.stop - rows.start, near.stop - near.start
+            q_i, do_i, k_j, v_j = scaled_queries(c, heads, rows, tiles), do[..., rows, :], k[..., near, :], v[..., near, :]
+            n, high, wide = q_i.shape[:-2], rows.stop - rows.start, near.stop - near.start
             s, dp = tiles.take(4, *n, high, wide), tiles.take(5, *n, high, wide)
             times(q_i, swap(k_j), s)  # (1), as in the forward: another product could differ in the last bit of a large score
             if c.softcap is not None:
@@ -302,7 +319,6 @@ class Kept(NamedTuple):
 class Known(NamedTuple):
     """What the backward knows of each query. Rows without a key are 0."""
 
-    q: Array  # (..., H, L, D) scale q
     do1: Array  # (..., H, L, E + 1) [dout, -off] / total
     off: Array  # (..., H, L) sum_j p_j dp_j - dlse
     lse: Array  # (..., H, L), 0 where it is -inf
@@ -376,7 +392,7 @@ def total_of(z: Array, shift: Array, lse: Array) -> Array:
 def finite_rows(x: Array, tiles: Tiles, number: int, more: int) -> Array:
     """A copy of x, and 0 in rows that are not finite, which nobody sees; with so many columns of ones behind it."""
     result, n = tiles.take(number, *x.shape[:-1], x.shape[-1] + more), x.shape[-1]
-    result[..., :n], result[..., n:] = only(np.asarray(np.isfinite(x).all(-1)), x), 1
+    result[..., :n], result[..., n:] = only(finite_or_not(x), x), 1
     return result
 
 
