@@ -239,10 +239,10 @@ def finite_or_not(x: Array) -> Array | None:
 
 def all_seen_are_finite(c: AttentionCache, heads: Heads, rows: list[list[list[Block]]], tiles: Tiles) -> bool:
     """Whether nobody sees a key or value that is not finite: its score may be -inf, or capped, and nothing else shows it."""
-    good = [finite_or_not(x[heads.group]) for x in (c.k, c.v)]
-    if all(some is None for some in good):
+    good = [some for some in (finite_or_not(x[heads.group]) for x in (c.k, c.v)) if some is not None]
+    if not good:
         return True
-    bad = ~np.logical_and(*(True if some is None else some for some in good))
+    bad = ~(good[0] & good[-1])
     for block in itertools.chain(*(itertools.chain(*row) for row in rows)):
         if bad[..., block.cols].any():
             pairs = pairs_of(c, heads, block, tiles)
