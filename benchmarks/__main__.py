@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -29,9 +30,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("verb", nargs="?", choices=VERBS, help="all of them unless given")
     parser.add_argument("--quick", action="store_true", help="fewer rows, and fewer rounds")
-    parser.add_argument("--only", metavar="TEXT", default="", help='only rows with this in their name, as "L=2048 D=64 causal"')
+    parser.add_argument(
+        "--only", metavar="TEXT", default="", help='only rows with this in their name, as "L=2048 D=64" or "window|packed"'
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="store all results there, with the environment")
-    parser.add_argument("--from", dest="stored", metavar="FILE", type=Path, help="--plot or --write what was stored")
+    parser.add_argument(
+        "--from", dest="stored", metavar="FILE", type=Path, nargs="+",
+        help="--plot or --write what was stored; of rows with the same name those of the last file",
+    )  # fmt: skip
     parser.add_argument("--plot", metavar="DIR", type=Path, help="draw what was measured (needs matplotlib)")
     parser.add_argument("--write", metavar="README", type=Path, help="fill the part between two comments, and docs/speed.png")
     parser.add_argument("--threads", metavar="N", type=int, help="for everybody (default: as many as there are processors)")
@@ -42,6 +48,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--write is for attention")
     if given.stored and (given.verb or given.only or given.json or not (given.plot or given.write)):
         parser.error("--from takes --plot or --write, and nothing else")
+    try:
+        re.compile(given.only)
+    except re.error as error:
+        parser.error(f"--only is {given.only}, which is no regular expression: {error}")
     if given.threads is not None and given.threads < 1:
         parser.error(f"--threads is {given.threads}, expected at least 1")
     if given.json and not given.json.parent.is_dir():
@@ -62,6 +72,18 @@ def stored(file: Path) -> dict[str, Any]:
     return found
 
 
+def together(files: list[Path]) -> tuple[dict[str, Any], list[str]]:
+    """What was stored in parts, on one machine, and the commands that did."""
+    parts = [stored(file) for file in files]
+    same = [{n: x for n, x in part["environment"].items() if n not in ("time", "load", "measured")} for part in parts]
+    for file, facts in zip(files, same, strict=True):
+        if facts != same[0]:
+            other = next(n for n in [*facts, *same[0]] if facts.get(n) != same[0].get(n))
+            raise SystemExit(f"--from {file}: {other} is {facts.get(other)}, and in {files[0]} it is {same[0].get(other)}")
+    rows = {(row["verb"], row["name"]): row for part in parts for row in part["results"]}
+    return {**parts[-1], "results": list(rows.values())}, [part["command"] for part in parts]
+
+
 def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
     from benchmarks import machine
@@ -75,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.plot:
         plots.pyplot()
     if given.stored:
-        summarize(given, stored(given.stored))
+        summarize(given, *together(given.stored))
         return 0
     facts = machine.facts()
     machine.print_facts(facts)
@@ -88,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     finally:  # what was measured is not lost when a run is stopped
         if given.json:
             given.json.write_text(json.dumps(results, indent=1) + "\n")
-    summarize(given, results)
+    summarize(given, results, [results["command"]])
     if given.json:
         given.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0
@@ -126,25 +148,34 @@ def run(verb: str, given: argparse.Namespace, results: dict[str, Any]) -> None:
         rows += module.run(size, plan, text)
 
 
-def summarize(given: argparse.Namespace, results: dict[str, Any]) -> None:
+def how(commands: list[str], page: str) -> str:
+    """The commands that measure all of it once more and write the page; where files were, is nobody's business."""
+    paths, plain = ("--json", "--plot", "--write", "--from"), list[str]()
+    for command in commands:
+        words = shlex.split(command)
+        plain.append(shlex.join(x for before, x in zip(["", *words], words, strict=False) if not {before, x} & {*paths}))
+    if len(plain) == 1:
+        return f"{plain[0]} --write {page}"
+    files = [f"{number}.json" for number, _ in enumerate(plain, 1)]
+    parts = [f"{command} --json {file}" for command, file in zip(plain, files, strict=True)]
+    return " && ".join([*parts, f"python -m benchmarks --from {' '.join(files)} --write {page}"])
+
+
+def summarize(given: argparse.Namespace, results: dict[str, Any], commands: list[str]) -> None:
     """What is aimed at, plots and README."""
     from benchmarks import plots, readme, targets
 
     rows, facts = results["results"], results["environment"]
     found = targets.targets(rows)
     results["targets"] = targets.as_rows(found)
-    words = shlex.split(results["command"])
-    verb = next((word for word in words if word in VERBS), "")
-    if verb in ("", "attention") and "--only" not in words:
+    asked = [(next((word for word in words if word in VERBS), ""), words) for words in map(shlex.split, commands)]
+    if any(verb in ("", "attention") and "--only" not in words for verb, words in asked):
         targets.show(found)
     elif any(t.values for t in found):
         targets.show([t for t in found if t.values])
     written = plots.draw_all(rows, facts, given.plot) if given.plot else []
     if given.write:
-        paths = ("--json", "--plot", "--write", "--from")
-        kept = [x for before, x in zip(["", *words], words, strict=False) if before not in paths and x not in paths]
-        how = shlex.join([*kept, "--write", given.write.name])
-        written += readme.write(given.write, rows, facts, found, how)
+        written += readme.write(given.write, rows, facts, found, how(commands, given.write.name))
     for file in written:
         print(f"written: {file}")
 

@@ -71,7 +71,7 @@ def skipping(L: int, backward: bool, width: int, plan: harness.Plan) -> Row:
 
 def run(size: str, plan: harness.Plan, text: str = "", done: Callable[[Row], None] = lambda row: None) -> list[Row]:
     rows = []
-    cases = [case for case in grid(size) if text in case.name]
+    cases = [case for case in grid(size) if harness.matches(text, case.name)]
     table.head("attention, float32 unless it says so; both = forward + backward", COLUMNS)
     for case in cases:
         rows.append(measure(case, plan))
@@ -83,7 +83,7 @@ def run(size: str, plan: harness.Plan, text: str = "", done: Callable[[Row], Non
         for (L, width), b in itertools.product(
             sizes.get(size, ((2048, 1024), (8192, 1024), (16384, 1024))), (False,) if size == "quick" else (False, True)
         )
-        if text in f"masks: L={L} {'both' if b else 'forward'}"
+        if harness.matches(text, f"masks: L={L} {'both' if b else 'forward'}")
     ]
     if wanted:
         print("\nwhat blockwise gains by a mask: its time without one over that with causal(), and that over a window's")

@@ -18,7 +18,7 @@ from benchmarks.harness import COLD, SHORT
 from benchmarks.machine import threads
 from benchmarks.worker import Worker
 
-ROUGHLY = 0.1  # medians that agree within this are the same
+ROUGHLY = 0.1  # medians that differ by less are the same
 
 
 def compare(
@@ -64,6 +64,7 @@ def report(case: Case, rounds: int, names: Sequence[str] | None = None) -> dict[
     for name, x in found.items():
         verdict = "same" if same(x) else "NOT THE SAME: its ratios below are to be doubted"
         print(f"  {name:14}{table.ratio(x):>18}  on {used[name]:.1f} of {threads()} processors  {verdict}")
+    print(f"  same: the median is within {100 * ROUGHLY:.0f} % of 1, or 1 is between the quartiles")
     if max(used.values(), default=0.0) < 0.8 * threads():
         print("nobody got all processors: something else is running here")
     return {"case": case.name, "ratios": found, "processors": used, "same": {name: same(x) for name, x in found.items()}}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -176,6 +177,11 @@ def measure(rivals: Sequence[Rival], base: str, tolerance: float, plan: Plan) ->
             previous = rival.name
     m.processors = {n: statistics.median(x) for n, x in used.items()}
     return m
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a row is one of those that were asked for; without a pattern all are."""
+    return re.search(pattern, name) is not None
 
 
 def row(verb: str, name: str, case: Mapping[str, Any], m: Measured, **more: Any) -> dict[str, Any]:

@@ -80,6 +80,8 @@ def print_facts(found: dict[str, str]) -> None:
     print(f"threads {found['threads']} for everybody, load {found.get('load', 'unknown')} before we begin")
     if float(found.get("load", 0)) > 0.5:
         print("something else is running here: times will be too long, and their spread large")
+    if found["threadpoolctl"] == "absent":
+        print("threadpoolctl is not installed: npattn's blockwise attention runs on one thread; pip install npattn[fast]")
     for name in ("advice", "measured"):
         if name in found:
             print(found[name])

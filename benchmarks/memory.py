@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from benchmarks import harness, table
 from benchmarks.cases import Case
 from benchmarks.worker import Worker
 
@@ -58,7 +59,7 @@ def run(size: str, text: str = "") -> list[Row]:
     print(f"{'':36}" + "".join(f"{name:>18}" for name in COLUMNS), flush=True)
     rows = []
     for case, names in grid(size):
-        if text not in case.name:
+        if not harness.matches(text, case.name):
             continue
         rows.append(measure(case, names))
         line = f"{case.name:36}"
@@ -67,7 +68,5 @@ def run(size: str, text: str = "") -> list[Row]:
             traced = "" if x is None or x["tracemalloc"] is None else f" ({mib(x['tracemalloc'])})"
             line += f"{'-' if x is None else mib(x['process']) + traced:>18}"
         print(line.rstrip(), flush=True)
-    for row in rows:
-        for name, why in row["left_out"].items():
-            print(f"{name}: {why} [{row['name']}]")
+    table.notes(rows)
     return rows

@@ -162,7 +162,7 @@ def run(size: str, plan: harness.Plan, text: str = "") -> list[Row]:
     table.head("multi-head attention, float32, ours is blockwise; both = with all gradients", COLUMNS)
     rows = []
     for layer in grid(size):
-        if text in layer.name:
+        if harness.matches(text, layer.name):
             rows.append(measure(layer, plan))
             table.line(rows[-1], COLUMNS)
     table.notes(rows)

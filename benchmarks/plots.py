@@ -1,4 +1,7 @@
-"""Pictures of results: throughput with its limits, speed against peers, memory. Needs matplotlib."""
+"""Pictures of results: throughput with its limits, speed against peers, memory. Needs matplotlib.
+
+A time is the median of its rounds. A ratio is the median of the rounds' ratios, and its bar goes from quartile to quartile.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import rivals
 from benchmarks.memory import MIB
 
 Row = dict[str, Any]
@@ -16,6 +18,8 @@ COLORS = {
     "npattn dense": "#999999", "torch flash": "#e08214", "torch math": "#fdb863",
 }  # fmt: skip
 KINDS = {"forward": False, "forward + backward": True}
+OTHERS = {"multihead": "a layer, with its projections", "rnn": "recurrent layer", "decode": "a few queries, long cache"}
+BARS = "points: medians of the rounds' ratios, bars: their quartiles"
 
 
 def versions(facts: Mapping[str, str]) -> str:
@@ -39,11 +43,16 @@ def pyplot() -> Any:
 
 
 def seconds(row: Row) -> dict[str, float]:
-    """By the names that a reader knows; torch's backends are one rival, the faster one."""
-    found = {"npattn blockwise": row["seconds"].get("blockwise"), "npattn dense": row["seconds"].get("dense")}
-    found["torch SDPA, best"] = min((row["seconds"][n] for n in rivals.TORCH if n in row["seconds"]), default=None)
-    found |= {n: row["seconds"].get(n) for n in ("jax", "onnxruntime")}
-    return {n: s for n, s in found.items() if s is not None}
+    """By the names that a reader knows; torch's backends are one rival, the best one, as in the table."""
+    found = {"npattn blockwise": "blockwise", "npattn dense": "dense", "jax": "jax", "onnxruntime": "onnxruntime"}
+    found["torch SDPA, best"] = row.get("best_of", {}).get("torch", "")
+    return {n: row["seconds"][key] for n, key in found.items() if key in row["seconds"]}
+
+
+def color(name: str) -> str:
+    """Of a rival, whatever it is there for."""
+    known = [shade for key, shade in COLORS.items() if name.startswith(key)]
+    return known[0] if known else {"torch": "#e08214"}.get(name[:5], COLORS["npattn dense"])
 
 
 def chosen(rows: Sequence[Row], D: int, mask: str, backward: bool) -> list[Row]:
@@ -74,11 +83,14 @@ def label(axes: Any, ends: Sequence[tuple[float, float, str, str]], log: bool = 
             axes.annotate(name, (x, y), at, color=color, fontsize=8, va="center", annotation_clip=False)
 
 
-def finish(axes: Any, lengths: Sequence[float], text: str) -> None:
+def finish(axes: Any, some: Sequence[Row], text: str) -> None:
+    """The axis of L, which says how many heads there are, too: fewer where they are longer."""
+    lengths = [r["case"]["L"] for r in some]
     axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [str(x) for x in lengths], fontsize=8)
+    axes.set_xticks(lengths, [f"{r['case']['L']}\n{r['case']['B']}x{r['case']['H']}" for r in some], fontsize=8)
     axes.minorticks_off()
-    axes.set_xlabel("sequence length L")
+    axes.set_xlim(lengths[0] / 1.1, lengths[-1] * 1.1)
+    axes.set_xlabel("sequence length L, batch x heads")
     axes.set_title(text, fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
@@ -86,7 +98,17 @@ def finish(axes: Any, lengths: Sequence[float], text: str) -> None:
 
 def footer(figure: Any, facts: Mapping[str, str]) -> None:
     machine = f"{facts['processor']}, {facts['threads']} threads for everybody; BLAS kernels {facts['kernels']}"
-    figure.text(0.01, 0.005, f"{machine}; {versions(facts)}", fontsize=7, color="#555555")
+    figure.text(0.01, 0.005, f"{machine}\n{versions(facts)}", fontsize=7, color="#555555")
+
+
+def save(figure: Any, facts: Mapping[str, str], text: str, file: Path) -> bool:
+    inch = 1 / figure.get_figheight()
+    figure.suptitle(text, x=0.01, y=1 - 0.1 * inch, ha="left", va="top", fontsize=12)
+    figure.tight_layout(rect=(0, 0.35 * inch, 1, 1 - 0.3 * inch))
+    footer(figure, facts)
+    figure.savefig(file, dpi=130)
+    pyplot().close(figure)
+    return True
 
 
 def throughput(rows: Sequence[Row], facts: Mapping[str, str], file: Path, panels: Sequence[tuple[int, str]]) -> bool:
@@ -99,26 +121,21 @@ def throughput(rows: Sequence[Row], facts: Mapping[str, str], file: Path, panels
     for (D, mask), line in zip(panels, grid, strict=True):
         for (kind, backward), axes in zip(KINDS.items(), line, strict=True):
             draw_throughput(axes, chosen(rows, D, mask, backward), title(kind, D, mask))
-    figure.suptitle("Attention on a CPU, float32: useful GFLOP/s (higher is better)", x=0.01, ha="left", fontsize=12)
-    figure.tight_layout(rect=(0, 0.03, 1, 0.98))
-    footer(figure, facts)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
-    return True
+    return save(figure, facts, "Attention on a CPU, float32: useful GFLOP/s (higher is better)", file)
 
 
 def draw_throughput(axes: Any, some: Sequence[Row], text: str) -> None:
     if not some:
         axes.set_axis_off()
         return
-    ends, lengths = [], [r["case"]["L"] for r in some]
+    ends = []
     for key, limit, style in (
         ("best_limit_gflops", "limit: needed products\nat the best rate", ":"),
         ("own_limit_gflops", "limit: its own products\nand exponentials", "--"),
     ):
         points = [(r["case"]["L"], r["roofline"][key]) for r in some if key in r["roofline"]]
         if points:
-            axes.plot(*zip(*points, strict=True), style, color="#444444", linewidth=1)
+            axes.plot(*zip(*points, strict=True), style, marker=".", color="#444444", linewidth=1, markersize=3)
             ends.append((*points[-1], limit, "#444444"))
     for name in COLORS:
         points = [(r["case"]["L"], r["flops"] / s[name] / 1e9) for r in some if name in (s := seconds(r))]
@@ -128,8 +145,7 @@ def draw_throughput(axes: Any, some: Sequence[Row], text: str) -> None:
             ends.append((*points[-1], name, COLORS[name]))
     axes.set_ylim(0, None)
     axes.set_ylabel("GFLOP/s")
-    finish(axes, lengths, text)
-    axes.set_xlim(lengths[0] / 1.1, lengths[-1] * 1.1)
+    finish(axes, some, text)
     label(axes, ends)
 
 
@@ -156,21 +172,49 @@ def speedup(rows: Sequence[Row], facts: Mapping[str, str], file: Path) -> bool:
                 x_, y, down, up = zip(*points, strict=True)
                 axes.errorbar(x_, y, (down, up), fmt="o-", color=COLORS[name], capsize=2, markersize=4, linewidth=1.4)
                 ends.append((x_[-1], y[-1], name, COLORS[name]))
-        lengths = [r["case"]["L"] for r in some]
-        axes.axhline(1, color="#b2182b", linewidth=1)
+        axes.axhline(1, color=COLORS["npattn blockwise"], linewidth=2.4)
+        ends.append((some[-1]["case"]["L"], 1.0, "npattn blockwise", COLORS["npattn blockwise"]))
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}x")
         axes.set_ylabel("their time / npattn's")
         kind = "forward + backward" if backward else "forward"
-        finish(axes, lengths, title(kind, D, mask))
-        axes.set_xlim(lengths[0] / 1.1, lengths[-1] * 1.1)
+        finish(axes, some, title(kind, D, mask))
         label(axes, ends, log=True)
-    figure.suptitle("npattn blockwise against its peers: above 1 it is faster", x=0.01, ha="left", fontsize=12)
-    figure.tight_layout(rect=(0, 0.03, 1, 0.98))
-    footer(figure, facts)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
-    return True
+    return save(figure, facts, f"npattn blockwise against its peers: above 1 it is faster ({BARS})", file)
+
+
+def others(rows: Sequence[Row], facts: Mapping[str, str], file: Path) -> bool:
+    """The same of what has no axis of L: a line for each row of a layer, of the recurrent layer, of decoding."""
+    plt = pyplot()
+    found = {verb: [r for r in rows if r["verb"] == verb and r["ratios"]] for verb in OTHERS}
+    found = {verb: some for verb, some in found.items() if some}
+    if not found:
+        return False
+    heights = [len(some) + 3 for some in found.values()]
+    figure, grid = plt.subplots(len(found), 1, figsize=(12, 0.26 * sum(heights) + 0.6), squeeze=False, height_ratios=heights)
+    for (verb, some), axes in zip(found.items(), grid[:, 0], strict=True):
+        names = dict.fromkeys(name for r in some for name in r["ratios"] if name in r["errors"])  # no limits, which have none
+        shades = set[str]()
+        for name in names:
+            points = [(r["ratios"][name], len(some) - i) for i, r in enumerate(some) if name in r["ratios"]]
+            middle = [x["median"] for x, _ in points]
+            bars = [[x["median"] - x["lower"] for x, _ in points], [x["upper"] - x["median"] for x, _ in points]]
+            face = "white" if color(name) in shades else color(name)  # the second of one library
+            shades.add(color(name))
+            axes.errorbar(
+                middle, [y for _, y in points], xerr=bars, fmt="o", color=color(name), mfc=face, capsize=2, markersize=4,
+                linewidth=1.2, label=name,
+            )  # fmt: skip
+        axes.axvline(1, color=COLORS["npattn blockwise"], linewidth=2.4, label="npattn")
+        axes.set_yticks(range(len(some), 0, -1), [r["name"] for r in some], fontsize=8)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
+        axes.set_xlabel("their time / npattn's", fontsize=8)
+        axes.set_title(OTHERS[verb], fontsize=10, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x", alpha=0.25)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
+    return save(figure, facts, f"npattn against its peers: right of 1 it is faster ({BARS})", file)
 
 
 def memory(rows: Sequence[Row], facts: Mapping[str, str], file: Path) -> bool:
@@ -184,7 +228,7 @@ def memory(rows: Sequence[Row], facts: Mapping[str, str], file: Path) -> bool:
     names = {"blockwise": "npattn blockwise", "dense": "npattn dense"}
     for (kind, backward), axes in zip(kinds.items(), grid[0], strict=True):
         here = sorted((r for r in some if r["case"]["backward"] is backward), key=lambda r: r["case"]["L"])
-        ends, lengths = [], [r["case"]["L"] for r in here]
+        ends = []
         for name in ("blockwise", "torch flash", "torch math", "jax", "onnxruntime", "dense"):
             points = [(r["case"]["L"], max(r["bytes"][name]["process"], 1e4) / MIB) for r in here if name in r["bytes"]]
             if points:
@@ -192,17 +236,13 @@ def memory(rows: Sequence[Row], facts: Mapping[str, str], file: Path) -> bool:
                 axes.plot(*zip(*points, strict=True), "o-", color=COLORS[known], linewidth=2.4 if name == "blockwise" else 1.4)
                 ends.append((*points[-1], known, COLORS[known]))
         axes.set_yscale("log", base=10)
-        axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+        axes.set_yticks([10.0**n for n in range(-2, 6)], [f"{10.0**n:g}" for n in range(-2, 6)])
+        low, high = min(end[1] for end in ends), max(max(r["bytes"][n]["process"] for n in r["bytes"]) for r in here) / MIB
+        axes.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
         axes.set_ylabel("MiB beyond inputs and outputs")
-        finish(axes, lengths, f"{kind}, one head, D = 64, causal")
-        axes.set_xlim(lengths[0] / 1.1, lengths[-1] * 1.1)
+        finish(axes, here, f"{kind}, one head, D = 64, causal")
         label(axes, ends, log=True)
-    figure.suptitle("Memory of a call: peak of the process (lower is better)", x=0.01, ha="left", fontsize=12)
-    figure.tight_layout(rect=(0, 0.03, 1, 0.98))
-    footer(figure, facts)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
-    return True
+    return save(figure, facts, "Memory of a call: peak of the process (lower is better)", file)
 
 
 def draw_all(rows: Sequence[Row], facts: Mapping[str, str], folder: Path) -> list[Path]:
@@ -212,6 +252,7 @@ def draw_all(rows: Sequence[Row], facts: Mapping[str, str], folder: Path) -> lis
     made: list[tuple[str, Callable[[Path], bool]]] = [
         ("throughput.png", lambda f: throughput(rows, facts, f, everything)),
         ("speedup.png", lambda f: speedup(rows, facts, f)),
+        ("others.png", lambda f: others(rows, facts, f)),
         ("memory.png", lambda f: memory(rows, facts, f)),
     ]
     return [folder / name for name, draw in made if draw(folder / name)]

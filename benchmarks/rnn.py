@@ -183,7 +183,7 @@ def run(size: str, plan: harness.Plan, text: str = "") -> list[Row]:
     table.head("recurrent layer, float32; both = with all gradients", COLUMNS)
     rows = []
     for shape in grid(size):
-        if text in shape.name:
+        if harness.matches(text, shape.name):
             rows.append(measure(shape, plan))
             table.line(rows[-1], COLUMNS)
     table.notes(rows)

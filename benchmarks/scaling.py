@@ -44,7 +44,7 @@ def run(size: str, plan: harness.Plan, text: str = "") -> list[Row]:
             cases = [Case(L, D, 1, H, mask=mask, backward=backward) for L in lengths]
             some = []
             for case in cases:
-                if text in case.name:
+                if harness.matches(text, case.name):
                     some.append(measure(case, plan, NAMES, "scaling"))
                     table.line(some[-1], NAMES[1:])
             rows += some
@@ -56,7 +56,7 @@ def run(size: str, plan: harness.Plan, text: str = "") -> list[Row]:
     table.notes(rows)
     print()
     for what, slope, error in fits:
-        print(f"time of {what}: ~ L^{slope:.2f} (+- {error:.2f})")
+        print(f"time of {what}: ~ L^{slope:.2f} (+- {error:.2f}), from L = {lengths[0]} to {lengths[-1]}")
     rows += _memory(lengths, D, size, text)
     rows.append({"verb": "scaling", "name": "fits", "fits": {what: [slope, error] for what, slope, error in fits}})
     return rows
@@ -66,8 +66,8 @@ def _memory(lengths: Sequence[int], D: int, size: str, text: str) -> list[Row]:
     found = []
     for L in lengths:
         case = Case(L, D, mask="causal", backward=True)
-        if text in case.name:
-            found.append(memory.measure(case, ("blockwise",)))
+        if harness.matches(text, case.name):
+            found.append({**memory.measure(case, ("blockwise",)), "verb": "scaling"})
     for kind in ("tracemalloc", "process"):
         points = [(r["case"]["L"], r["bytes"]["blockwise"][kind]) for r in found if "blockwise" in r["bytes"]]
         if len(points) > 1:

@@ -8,6 +8,7 @@ A mask, bias or dropout mask knows nothing of shapes until an operation *binds* 
                                and perhaps slices behind them
     state(index, rows, cols)   EMPTY, PARTIAL or FULL (masks only; PARTIAL is always a right answer)
     varies(axis)               whether the pairs depend on this axis before (L, S) (masks only; True is always right)
+    alike(index, rows, cols)   a key: where it is equal for the same index, so are the tiles (masks only)
 
 `blockwise` asks for tiles from several threads, in any order, some of them twice, and keeps those of masks for a while: what is
 asked for twice must be the same, and an array that was returned must not change.
@@ -73,6 +74,10 @@ class Bound:
     def varies(self, axis: int) -> bool:
         """Whether what is known depends on this axis before (L, S). True is always a right answer."""
         return True
+
+    def alike(self, index: Index, rows: slice, cols: slice) -> Any:
+        """A key that is equal for equal tiles of the same size and index, or for none."""
+        return rows.start, cols.start
 
 
 class DenseBound(Bound):

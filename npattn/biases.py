@@ -123,7 +123,8 @@ def _keep_positions(bias: Any) -> None:
 class Alibi:
     """Attention with linear biases: bias_hij = -slopes_h |q_pos_i - k_pos_j| (Press et al. 2022).
 
-    slopes : (H,), see `alibi_slopes`. Positions, ``align`` and ``offset`` as in `npattn.causal`.
+    slopes : (H,), as ``alibi_slopes(H, q.dtype)``: of the dtype of q, or of its computing dtype. Positions, ``align`` and
+    ``offset`` as in `npattn.causal`.
     """
 
     slopes: Array

@@ -334,7 +334,7 @@ class Tiles:
 
     def __init__(self, dtype: np.dtype[Any]) -> None:
         self.dtype, self.flat, self.one = dtype, dict[int, Array](), np.empty(0, dtype)
-        self.visible = dict[Any, Visible]()  # of blocks that other heads may see as well
+        self.hidden = dict[Any, tuple[Array, Array, Array]]()  # of blocks that other heads or rows may see alike
 
     def take(self, number: int, *shape: int) -> Array:
         flat, size = self.flat.get(number), math.prod(shape)
@@ -554,9 +554,9 @@ def plan(c: AttentionCache, heads: Heads, rows: list[slice], tiles: list[list[sl
 
 def pieces(state: list[int]) -> list[tuple[int, int]]:
     """From the first to the last part that is not empty; in two where full ones lie between others, as in a window."""
-    seen = [i for i, x in enumerate(state) if x != EMPTY]
-    if not seen:
+    if not any(state):  # EMPTY is 0, and most are in a window
         return []
+    seen = [i for i, x in enumerate(state) if x != EMPTY]
     first, end = seen[0], seen[-1] + 1
     for i in range(first + 2, end):
         if state[i] != FULL and state[i - 1] == FULL and any(x != FULL for x in state[first : i - 1]):
@@ -571,7 +571,6 @@ class Visible(NamedTuple):
     some: slice = slice(0)  # those rows of the block that may not see all of it
     allowed: Any = None  # which of their pairs are allowed. None: all
     edge: Any = None  # +inf where allowed, else -inf
-    sees: Any = None  # rows of the block that see somebody. None: all
     seen: Any = None  # keys of the block that somebody of the group sees. None: all
 
     def hide(self, s: Array) -> None:
@@ -594,43 +593,42 @@ ALL_VISIBLE = Visible()
 
 def pairs_of(c: AttentionCache, heads: Heads, block: Block, tiles: Tiles) -> Visible:
     """Which pairs of a block are allowed, and their bias."""
-    (rows, cols, some), bias, key = block, None, (heads.pattern, block.rows.start, block.rows.stop, block.cols.start)
-    full = some.start == some.stop
-    if c.bias is None and full:
-        return ALL_VISIBLE
-    if c.bias is None and key in tiles.visible:
-        return tiles.visible[key]
-    if c.bias is None:
-        allowed = c.mask.tile(heads.of_mask, some, cols)
-    else:
-        some = rows  # the bias may be -inf anywhere
+    (rows, cols, some), full = block, block.some.start == block.some.stop
+    if c.bias is not None:  # it may be -inf anywhere
         allowed, bias = visible(c._replace(mask=None) if full else c, heads.index, rows, cols)
-        if allowed is None:
-            return Visible(bias)
+        found = (None,) * 3 if allowed is None else hidden(c, heads, allowed, rows.stop - rows.start, cols.stop - cols.start)
+        return Visible(bias, within(rows, rows), *found)
+    if full:
+        return ALL_VISIBLE
+    sizes = some.stop - some.start, cols.stop - cols.start
+    key = (heads.pattern, sizes, c.mask.alike(heads.of_mask, some, cols))
+    if key not in tiles.hidden:
+        found = hidden(c, heads, c.mask.tile(heads.of_mask, some, cols), *sizes)
+        if sum(allowed.size for allowed, *_ in tiles.hidden.values()) + found[0].size > math.prod(TILE):
+            tiles.hidden.clear()
+        tiles.hidden[key] = found
+    allowed, edge, seen = tiles.hidden[key]
+    return Visible(None, within(some, rows), allowed, edge, seen if some == rows else None)  # other rows see all keys
+
+
+def hidden(c: AttentionCache, heads: Heads, allowed: Array, high: int, wide: int) -> tuple[Array, Array, Array]:
+    """allowed, edge and seen of `Visible`."""
     n = (1,) * (c.q[heads.index].ndim - 2)  # as many as it has, or 1 where all see the same
-    allowed = np.broadcast_to(allowed, np.broadcast_shapes(allowed.shape, (*n, some.stop - some.start, cols.stop - cols.start)))
+    allowed = np.broadcast_to(allowed, np.broadcast_shapes(allowed.shape, (*n, high, wide)))
     edge = np.subtract(allowed, 0.5, dtype=np.empty(0, c.computing).real.dtype)
     edge *= np.inf
-    at = within(some, rows)
-    if some == rows:
-        found = Visible(bias, at, allowed, edge, allowed.any(-1), by_group(allowed, c.k[heads.group]).any(-2))
-    else:  # the other rows see all keys
-        sees = np.ones((*allowed.shape[:-2], rows.stop - rows.start), bool)
-        sees[..., at] = allowed.any(-1)
-        found = Visible(bias, at, allowed, edge, sees)
-    if c.bias is None:
-        if sum(x.allowed.size for x in tiles.visible.values()) + allowed.size > math.prod(TILE):
-            tiles.visible.clear()
-        tiles.visible[key] = found
-    return found
+    return allowed, edge, np.asarray(by_group(allowed, c.k[heads.group]).any(-2))
 
 
 def who_sees(c: AttentionCache, heads: Heads, rows: slice, blocks: list[Block], tiles: Tiles) -> Array:
     """Which of these queries see somebody."""
     found = np.zeros((*c.q[heads.index].shape[:-2], rows.stop - rows.start), bool)
     for block in blocks:
-        pairs = pairs_of(c, heads, block, tiles)
-        found[..., within(block.rows, rows)] |= True if pairs.sees is None else pairs.sees
+        pairs, here = pairs_of(c, heads, block, tiles), found[..., within(block.rows, rows)]
+        some = here[..., pairs.some] | (False if pairs.allowed is None else pairs.allowed.any(-1))
+        here[...] = True
+        if pairs.allowed is not None:
+            here[..., pairs.some] = some
     return found
 
 

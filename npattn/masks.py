@@ -76,7 +76,7 @@ def as_mask(op: str, mask: object) -> Any:
                 f"given as bias, a tokenizer's 0/1 mask as keys(mask.astype(bool))"
             )
         return ArrayMask(mask, op)
-    raise TypeError(f"{op}: mask is {kind(mask)}, expected a boolean array or a mask of npattn.masks")
+    raise TypeError(f"{op}: mask is {kind(mask)}, expected a boolean array or a mask of npattn.masks, as causal()")
 
 
 def _operand(op: str, other: object) -> Any:
@@ -152,6 +152,9 @@ class BothBound(Bound):
     def varies(self, axis: int) -> bool:
         return self.a.varies(axis) or self.b.varies(axis)
 
+    def alike(self, index: Index, rows: slice, cols: slice) -> Any:
+        return self.a.alike(index, rows, cols), self.b.alike(index, rows, cols)
+
 
 @dataclass(eq=False)
 class InverseBound(Bound):
@@ -172,6 +175,9 @@ class InverseBound(Bound):
     def varies(self, axis: int) -> bool:
         return self.a.varies(axis)
 
+    def alike(self, index: Index, rows: slice, cols: slice) -> Any:
+        return self.a.alike(index, rows, cols)
+
 
 def narrow(*views: Array) -> list[Array]:
     """The same as int32 where all numbers are small: they are compared twice as fast."""
@@ -191,7 +197,7 @@ def extremes(x: Array, parts: Sequence[slice]) -> tuple[Array, Array]:
 
 @dataclass(eq=False)
 class TokensBound(Bound):
-    """What is known of each pair from one number a query and one a key, as views (..., H, L) and (..., H, S)."""
+    """What is known of each pair from the difference of one number a query and one a key, views (..., H, L) and (..., H, S)."""
 
     shape: Shape
     q: Array
@@ -202,6 +208,11 @@ class TokensBound(Bound):
 
     def varies(self, axis: int) -> bool:
         return self.q.strides[axis] != 0 or self.k.strides[axis] != 0
+
+    def alike(self, index: Index, rows: slice, cols: slice) -> Any:
+        q, k = (x if x.shape[-1] == 1 else x[..., some] for x, some in ((self.q[index], rows), (self.k[index], cols)))
+        first = k.flat[0]
+        return (q - first).tobytes(), (k - first).tobytes()
 
 
 @dataclass(frozen=True, eq=False)

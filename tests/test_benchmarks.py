@@ -16,7 +16,7 @@ import npattn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import attention, harness, machine, memory, multihead, plots, readme, rivals, rnn, roofline, scaling, targets
-from benchmarks.__main__ import main, parse
+from benchmarks.__main__ import how, main, parse, together
 from benchmarks.__main__ import stored as read_stored
 from benchmarks.cases import Case, draw, heads, truth
 from benchmarks.company import report
@@ -244,7 +244,7 @@ def test_memory_and_scaling(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "time of blockwise, causal, both: ~ L^" in text
     assert "memory of blockwise, causal, both, by tracemalloc: ~ L^" in text
-    assert {r["verb"] for r in found} == {"scaling", "memory"}
+    assert {r["verb"] for r in found} == {"scaling"}
 
 
 def test_memory_of_dense_holds_its_weights():
@@ -334,8 +334,9 @@ def test_readme_is_filled_between_its_comments(tmp_path, monkeypatch):
 def test_plots(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     rows = [r for r in grid_of_results() if r["case"]["D"] == 64 and r["case"]["mask"] == "causal"]
+    rows += [{**r, "verb": "rnn", "errors": dict.fromkeys(r["ratios"], 1e-7)} for r in rows[:3]]
     made = plots.draw_all(rows, machine.facts(), tmp_path / "all")
-    assert [f.name for f in made] == ["throughput.png", "speedup.png", "memory.png"]
+    assert [f.name for f in made] == ["throughput.png", "speedup.png", "others.png", "memory.png"]
     page = tmp_path / "README.md"
     page.write_text("<!-- benchmark --><!-- /benchmark -->")
     some = [Case(L, 64, mask="causal", backward=b) for L in (8, 16) for b in (False, True)]
@@ -400,6 +401,7 @@ def test_adapters_of_layers_are_right():
     [
         (["--from", "x.json"], "--from takes --plot or --write"),
         (["rnn", "--from", "x.json", "--plot", "p"], "--from takes --plot or --write"),
+        (["--only", "L=8 ("], "--only is L=8 (, which is no regular expression"),
         (["--threads", "0"], "--threads is 0, expected at least 1"),
         (["--json", "nowhere/x.json"], "there is no directory nowhere"),
         (["rnn", "--write", "README.md"], "--write is for attention"),
@@ -410,6 +412,25 @@ def test_what_cannot_be_done_is_said_before_anything_is_measured(arguments, mess
         parse(arguments)
     assert raised.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_was_stored_in_parts_is_one_result(tmp_path):
+    facts = {"processor": "one", "time": "now", "load": "0.1"}
+    a, b, other = ({"environment": facts, "command": f"python -m benchmarks {word} --json x.json",
+                    "results": [{"verb": "attention", "name": name, "seconds": n} for name in names]}
+                   for word, n, names in (("", 1, "ab"), ("attention --only b", 2, "bc"), ("", 3, "d")))  # fmt: skip
+    other["environment"] = {**facts, "processor": "another"}
+    files = [tmp_path / f"{name}.json" for name in ("a", "b", "other")]
+    for file, part in zip(files, (a, {**b, "environment": {**facts, "time": "later"}}, other), strict=True):
+        file.write_text(json.dumps(part))
+    results, commands = together(files[:2])
+    assert [(row["name"], row["seconds"]) for row in results["results"]] == [("a", 1), ("b", 2), ("c", 2)]
+    assert how(commands, "README.md") == (
+        "python -m benchmarks --json 1.json && python -m benchmarks attention --only b --json 2.json"
+        " && python -m benchmarks --from 1.json 2.json --write README.md"
+    )
+    with pytest.raises(SystemExit, match=r"processor is another, and in .*a\.json it is one"):
+        together(files)
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", "{}"])

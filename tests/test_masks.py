@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from oracles import mask_loops
@@ -218,6 +220,34 @@ def test_states_are_sharp(mask):
             assert bound.state((), slice(top, bottom), slice(first, last)) == expected
             seen.add(expected)
     assert seen == {EMPTY, PARTIAL, FULL}
+
+
+def kinds_of_tiles(mask, shape, size):
+    """How many tiles of this size there are, and how many keys `alike` gives them: equal ones only for equal tiles."""
+    bound, count, found = mask.bind(shape), 0, {}
+    for index in {(), (0,) * (len(shape) - 2), tuple(n - 1 for n in shape[:-2])}:
+        for top, first in itertools.product(*(range(n - m + 1) for n, m in zip(shape[-2:], size, strict=True))):
+            rows, cols = slice(top, top + size[0]), slice(first, first + size[1])
+            tile, key = bound.tile(index, rows, cols), (index, bound.alike(index, rows, cols))
+            same = found.setdefault(key, tile)
+            assert np.array_equal(tile, same), (index, rows, cols)
+            count += 1
+    return count, len(found)
+
+
+@SHAPE
+@MASK
+def test_tiles_that_are_called_alike_are(name, shape):
+    mask, _, _ = masks_for(shape)[name]
+    for size in ((1, 1), (2, 3), (3, 1)):
+        if all(n >= m for n, m in zip(shape[-2:], size, strict=True)):
+            kinds_of_tiles(mask, shape, size)
+            kinds_of_tiles(~mask & causal(align="top_left"), shape, size)
+
+
+def test_a_diagonal_has_one_kind_of_tile():
+    for mask in (causal(), window(2, 1), ~window(3, 0), causal() & packed([0, 9], [0, 9], align="top_left")):
+        assert kinds_of_tiles(mask, (9, 9), (2, 2)) == (64, 15)
 
 
 @SHAPE
