@@ -85,6 +85,7 @@ def rnn_backward(dh: Array, cache: RNNCache, dh_last: Array | None = None) -> RN
     if dh_last is not None:
         carry = check_cotangent("rnn", "dh_last", dh_last, (B, N), c.x.dtype, computing).copy()
     w_x, w_h = (p.astype(computing, copy=False) for p in params[:2])
+    back_h = np.ascontiguousarray(swap(w_h))  # products with few rows read it faster
     h, dz, slope = by_step(h, computing), np.empty((T, B, N), computing), np.empty((B, N), computing)
     for t in reversed(range(T)):
         if c.nonlinearity == "tanh":
@@ -94,7 +95,7 @@ def rnn_backward(dh: Array, cache: RNNCache, dh_last: Array | None = None) -> RN
         now, d = None if c.valid is None else c.valid[:, t], np.add(dh[:, t], carry, out=dz[t])
         d *= slope  # (3)
         d[...] = select(now, d)
-        back = np.matmul(d, swap(w_h), out=carry if now is None else None)  # (2)
+        back = np.matmul(d, back_h, out=carry if now is None else None)  # (2)
         carry = back if now is None else np.where(now, back, carry)
     first = weight_gradient(c.h0, dz[0]) if c.h0 is not None and T else computing.type(0)  # h_{t-1} of the first step
     grads = RNNParams(
@@ -102,7 +103,8 @@ def rnn_backward(dh: Array, cache: RNNCache, dh_last: Array | None = None) -> RN
         (first + weight_gradient(h[: max(T - 1, 0)], dz[1:])).astype(params.w_h.dtype, copy=False),  # (2)
         None if params.b is None else dz.sum((0, 1)).astype(params.b.dtype, copy=False),  # (1)
     )
-    dx = swap_steps(dz @ swap(w_x)).astype(c.x.dtype, order="C")  # (1)
+    dx = (dz.reshape(T * B, N) @ swap(w_x)).reshape(T, B, w_x.shape[0])  # (1), for all steps at once
+    dx = swap_steps(dx).astype(c.x.dtype, order="C")
     return RNNGrads(dx, carry.astype(c.x.dtype), grads)
 
 
