@@ -46,7 +46,7 @@ def text(rows: Sequence[Row], facts: Mapping[str, str], found: Sequence[Target],
         if t.value is not None:
             worst = "" if t.join is not min else ", worst row"
             worst += "" if len(t.values) >= t.rows else f" ({len(t.values)} of {t.rows} rows)"
-            digits, sign = 0 if t.unit == "%" else 2, "at least" if t.least else "at most"
+            digits, sign = 1 if t.unit == "%" else 2, "at least" if t.least else "at most"
             lines.append(f"| {t.text}{worst} | {t.value:.{digits}f}{t.unit} | {sign} {t.needed:g}{t.unit} |")
     return "\n".join(lines)
 

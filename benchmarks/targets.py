@@ -121,6 +121,6 @@ def as_rows(found: Sequence[Target]) -> list[dict[str, Any]]:
 def show(found: Sequence[Target]) -> None:
     print("\nwhat is aimed at: the geometric mean over the rows, or the worst of them")
     for t in found:
-        value = "" if t.value is None else f"{t.value:.{0 if t.unit == '%' else 2}f}{t.unit}"
+        value = "" if t.value is None else f"{t.value:.{1 if t.unit == '%' else 2}f}{t.unit}"
         sign, needed = ">=" if t.least else "<=", f"{t.needed:g}{t.unit}"
         print(f"{t.verdict:20}{value:>10} {sign} {needed:8} {t.text} ({len(t.values)} of {t.rows} rows)")
