@@ -72,7 +72,7 @@ def label(axes: Any, ends: Sequence[tuple[float, float, str, str]], log: bool = 
     for x in {end[0] for end in ends}:
         here = sorted((end for end in ends if end[0] == x), key=lambda end: end[1])
         wanted = [math.log(max(end[1], low)) if log else end[1] for end in here]
-        gaps = [(top - bottom) * (0.1 if "\n" in end[2] else 0.055) for end in here]
+        gaps = [(top - bottom) * (0.13 if "\n" in end[2] else 0.06) for end in here]
         for i in range(1, len(here)):  # upwards ...
             wanted[i] = max(wanted[i], wanted[i - 1] + gaps[i])
         wanted[-1] = min(wanted[-1], top)
@@ -104,7 +104,7 @@ def footer(figure: Any, facts: Mapping[str, str]) -> None:
 def save(figure: Any, facts: Mapping[str, str], text: str, file: Path) -> bool:
     inch = 1 / figure.get_figheight()
     figure.suptitle(text, x=0.01, y=1 - 0.1 * inch, ha="left", va="top", fontsize=12)
-    figure.tight_layout(rect=(0, 0.35 * inch, 1, 1 - 0.3 * inch))
+    figure.tight_layout(rect=(0, 0.35 * inch, 1, 1 - 0.05 * inch))
     footer(figure, facts)
     figure.savefig(file, dpi=130)
     pyplot().close(figure)
