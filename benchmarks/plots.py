@@ -5,6 +5,7 @@ A time is the median of its rounds. A ratio is the median of the rounds' ratios,
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -72,12 +73,13 @@ def label(axes: Any, ends: Sequence[tuple[float, float, str, str]], log: bool = 
     for x in {end[0] for end in ends}:
         here = sorted((end for end in ends if end[0] == x), key=lambda end: end[1])
         wanted = [math.log(max(end[1], low)) if log else end[1] for end in here]
-        gaps = [(top - bottom) * (0.13 if "\n" in end[2] else 0.06) for end in here]
-        for i in range(1, len(here)):  # upwards ...
-            wanted[i] = max(wanted[i], wanted[i - 1] + gaps[i])
+        heights = [(top - bottom) * (0.12 if "\n" in end[2] else 0.06) for end in here]
+        gaps = [(below + above) / 2 for below, above in itertools.pairwise(heights)]
+        for i, gap in enumerate(gaps):  # upwards ...
+            wanted[i + 1] = max(wanted[i + 1], wanted[i] + gap)
         wanted[-1] = min(wanted[-1], top)
-        for i in reversed(range(len(here) - 1)):  # ... and down again where there is no more room
-            wanted[i] = min(wanted[i], wanted[i + 1] - gaps[i + 1])
+        for i in reversed(range(len(gaps))):  # ... and down again where there is no more room
+            wanted[i] = min(wanted[i], wanted[i + 1] - gaps[i])
         for (_, y, name, color), place in zip(here, wanted, strict=True):
             at = (x * 1.12, math.exp(place) if log else place)
             axes.annotate(name, (x, y), at, color=color, fontsize=8, va="center", annotation_clip=False)
