@@ -53,7 +53,9 @@ def seconds(row: Row) -> dict[str, float]:
 def color(name: str) -> str:
     """Of a rival, whatever it is there for."""
     known = [shade for key, shade in COLORS.items() if name.startswith(key)]
-    return known[0] if known else {"torch": "#e08214"}.get(name[:5], COLORS["npattn dense"])
+    if known:
+        return known[0]
+    return COLORS["torch SDPA, best" if name.startswith("torch") else "npattn dense"]
 
 
 def chosen(rows: Sequence[Row], D: int, mask: str, backward: bool) -> list[Row]:

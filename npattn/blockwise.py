@@ -625,10 +625,10 @@ def who_sees(c: AttentionCache, heads: Heads, rows: slice, blocks: list[Block], 
     found = np.zeros((*c.q[heads.index].shape[:-2], rows.stop - rows.start), bool)
     for block in blocks:
         pairs, here = pairs_of(c, heads, block, tiles), found[..., within(block.rows, rows)]
-        some = here[..., pairs.some] | (False if pairs.allowed is None else pairs.allowed.any(-1))
-        here[...] = True
+        sees = np.ones(here.shape, bool)
         if pairs.allowed is not None:
-            here[..., pairs.some] = some
+            sees[..., pairs.some] = pairs.allowed.any(-1)
+        here |= sees
     return found
 
 

@@ -493,6 +493,57 @@ def inputs(seed=0, L=600, D=16, **size):
     return [rng.standard_normal((2, L, D), np.float32) * np.float32(size.get(n, 1)) for n in ("q", "k", "v", "dout")]
 
 
+def first_rows_see_less(L, S):
+    """The first 8 queries see one key alone, the next 8 all; every third of the others sees every second key."""
+    allowed = np.ones((L, S), bool)
+    allowed[:8, 1:], allowed[16::3, 1::2] = False, False
+    return allowed
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [np.random.default_rng(0).random((2, 40, 8)) < np.array([0.9, 0.5])[:, None, None], first_rows_see_less(40, 24),
+     key_lengths(5), causal(offset=3) | key_lengths(2), window(20, 4, align="top_left")],
+    ids=["each head its own", "rows that see less", "key lengths", "offset", "window"],
+)  # fmt: skip
+def test_what_is_kept_of_a_mask_is_used_where_it_holds(mask, monkeypatch):
+    """Tiles of 16, 16 and 8 queries of one head after the other, in one thread: what was kept of one meets the next."""
+    for name, value in (("TILE", (16, 8)), ("PARTS", (2, 1)), ("LONG", 16), ("SMALL", 0), ("TASKS", 1)):
+        monkeypatch.setattr(tiled, name, value)
+    q, _, _, dout = inputs(L=40, D=4)
+    _, k, v, _ = inputs(L=mask.shape[-1] if isinstance(mask, np.ndarray) else 24, D=4)
+    if isinstance(mask, np.ndarray):
+        mask[..., 0] = True  # nobody is without a key
+    with threads(monkeypatch, 1):
+        near_dense(q, k, v, dout, mask=mask)
+
+
+def test_a_query_without_a_key_is_known_as_one_beside_others_with_some():
+    """total is 0, so that the backward takes it for what it is and leaves no head to attention."""
+    q, k, v, _ = inputs(L=600)
+    _, cache = blockwise_forward(q, k, v, mask=~key_lengths(600) | causal(offset=-3))
+    assert (cache.kept.total[:, :3] == 0).all()
+    assert np.allclose(cache.kept.total[:, 3:], 1, rtol=0, atol=600 * np.finfo(np.float32).eps)
+
+
+@pytest.mark.parametrize("hidden", ["k", "v"])
+def test_a_key_that_is_seen_and_not_finite_is_found_beside_a_hidden_one(hidden):
+    q, k, v, _ = inputs(L=600)
+    _, cache = blockwise_forward(q, k, v, mask=key_lengths(500))
+    of_rows, of_cols = tiled.tiles_of(cache)
+    bundles, tiles = tiled.bundles(cache), tiled.Tiles(cache.computing)
+
+    def found():
+        return [tiled.all_seen_are_finite(cache, heads, [tiled.plan(cache, heads, rows, of_cols) for rows in of_rows], tiles)
+                for heads in bundles]  # fmt: skip
+
+    assert all(found())
+    {"k": k, "v": v}[hidden][0, 550] = np.inf  # the cache has these arrays
+    assert all(found())
+    {"k": v, "v": k}[hidden][0, 450] = np.inf
+    assert not all(found())
+
+
 def test_scores_of_ordinary_size_need_no_shift():
     assert near_dense(*inputs()) == {(True, True)}
     assert near_dense(*inputs(), mask=causal()) == {(True, True)}
