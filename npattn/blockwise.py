@@ -44,9 +44,9 @@ from npattn.attention import (
 TILE = (1024, 256)  # queries, keys; where there are fewer of one there are more of the other, up to LONG
 LONG = 8192
 PARTS = (4, 1)  # what may be left out of a tile, or need no mask, is found in steps of its sides over PARTS
-SMALL = 256 * 256  # heads of which no more scores are computed at a time are computed together, as many as fill a tile
+BUNDLE = 1 << 17  # numbers: heads are computed together as long as their queries in a tile are no more
 TASKS = 8  # pieces of work that are to be left to share: where there are fewer, tiles have a quarter of the queries
-FEW_ROWS = 16  # products of fewer rows take as long
+FEW_ROWS, FEW_FEATURES = 16, 32  # products of fewer take as long
 FEW = 1 << 20  # scores at a time of what is left to `npattn.attention`
 MANY = 1 << 20  # numbers: the gradients of a bias that are summed up apart from each other
 
@@ -428,13 +428,19 @@ def bundles(c: AttentionCache) -> list[Heads]:
 
 def together(c: AttentionCache) -> int:
     """How many heads at a time: 0 if each by itself."""
-    (*lead, L, _), S, same = c.q.shape, c.k.shape[-2], readers(c)
-    high, wide = (max(n, FEW_ROWS) for n in (L, S))
-    # Without a mask a block is a whole tile; with one it may be as narrow as a part.
-    block, most = high * (wide if c.mask is None else min(wide, part_of(2)[1])), 0
-    if block <= (SMALL if c.mask is None else 2 * SMALL) and high * wide <= 16 * SMALL:
-        most = min(math.prod(TILE) // block, 2 * math.prod(lead) // TASKS)
-    return max(most, same) if same > 1 and L * same <= FEW_ROWS and math.prod(lead) else most
+    (*lead, L, D), S, same = c.q.shape, c.k.shape[-2], readers(c)
+    heads, (high, wide), large = math.prod(lead), TILE, TILE[0] <= L
+    if c.mask is not None:  # a block may be as narrow as a part, and as low as what lies between two cuts
+        high, wide = min(high, max(L // (len(c.mask.cuts()[0]) + 1), high // 2)), part_of(2)[1]
+        large = large and any(c.mask.varies(axis) for axis in range(len(lead)))  # what one need not see another might
+    few: int = 0 if large else min(
+        BUNDLE // (max(min(L, high), FEW_ROWS) * max(min(D, min(S, wide) // 2), FEW_FEATURES)),
+        math.prod(TILE) // (FEW_ROWS * max(S, 1)),  # their keys fit, too
+        2 * heads * min(-(-L // TILE[0]), 2) // TASKS,  # something is left to share
+    )  # fmt: skip
+    if same > 1 and L * same <= FEW_ROWS and heads:
+        few = max(few, same)
+    return few // same * same if few > 1 else 0
 
 
 def of_mask(c: AttentionCache, index: Any) -> Any:
@@ -494,7 +500,8 @@ def tiles_of(c: AttentionCache, tasks: int = 0) -> tuple[list[list[slice]], list
     size, heads = high * wide, together(c)
     part = part_of(2 if heads else 1)
     if heads:
-        high, wide = max(L, 1), max(size // (heads * max(L, 1)), 1)
+        high = max(high, size // max(heads * S, 1))
+        wide = max(wide, size // max(heads * min(L, high), 1))
     else:
         if math.prod(lead) * -(-L // high) < tasks:
             high = max(high // 4, 1)

@@ -38,6 +38,7 @@ from npattn import _parallel as parallel
 from npattn._pairs import Bound
 
 tiled = sys.modules["npattn.blockwise"]
+ENDS = 4096 * np.arange(9) * np.arange(1, 10) // 72  # of eight sequences, the last eight times as long as the first
 TILE_BYTES = tiled.TILE[0] * tiled.TILE[1] * np.dtype(np.float32).itemsize
 
 
@@ -149,13 +150,14 @@ def test_tiles_without_an_allowed_pair_are_not_computed():
     ("mask", "most"),
     [
         (causal(), 1.3), (window(1024, 0), 1.3), (window(1024, 1024), 1.3), (key_lengths(1000), 1.3), (None, 1.0),
-        (packed([0, 1024, 2048, 4096], [0, 1024, 2048, 4096]), 1.0), (packed([0, 700, 1500, 4096], [0, 700, 1500, 4096]), 1.5),
+        (packed([0, 1024, 2048, 4096], [0, 1024, 2048, 4096]), 1.0), (packed([0, 700, 1500, 4096], [0, 700, 1500, 4096]), 1.0),
+        (packed(ENDS, ENDS, align="top_left"), 1.3), (causal() & packed(ENDS, ENDS), 1.3),
     ],
-    ids=["causal", "window", "window ahead", "key lengths", "none", "packed", "packed, unequal"],
+    ids=["causal", "window", "window ahead", "key lengths", "none", "packed", "unequal", "packed, causal", "both"],
 )  # fmt: skip
 def test_the_work_is_that_of_the_pairs_that_are_allowed(mask, most):
     """Elements of the tiles that are computed, over the pairs that the mask allows, at L = S = 4096."""
-    x = np.zeros((4096, 1), np.float32)
+    x = np.zeros((8, 4096, 64), np.float32)
     c = tiled.bind("blockwise", x, x, x, mask, None, None, None, None, None)
     computed = sum(
         (block.rows.stop - block.rows.start) * (block.cols.stop - block.cols.start)
@@ -415,9 +417,19 @@ def mark(shape, index):
 
 def test_small_heads_are_computed_together_and_large_ones_are_not():
     assert len(tiled.bundles(bound((64, 8, 32, 4), (64, 8, 32, 4)))) < 64
-    assert len(tiled.bundles(bound((64, 600, 4), (64, 600, 4)))) == 64
     assert len(tiled.bundles(bound((64, 512, 4), (64, 512, 4), causal()))) < 64
+    assert len(tiled.bundles(bound((64, 1024, 4), (64, 1024, 4)))) == 64
     assert len(tiled.bundles(bound((32, 1, 4), (8, 8192, 4)))) == 8  # a group at a time
+    assert len(tiled.bundles(bound((8, 600, 64), (2, 600, 64)))) == 8  # two would fit, and a group is not divided
+
+
+def test_long_heads_are_computed_together_if_their_blocks_are_small_and_the_same():
+    shape, ends = (8, 4096, 64), np.arange(0, 4097, 512)
+    assert len(tiled.bundles(bound(shape, shape, packed(ends, ends)))) == 2
+    assert len(tiled.bundles(bound(shape, shape, packed([0, 4096], [0, 4096])))) == 4
+    assert len(tiled.bundles(bound(shape, shape, np.ones((8, 1, 4096), bool)))) == 8  # each has a mask of its own
+    assert len(tiled.bundles(bound(shape[1:], shape[1:], packed(ends, ends)))) == 1
+    assert len(tiled.bundles(bound((2, 4096, 64), (2, 4096, 64), packed(ends, ends)))) == 2  # something to share
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
@@ -508,7 +520,7 @@ def first_rows_see_less(L, S):
 )  # fmt: skip
 def test_what_is_kept_of_a_mask_is_used_where_it_holds(mask, monkeypatch):
     """Tiles of 16, 16 and 8 queries of one head after the other, in one thread: what was kept of one meets the next."""
-    for name, value in (("TILE", (16, 8)), ("PARTS", (2, 1)), ("LONG", 16), ("SMALL", 0), ("TASKS", 1)):
+    for name, value in (("TILE", (16, 8)), ("PARTS", (2, 1)), ("LONG", 16), ("BUNDLE", 0), ("TASKS", 1)):
         monkeypatch.setattr(tiled, name, value)
     q, _, _, dout = inputs(L=40, D=4)
     _, k, v, _ = inputs(L=mask.shape[-1] if isinstance(mask, np.ndarray) else 24, D=4)

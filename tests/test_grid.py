@@ -26,7 +26,7 @@ TRIPLES = [t for t in itertools.combinations(NAMES, 3) if all(compatible(*p) for
 tiled = sys.modules["npattn.blockwise"]  # the name npattn.blockwise is the function
 WAYS = {  # several tiles of queries and keys at these sizes, and the last one cut short
     "one head at a time": {"TILE": (3, 4)},
-    "heads together": {"TILE": (6, 4), "FEW_ROWS": 1, "SMALL": 24, "TASKS": 2},
+    "heads together": {"TILE": (6, 4), "FEW_ROWS": 1, "FEW_FEATURES": 1, "BUNDLE": 1 << 30, "TASKS": 2},
 }
 
 
