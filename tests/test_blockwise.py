@@ -19,6 +19,7 @@ from helpers import TEST_EPS
 
 from npattn import (
     Alibi,
+    _blocks,
     attention_backward,
     attention_forward,
     blockwise_backward,
@@ -37,9 +38,9 @@ from npattn import (
 from npattn import _parallel as parallel
 from npattn._pairs import Bound
 
-tiled = sys.modules["npattn.blockwise"]
+tiled = sys.modules["npattn.blockwise"]  # the name npattn.blockwise is the function
 ENDS = 4096 * np.arange(9) * np.arange(1, 10) // 72  # of eight sequences, the last eight times as long as the first
-TILE_BYTES = tiled.TILE[0] * tiled.TILE[1] * np.dtype(np.float32).itemsize
+TILE_BYTES = _blocks.TILE[0] * _blocks.TILE[1] * np.dtype(np.float32).itemsize
 
 
 class NeverWhole:
@@ -56,7 +57,7 @@ class NeverWhole:
 
             @staticmethod
             def tile(index, rows, cols):
-                assert (rows.stop - rows.start) * (cols.stop - cols.start) <= math.prod(tiled.TILE)
+                assert (rows.stop - rows.start) * (cols.stop - cols.start) <= math.prod(_blocks.TILE)
                 return bound.tile(index, rows, cols)
 
         return Tiles
@@ -102,7 +103,7 @@ def test_memory_does_not_grow_with_the_length(direction, mask):
             peaks.append(peak_beyond_outputs(lambda dout=dout, cache=cache: blockwise_backward(dout, cache)[:3]))
     assert max(peaks) <= 16 * TILE_BYTES
     # A copy of out or of dout / total, a few numbers a query and a key, and the plan of the tiles: no more than that grows.
-    tiles = (8192**2 - 2048**2) // math.prod(tiled.TILE)
+    tiles = (8192**2 - 2048**2) // math.prod(_blocks.TILE)
     allowed = (8192 - 2048) * 4 * (16 + 24) + 250 * tiles
     assert peaks[1] - peaks[0] <= allowed, f"{peaks[0]} bytes at 2048, {peaks[1]} at 8192"
 
@@ -140,7 +141,7 @@ def test_tiles_without_an_allowed_pair_are_not_computed():
 
             return Tiles
 
-    x = np.random.default_rng(0).standard_normal((3 * tiled.TILE[1], 4))
+    x = np.random.default_rng(0).standard_normal((3 * _blocks.TILE[1], 4))
     blockwise_forward(x, x, x, mask=Counted(causal()))
     assert sum((r.stop - r.start) * (c.stop - c.start) for r, c in asked) < len(x) ** 2 / 2
     assert all(c.start <= r.stop - 1 for r, c in asked)
@@ -161,8 +162,8 @@ def test_the_work_is_that_of_the_pairs_that_are_allowed(mask, most):
     c = tiled.bind("blockwise", x, x, x, mask, None, None, None, None, None)
     computed = sum(
         (block.rows.stop - block.rows.start) * (block.cols.stop - block.cols.start)
-        for rows in tiled.tiles_of(c)[0]
-        for block in itertools.chain(*tiled.plan(c, tiled.bundles(c)[0], rows, tiled.tiles_of(c)[1]))
+        for rows in _blocks.tiles_of(c)[0]
+        for block in itertools.chain(*_blocks.plan(c, _blocks.bundles(c)[0], rows, _blocks.tiles_of(c)[1]))
     )
     pairs = 4096 * 4096 if mask is None else int(mask.bind((4096, 4096)).dense().sum())
     assert pairs <= computed <= most * pairs
@@ -171,13 +172,15 @@ def test_the_work_is_that_of_the_pairs_that_are_allowed(mask, most):
 def covered(mask, L, S, tile, parts, tasks=0):
     """How often each pair is computed, which are not masked, and what is allowed."""
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(tiled, "TILE", tile)
-        m.setattr(tiled, "PARTS", parts)
+        m.setattr(_blocks, "TILE", tile)
+        m.setattr(_blocks, "PARTS", parts)
         c = bound((L, 3), (S, 3), mask)
         computed, unmasked = np.zeros((L, S), int), np.zeros((L, S), bool)
-        of_rows, of_cols = tiled.tiles_of(c, tasks)
+        if tasks:
+            m.setattr(_blocks, "TASKS", tasks)
+        of_rows, of_cols = _blocks.tiles_of(c, shared=tasks > 0)
         for rows in of_rows:
-            for block in itertools.chain(*tiled.plan(c, tiled.bundles(c)[0], rows, of_cols)):
+            for block in itertools.chain(*_blocks.plan(c, _blocks.bundles(c)[0], rows, of_cols)):
                 computed[block.rows, block.cols] += 1
                 unmasked[block.rows, block.cols] = True
                 unmasked[block.some, block.cols] = False
@@ -396,14 +399,14 @@ def test_each_head_is_in_one_bundle_and_groups_are_whole(q_shape, k_shape, mask)
     c = bound(q_shape, k_shape, mask)
     heads, groups = np.zeros(q_shape[:-2], int), np.zeros(k_shape[:-2], int)
     rank = len(q_shape) - 2
-    for bundle in tiled.bundles(c):
+    for bundle in _blocks.bundles(c):
         heads[bundle.index] += 1
         groups[bundle.group] += 1
         assert heads[bundle.index].size * groups.size == groups[bundle.group].size * heads.size or heads[bundle.index].ndim == 0
         number = np.arange(q_shape[-3] if rank else 1)
         assert np.array_equal(np.broadcast_to(number, q_shape[:-2] or (1,))[bundle.index or 0], bundle.names)
         assert [tuple(x) for x in np.ndindex(q_shape[:-2]) if np.all(mark(q_shape[:-2], x)[bundle.index].any())] == (
-            tiled.each_index(c, bundle)
+            _blocks.each_index(c, bundle)
         )
     assert (heads == 1).all()
     assert (groups >= 1).all()
@@ -416,20 +419,20 @@ def mark(shape, index):
 
 
 def test_small_heads_are_computed_together_and_large_ones_are_not():
-    assert len(tiled.bundles(bound((64, 8, 32, 4), (64, 8, 32, 4)))) < 64
-    assert len(tiled.bundles(bound((64, 512, 4), (64, 512, 4), causal()))) < 64
-    assert len(tiled.bundles(bound((64, 1024, 4), (64, 1024, 4)))) == 64
-    assert len(tiled.bundles(bound((32, 1, 4), (8, 8192, 4)))) == 8  # a group at a time
-    assert len(tiled.bundles(bound((8, 600, 64), (2, 600, 64)))) == 8  # two would fit, and a group is not divided
+    assert len(_blocks.bundles(bound((64, 8, 32, 4), (64, 8, 32, 4)))) < 64
+    assert len(_blocks.bundles(bound((64, 512, 4), (64, 512, 4), causal()))) < 64
+    assert len(_blocks.bundles(bound((64, 1024, 4), (64, 1024, 4)))) == 64
+    assert len(_blocks.bundles(bound((32, 1, 4), (8, 8192, 4)))) == 8  # a group at a time
+    assert len(_blocks.bundles(bound((8, 600, 64), (2, 600, 64)))) == 8  # two would fit, and a group is not divided
 
 
 def test_long_heads_are_computed_together_if_their_blocks_are_small_and_the_same():
     shape, ends = (8, 4096, 64), np.arange(0, 4097, 512)
-    assert len(tiled.bundles(bound(shape, shape, packed(ends, ends)))) == 2
-    assert len(tiled.bundles(bound(shape, shape, packed([0, 4096], [0, 4096])))) == 4
-    assert len(tiled.bundles(bound(shape, shape, np.ones((8, 1, 4096), bool)))) == 8  # each has a mask of its own
-    assert len(tiled.bundles(bound(shape[1:], shape[1:], packed(ends, ends)))) == 1
-    assert len(tiled.bundles(bound((2, 4096, 64), (2, 4096, 64), packed(ends, ends)))) == 2  # something to share
+    assert len(_blocks.bundles(bound(shape, shape, packed(ends, ends)))) == 2
+    assert len(_blocks.bundles(bound(shape, shape, packed([0, 4096], [0, 4096])))) == 4
+    assert len(_blocks.bundles(bound(shape, shape, np.ones((8, 1, 4096), bool)))) == 8  # each has a mask of its own
+    assert len(_blocks.bundles(bound(shape[1:], shape[1:], packed(ends, ends)))) == 1
+    assert len(_blocks.bundles(bound((2, 4096, 64), (2, 4096, 64), packed(ends, ends)))) == 2  # something to share
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
@@ -521,7 +524,7 @@ def first_rows_see_less(L, S):
 def test_what_is_kept_of_a_mask_is_used_where_it_holds(mask, monkeypatch):
     """Tiles of 16, 16 and 8 queries of one head after the other, in one thread: what was kept of one meets the next."""
     for name, value in (("TILE", (16, 8)), ("PARTS", (2, 1)), ("LONG", 16), ("BUNDLE", 0), ("TASKS", 1)):
-        monkeypatch.setattr(tiled, name, value)
+        monkeypatch.setattr(_blocks, name, value)
     q, _, _, dout = inputs(L=40, D=4)
     _, k, v, _ = inputs(L=mask.shape[-1] if isinstance(mask, np.ndarray) else 24, D=4)
     if isinstance(mask, np.ndarray):
@@ -542,11 +545,11 @@ def test_a_query_without_a_key_is_known_as_one_beside_others_with_some():
 def test_a_key_that_is_seen_and_not_finite_is_found_beside_a_hidden_one(hidden):
     q, k, v, _ = inputs(L=600)
     _, cache = blockwise_forward(q, k, v, mask=key_lengths(500))
-    of_rows, of_cols = tiled.tiles_of(cache)
-    bundles, tiles = tiled.bundles(cache), tiled.Tiles(cache.computing)
+    of_rows, of_cols = _blocks.tiles_of(cache)
+    bundles, tiles = _blocks.bundles(cache), tiled.Tiles(cache.computing)
 
     def found():
-        return [tiled.all_seen_are_finite(cache, heads, [tiled.plan(cache, heads, rows, of_cols) for rows in of_rows], tiles)
+        return [tiled.all_seen_are_finite(cache, heads, [_blocks.plan(cache, heads, rows, of_cols) for rows in of_rows], tiles)
                 for heads in bundles]  # fmt: skip
 
     assert all(found())
@@ -680,7 +683,7 @@ def test_a_mask_without_states_is_asked_for_some_pairs_at_a_time():
     mask = where(lambda i, j: (most.append(i.size * j.size), j % 3 != i % 2)[1])
     x = np.zeros((2, 6000, 4), np.float32)
     blockwise_forward(x[:, :300], x, x, mask=mask)
-    assert max(most) <= 2 * math.prod(tiled.TILE)
+    assert max(most) <= 2 * math.prod(_blocks.TILE)
 
 
 def test_the_cache_of_attention_is_refused():

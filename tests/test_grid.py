@@ -7,13 +7,12 @@ of the largest sum of |terms| that make up one of its elements, and from a centr
 from __future__ import annotations
 
 import itertools
-import sys
 from unittest import mock
 
 import numpy as np
 import pytest
 
-from npattn import attention_backward, attention_forward, blockwise_backward, blockwise_forward, gradcheck
+from npattn import _blocks, attention_backward, attention_forward, blockwise_backward, blockwise_forward, gradcheck
 from npattn._pairs import ALL, swap
 from npattn.masks import as_mask
 from npattn.tolerances import TERMS_EPS
@@ -23,7 +22,6 @@ NAMES = sorted(OPTIONS)
 GRID = [(a,) for a in NAMES] + [pair for pair in itertools.combinations(NAMES, 2) if compatible(*pair)]
 MASKS = {"mask", "causal", "window", "key_lengths", "query_lengths", "keys", "segments", "packed", "blocks", "where"}
 TRIPLES = [t for t in itertools.combinations(NAMES, 3) if all(compatible(*p) for p in itertools.combinations(t, 2))]
-tiled = sys.modules["npattn.blockwise"]  # the name npattn.blockwise is the function
 WAYS = {  # several tiles of queries and keys at these sizes, and the last one cut short
     "one head at a time": {"TILE": (3, 4)},
     "heads together": {"TILE": (6, 4), "FEW_ROWS": 1, "FEW_FEATURES": 1, "BUNDLE": 1 << 30, "TASKS": 2},
@@ -106,7 +104,7 @@ def check(options, seed, *, elements, blockwise=True, central=True):
     if not blockwise:
         return
     for way in WAYS.values():
-        with mock.patch.multiple(tiled, **way):
+        with mock.patch.multiple(_blocks, **way):
             tiles = functions(problem, blockwise_forward, blockwise_backward)
             if way is WAYS["one head at a time"]:
                 gradcheck(*tiles, inputs, terms=terms, zero=zero, elements=1)

@@ -16,6 +16,7 @@ ORDER = [
     "biases",
     "softmax",
     "attention",
+    "_blocks",
     "blockwise",
     "multihead",
     "rnn",

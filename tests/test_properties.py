@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from unittest import mock
 
 import numpy as np
@@ -13,6 +12,7 @@ from test_grid import check, leaves_two_keys
 
 import npattn
 from npattn import (
+    _blocks,
     attention,
     attention_backward,
     attention_forward,
@@ -29,7 +29,6 @@ from npattn import (
 from npattn.verify.cases import OPTIONS, SMALL, compatible, draw
 
 EPS = np.finfo(np.float64).eps
-tiled = sys.modules["npattn.blockwise"]
 seeds = st.integers(0, 2**32 - 1)
 IMPLEMENTATIONS = {"dense": (attention_forward, attention_backward), "blockwise": (blockwise_forward, blockwise_backward)}
 implementations = st.sampled_from(sorted(IMPLEMENTATIONS))
@@ -95,7 +94,7 @@ def test_tiles_of_every_size_are_dense(options, seed, letters, tile, together):
     """One head at a time, or as many as fill a tile."""
     problem = draw_or_reject(options, seed, letters)
     few = {"FEW_ROWS": 1, "FEW_FEATURES": 1, "BUNDLE": 1 << 30, "TASKS": 1} if together else {}
-    with mock.patch.multiple(tiled, TILE=tile, **few):
+    with mock.patch.multiple(_blocks, TILE=tile, **few):
         got = run(problem, "blockwise")
     expected = run(problem)
     size = size_of(problem)
