@@ -34,7 +34,7 @@ def line(lengths: Sequence[float], y: Sequence[float]) -> tuple[float, float, fl
 
 
 def run(size: str, plan: harness.Plan, text: str = "") -> list[Row]:
-    lengths = {"tiny": (8, 16), "quick": (1024, 2048, 4096)}.get(size, (1024, 2048, 4096, 8192, 16384, 32768))
+    lengths = {"tiny": (8, 16), "quick": (1024, 2048, 4096)}.get(size, (1024, 2048, 4096, 8192, 16384))
     D, H = (4, 1) if size == "tiny" else (64, 2)
     rows = []
     table.head("scaling: the same heads, longer and longer", NAMES[1:])
@@ -52,13 +52,13 @@ def run(size: str, plan: harness.Plan, text: str = "") -> list[Row]:
                 points = [(r["case"]["L"], r["seconds"][name]) for r in some if name in r["seconds"]]
                 if len(points) > 1:
                     what = f"{name}, {mask}, {'both' if backward else 'forward'}"
-                    fits.append((what, *exponent(*zip(*points, strict=True))))
+                    fits.append((what, points[0][0], points[-1][0], *exponent(*zip(*points, strict=True))))
     table.notes(rows)
     print()
-    for what, slope, error in fits:
-        print(f"time of {what}: ~ L^{slope:.2f} (+- {error:.2f}), from L = {lengths[0]} to {lengths[-1]}")
+    for what, first, last, slope, error in fits:
+        print(f"time of {what}: ~ L^{slope:.2f} (+- {error:.2f}), from L = {first} to {last}")
     rows += _memory(lengths, D, size, text)
-    rows.append({"verb": "scaling", "name": "fits", "fits": {what: [slope, error] for what, slope, error in fits}})
+    rows.append({"verb": "scaling", "name": "fits", "fits": {what: fit for what, _, _, *fit in fits}})
     return rows
 
 

@@ -245,6 +245,8 @@ def test_memory_and_scaling(tmp_path, capsys):
     assert "time of blockwise, causal, both: ~ L^" in text
     assert "memory of blockwise, causal, both, by tracemalloc: ~ L^" in text
     assert {r["verb"] for r in found} == {"scaling"}
+    measured = [r["case"]["L"] for r in found if "case" in r]
+    assert f"from L = {min(measured)} to {max(measured)}" in text
 
 
 def test_memory_of_dense_holds_its_weights():
