@@ -39,12 +39,10 @@ class Heads(NamedTuple):
 
 def bundles(c: AttentionCache) -> list[Heads]:
     """All heads, small ones together."""
-    lead, same, most = c.q.shape[:-2], readers(c), together(c)
+    lead, most = c.q.shape[:-2], together(c)
     indices = list[Any](np.ndindex(*lead))
     for axis, n in enumerate(lead):
         step = most // max(math.prod(lead[axis + 1 :]), 1)
-        if axis == len(lead) - 1:
-            step = step // same * same  # a group is not divided
         if step:
             indices = [(*first, part) for first in np.ndindex(*lead[:axis]) for part in slices(n, step)]
             break
@@ -67,7 +65,7 @@ def together(c: AttentionCache) -> int:
     )  # fmt: skip
     if same > 1 and L * same <= FEW_ROWS and heads:
         few = max(few, same)
-    return few // same * same if few > 1 else 0
+    return few // same * same if few > 1 else 0  # a group is not divided
 
 
 def of_mask(c: AttentionCache, index: Any) -> Any:

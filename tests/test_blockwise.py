@@ -423,6 +423,9 @@ def test_small_heads_are_computed_together_and_large_ones_are_not():
     assert len(_blocks.bundles(bound((64, 512, 4), (64, 512, 4), causal()))) < 64
     assert len(_blocks.bundles(bound((64, 1024, 4), (64, 1024, 4)))) == 64
     assert len(_blocks.bundles(bound((32, 1, 4), (8, 8192, 4)))) == 8  # a group at a time
+    assert len(_blocks.bundles(bound((32, 1, 4), (32, 8192, 4)))) == 16  # few queries, but many keys
+    assert len(_blocks.bundles(bound((64, 512, 4), (64, 512, 4)))) == len(_blocks.bundles(bound((64, 512, 32), (64, 512, 32))))
+    assert len(_blocks.bundles(bound((64, 512, 64), (64, 512, 64)))) == 16
     assert len(_blocks.bundles(bound((8, 600, 64), (2, 600, 64)))) == 8  # two would fit, and a group is not divided
 
 
@@ -431,6 +434,8 @@ def test_long_heads_are_computed_together_if_their_blocks_are_small_and_the_same
     assert len(_blocks.bundles(bound(shape, shape, packed(ends, ends)))) == 2
     assert len(_blocks.bundles(bound(shape, shape, packed([0, 4096], [0, 4096])))) == 4
     assert len(_blocks.bundles(bound(shape, shape, np.ones((8, 1, 4096), bool)))) == 8  # each has a mask of its own
+    many, long = np.arange(0, 4097, 32), (16, 4096, 64)  # not as many heads as for tiles of 32 rows: tiles are larger
+    assert len(_blocks.bundles(bound(long, long, packed(many, many)))) == 4
     assert len(_blocks.bundles(bound(shape[1:], shape[1:], packed(ends, ends)))) == 1
     assert len(_blocks.bundles(bound((2, 4096, 64), (2, 4096, 64), packed(ends, ends)))) == 2  # something to share
 
