@@ -434,8 +434,8 @@ def test_long_heads_are_computed_together_if_their_blocks_are_small_and_the_same
     assert len(_blocks.bundles(bound(shape, shape, packed(ends, ends)))) == 2
     assert len(_blocks.bundles(bound(shape, shape, packed([0, 4096], [0, 4096])))) == 4
     assert len(_blocks.bundles(bound(shape, shape, np.ones((8, 1, 4096), bool)))) == 8  # each has a mask of its own
-    many, long = np.arange(0, 4097, 32), (16, 4096, 64)  # not as many heads as for tiles of 32 rows: tiles are larger
-    assert len(_blocks.bundles(bound(long, long, packed(many, many)))) == 4
+    many, long = np.arange(0, 1025, 32), (64, 1024, 64)  # not as many heads as for tiles of 32 rows: tiles are larger
+    assert len(_blocks.bundles(bound(long, long, packed(many, many)))) == 16
     assert len(_blocks.bundles(bound(shape[1:], shape[1:], packed(ends, ends)))) == 1
     assert len(_blocks.bundles(bound((2, 4096, 64), (2, 4096, 64), packed(ends, ends)))) == 2  # something to share
 
