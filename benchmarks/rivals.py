@@ -35,13 +35,13 @@ def room(case: Case, copies: int) -> None:
 # --- npattn --------------------------------------------------------------------------------------------------------------
 
 
-def of_npattn(name: str, forward: Any, backward: Any, case: Case, x: Arrays) -> Rival:
+def of_npattn(name: str, attend: Any, forward: Any, backward: Any, case: Case, x: Arrays) -> Rival:
     mask = case.own_mask()
 
     def call() -> tuple[Array, ...]:
-        out, cache = forward(x.q, x.k, x.v, mask=mask)
         if not case.backward:
-            return (out,)
+            return (attend(x.q, x.k, x.v, mask=mask),)
+        out, cache = forward(x.q, x.k, x.v, mask=mask)
         g = backward(x.dout, cache)
         return out, g.q, g.k, g.v
 
@@ -49,12 +49,12 @@ def of_npattn(name: str, forward: Any, backward: Any, case: Case, x: Arrays) -> 
 
 
 def blockwise(case: Case, x: Arrays) -> Rival:
-    return of_npattn("blockwise", na.blockwise_forward, na.blockwise_backward, case, x)
+    return of_npattn("blockwise", na.blockwise, na.blockwise_forward, na.blockwise_backward, case, x)
 
 
 def dense(case: Case, x: Arrays) -> Rival:
     room(case, 8 if case.backward else 5)
-    return of_npattn("dense", na.attention_forward, na.attention_backward, case, x)
+    return of_npattn("dense", na.attention, na.attention_forward, na.attention_backward, case, x)
 
 
 # --- torch ---------------------------------------------------------------------------------------------------------------

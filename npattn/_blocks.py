@@ -22,7 +22,8 @@ TILE = (1024, 256)  # queries, keys; where there are fewer of one there are more
 LONG = 8192
 PARTS = (4, 1)  # what may be left out of a tile, or need no mask, is found in steps of its sides over PARTS
 BUNDLE = 1 << 17  # numbers: heads are computed together as long as their queries in a tile are no more
-TASKS = 8  # pieces of work that are to be left to share: where there are fewer, tiles have a quarter of the queries
+TASKS = 8  # pieces of work that are to be left to share: where there are fewer, tiles have half of the queries
+SMALL = 1 << 25  # multiplications for the scores: fewer are not worth a second thread
 FEW_ROWS, FEW_FEATURES = 16, 32  # products of fewer take as long
 
 
@@ -61,11 +62,17 @@ def together(c: AttentionCache) -> int:
     few: int = 0 if large else min(
         BUNDLE // (max(min(L, high), FEW_ROWS) * max(min(D, min(S, wide) // 2), FEW_FEATURES)),
         math.prod(TILE) // (FEW_ROWS * max(S, 1)),  # their keys fit, too
-        2 * heads * min(-(-L // TILE[0]), 2) // TASKS,  # something is left to share
+        heads if small(c) else 2 * heads * min(-(-L // TILE[0]), 2) // TASKS,  # something is left to share
     )  # fmt: skip
     if same > 1 and L * same <= FEW_ROWS and heads:
         few = max(few, same)
     return few // same * same if few > 1 else 0  # a group is not divided
+
+
+def small(c: AttentionCache) -> bool:
+    """Whether one thread is done before a second would have helped."""
+    (*lead, L, D), S, same = c.q.shape, c.k.shape[-2], readers(c)
+    return bool(math.prod(lead) // same * max(L * same, FEW_ROWS) * S * max(D, FEW_FEATURES) < SMALL)
 
 
 def of_mask(c: AttentionCache, index: Any) -> Any:
@@ -111,13 +118,14 @@ class Block(NamedTuple):
 def tiles_of(c: AttentionCache, shared: bool = False) -> tuple[list[list[slice]], list[list[slice]]]:
     """The tiles of queries, and those of keys, each as its parts, side by side. Parts end where the mask changes.
 
-    shared : tiles of queries are what threads share: where there would be fewer than TASKS they are a quarter as high
+    shared : tiles of queries are what threads share: where there would be fewer than TASKS they are half as high,
+             and a quarter where there would be one
     """
     (*lead, L, _), S, (high, wide) = c.q.shape, c.k.shape[-2], TILE
     size, heads, few = high * wide, math.prod(lead), together(c)
     part = part_of(2 if few else 1)
-    if shared and not few and heads * -(-L // high) < TASKS:
-        high = max(high // 4, 1)
+    if shared and not few and not small(c) and (tasks := heads * -(-L // high)) < TASKS:
+        high = max(high // (2 if tasks > 1 else 4), 1)
     high = max(high, min(LONG, size // max(few * S, S, 1)))
     wide = max(wide, min(LONG, size // max(few * min(L, high), min(L, high), 1)))
     cuts = ((), ()) if c.mask is None else c.mask.cuts()

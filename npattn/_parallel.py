@@ -86,23 +86,33 @@ def share(
         if turns is not None:
             turns.stop()
 
-    with BLAS.alone() as threads:
-        n, started = min(threads, most or threads, len(tasks)), list[threading.Thread]()
-        if n == 1:
+    def assist(end: threading.Event) -> None:
+        try:
             run()
-        try:  # the main thread, which an interrupt reaches, only waits
-            for _ in range(n if n > 1 else 0):
-                thread = threading.Thread(target=run)
+        finally:
+            end.set()
+
+    with BLAS.alone() as threads:
+        helpers = list[tuple[threading.Thread, threading.Event]]()
+        try:  # this thread is one of them: to start another takes 0.1 ms
+            for _ in range(min(threads, most or threads, len(tasks)) - 1):
+                end = threading.Event()
+                thread = threading.Thread(target=assist, args=(end,))
                 thread.start()
-                started.append(thread)
-            for thread in started:
-                thread.join()
-        except BaseException as error:
+                helpers.append((thread, end))
+            run()
+            wait_for(helpers)
+        except BaseException as error:  # an interrupt, outside run
             fail(error)
-            for thread in started:
-                thread.join()
+            wait_for(helpers)
     if failed:
         raise failed[0]
+
+
+def wait_for(helpers: list[tuple[threading.Thread, threading.Event]]) -> None:
+    for thread, end in helpers:
+        end.wait()  # an interrupted join takes a thread that runs for one that has ended (Python 3.11)
+        thread.join()
 
 
 class Turns:

@@ -38,6 +38,7 @@ from npattn._blocks import (
     group_of,
     pairs_of,
     plan,
+    small,
     tiles_of,
     who_sees,
     within,
@@ -70,8 +71,15 @@ def blockwise_forward(
     threads.
     """
     c = bind("blockwise", q, k, v, mask, bias, scale, softcap, sink, dropout_mask)
-    out, kept = (np.empty((*q.shape[:-1], v.shape[-1]), dtype) for dtype in (q.dtype, c.computing))
-    lse, total = (np.empty(q.shape[:-1], c.computing) for _ in range(2))
+    out, cache = attend_all(c, keep=True)
+    return (out, cache.lse) if return_lse else out, cache
+
+
+def attend_all(c: AttentionCache, keep: bool) -> tuple[Array, AttentionCache]:
+    """out, and the cache. keep : the backward is to follow, whatever the caller writes into out"""
+    kept = np.empty((*c.q.shape[:-1], c.v.shape[-1]), c.computing)
+    out = np.empty(kept.shape, c.q.dtype) if keep or c.q.dtype != c.computing else kept
+    lse, total = (np.empty(c.q.shape[:-1], c.computing) for _ in range(2))
     (of_rows, of_cols), plans = tiles_of(c, shared=True), dict[Any, list[list[Block]]]()
 
     def work(task: tuple[Heads, list[slice]], tiles: Tiles) -> None:
@@ -85,12 +93,12 @@ def blockwise_forward(
             or attend(c, heads, rows, blocks, tiles, a, False)
             or attend_by_rows(c, heads, rows, a)
         )
-        out[heads.index][..., rows, :] = a  # a copy: the caller may write into it
+        if kept is not out:
+            out[heads.index][..., rows, :] = a
 
     tasks = [(heads, parts) for parts in reversed(of_rows) for heads in bundles(c)]
-    share(work, tasks, lambda: Tiles(c.computing))
-    cache = c._replace(lse=lse, kept=Kept(kept, total))
-    return (out, lse) if return_lse else out, cache
+    share(work, tasks, lambda: Tiles(c.computing), most=1 if small(c) else None)
+    return out, c._replace(lse=lse, kept=Kept(kept, total))
 
 
 def attend(
@@ -187,7 +195,8 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
             dscales[heads.number], dsinks[heads.number] = dscale, dsink
 
     groups = [list(same) for _, same in itertools.groupby(bundles(c), lambda heads: heads.group)]
-    share(before, itertools.chain(*groups), lambda: Tiles(c.computing))
+    most, alone = (1 if one else None for one in (small(c), dbias is not None or small(c)))
+    share(before, itertools.chain(*groups), lambda: Tiles(c.computing), None, most)
     whole = [group for group in groups if all(heads.number in sound for heads in group)]
     rest = [group for group in groups if not all(heads.number in sound for heads in group)]
     spans = [(j, slice(x[0].start, x[-1].stop)) for j, x in enumerate(of_cols)]
@@ -195,9 +204,9 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     # Each task has a total of its own if that is not much; otherwise one thread adds to the same.
     apart = isinstance(dbias, np.ndarray) and dbias.size * len(tasks) <= MANY
     dbiases = [c.bias.new_gradient() if apart else dbias for _ in tasks]
-    share(work, tasks, lambda: Tiles(c.computing), turns, 1 if dbias is not None and not apart else None)
-    share(after, itertools.chain(*whole), lambda: Tiles(c.computing))
-    share(left, rest, lambda: Tiles(c.computing), None, 1 if dbias is not None else None)
+    share(work, tasks, lambda: Tiles(c.computing), turns, most if apart else alone)
+    share(after, itertools.chain(*whole), lambda: Tiles(c.computing), None, most)
+    share(left, rest, lambda: Tiles(c.computing), None, alone)
 
     for part in dbiases if apart else ():
         dbias += part
@@ -353,8 +362,8 @@ class Tiles:
 def times(x: Array, y: Array, out: Array) -> Array:
     """x @ y for x of each head, (..., H, n, m), and y of each group, (..., G, m, o): heads of a group are more rows."""
     x, result = by_group(x, y), by_group(out, y)
-    if 1 < x.shape[-2] <= FEW_ROWS < y.shape[-1]:
-        result[...] = swap(swap(y) @ swap(x))  # as products of few rows are slow
+    if 1 < x.shape[-2] <= FEW_ROWS < y.shape[-1] and y.strides[-2] < y.strides[-1]:
+        result[...] = swap(swap(y) @ swap(x))  # BLAS would copy all of y to turn it, for few rows of x
     else:
         np.matmul(x, y, out=result)
     return out
@@ -488,15 +497,15 @@ def differentiate_by_rows(
     return found
 
 
+@quiet
 def blockwise(
     q: Array, k: Array, v: Array, *, mask: Pairs = None, bias: Pairs = None, scale: float | None = None,
     softcap: float | None = None, sink: Array | None = None, dropout_mask: Pairs = None, return_lse: bool = False,
 ) -> Any:  # fmt: skip
-    """`blockwise_forward` without its cache."""
-    return blockwise_forward(
-        q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap, sink=sink, dropout_mask=dropout_mask,
-        return_lse=return_lse,
-    )[0]  # fmt: skip
+    """`blockwise_forward` without its cache, and without the copy of out that the backward needs."""
+    c = bind("blockwise", q, k, v, mask, bias, scale, softcap, sink, dropout_mask)
+    out, cache = attend_all(c, keep=False)
+    return (out, cache.lse) if return_lse else out
 
 
 class MergeCache(NamedTuple):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -22,6 +24,7 @@ from npattn import (
     _blocks,
     attention_backward,
     attention_forward,
+    blockwise,
     blockwise_backward,
     blockwise_forward,
     causal,
@@ -227,7 +230,7 @@ def test_a_block_in_two_pieces_beside_any_other(before, state):
 
 @contextmanager
 def threads(monkeypatch, n):
-    """As if BLAS had n threads."""
+    """As if BLAS had n threads, and nothing were too small for them."""
 
     class Blas:
         @contextmanager
@@ -236,6 +239,7 @@ def threads(monkeypatch, n):
 
     with monkeypatch.context() as m:
         m.setattr(parallel, "BLAS", Blas())
+        m.setattr(_blocks, "SMALL", 0)
         yield
 
 
@@ -349,6 +353,82 @@ def test_an_error_anywhere_ends_all_tasks(where, monkeypatch):
     assert threading.active_count() == 1
 
 
+INTERRUPTED = """
+import signal, threading, time
+from contextlib import contextmanager
+from npattn import _parallel as parallel
+
+class Blas:
+    @contextmanager
+    def alone(self):
+        yield 3
+        print("BLAS has its threads back")
+
+parallel.BLAS, main, done, busy, turns = Blas(), threading.main_thread(), [], [], parallel.Turns()
+
+def interrupt():
+    signal.pthread_kill(main.ident, signal.SIGINT)
+
+def work(task, own):
+    busy.append(task)
+    try:
+        time.sleep(0.001)
+        done.append(task)
+        first = threading.current_thread() is main
+        if WHEN == "has nothing more to do" and not first:  # and another goes on
+            time.sleep(0.3)
+            interrupt()
+            time.sleep(0.3)
+        elif WHEN == "waits" and first:
+            turns.wait("never", 1)
+        elif len(done) == 30:
+            interrupt()
+    finally:
+        busy.remove(task)
+
+try:
+    parallel.share(work, range(2 if WHEN == "has nothing more to do" else 10**5), list, turns)
+except KeyboardInterrupt:
+    print("ended", len(done) < 10**5, busy)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system sends no signals to a thread")
+@pytest.mark.parametrize("when", ["works", "waits", "has nothing more to do"])
+def test_an_interrupt_of_the_first_thread_ends_all(when):
+    code = INTERRUPTED.replace("WHEN", repr(when))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.splitlines() == ["BLAS has its threads back", "ended True []"], done.stderr
+
+
+@pytest.mark.parametrize("size", [64, 1300])
+def test_what_is_small_starts_no_thread(size, monkeypatch):
+    started, start = [], threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda self: (started.append(self), start(self))[1])
+    x = np.random.default_rng(0).standard_normal((4, size, 8), np.float32)
+    with threads(monkeypatch, 2):
+        monkeypatch.setattr(_blocks, "SMALL", 1 << 25)
+        out, cache = blockwise_forward(x, x, x)
+        forward = len(started)
+        blockwise_backward(out, cache)
+    assert (forward == 0, len(started) == forward) == (size == 64,) * 2
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_the_caller_may_write_into_out_and_only_the_forward_of_a_backward_keeps_a_copy(dtype):
+    q, k, v, dout = (x.astype(dtype) for x in inputs(L=40))
+    out, cache = blockwise_forward(q, k, v, return_lse=False)
+    want = blockwise_backward(dout, cache)
+    out[...] = np.nan
+    for a, b in zip(want, blockwise_backward(dout, cache), strict=True):
+        assert a is b is None or np.array_equal(a, b)
+    plain, lse = blockwise(q, k, v, return_lse=True)
+    (again, same), _ = blockwise_forward(q, k, v, return_lse=True)
+    assert (plain.dtype, lse.dtype) == (again.dtype, same.dtype)
+    assert plain.tobytes() == again.tobytes()
+    assert lse.tobytes() == same.tobytes()
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_an_error_in_one_thread_ends_all_and_is_raised(direction, monkeypatch):
     class Fails(NeverWhole):
@@ -438,6 +518,11 @@ def test_long_heads_are_computed_together_if_their_blocks_are_small_and_the_same
     assert len(_blocks.bundles(bound(long, long, packed(many, many)))) == 16
     assert len(_blocks.bundles(bound(shape[1:], shape[1:], packed(ends, ends)))) == 1
     assert len(_blocks.bundles(bound((2, 4096, 64), (2, 4096, 64), packed(ends, ends)))) == 2  # something to share
+
+
+@pytest.mark.parametrize(("H", "L", "tiles"), [(1, 1024, 4), (1, 2048, 4), (1, 8192, 8), (2, 2048, 4), (4, 1024, 2), (8, 1024, 1)])
+def test_few_heads_leave_enough_to_share(H, L, tiles):
+    assert len(_blocks.tiles_of(bound((H, L, 64), (H, L, 64), causal()), shared=True)[0]) == tiles
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
