@@ -520,7 +520,9 @@ def test_long_heads_are_computed_together_if_their_blocks_are_small_and_the_same
     assert len(_blocks.bundles(bound((2, 4096, 64), (2, 4096, 64), packed(ends, ends)))) == 2  # something to share
 
 
-@pytest.mark.parametrize(("H", "L", "tiles"), [(1, 1024, 4), (1, 2048, 4), (1, 8192, 8), (2, 2048, 4), (4, 1024, 2), (8, 1024, 1)])
+@pytest.mark.parametrize(
+    ("H", "L", "tiles"), [(1, 1024, 4), (1, 2048, 4), (1, 8192, 8), (2, 2048, 4), (4, 1024, 2), (8, 1024, 1)]
+)
 def test_few_heads_leave_enough_to_share(H, L, tiles):
     assert len(_blocks.tiles_of(bound((H, L, 64), (H, L, 64), causal()), shared=True)[0]) == tiles
 
