@@ -57,6 +57,7 @@ from npattn.attention import (
 
 FEW = 1 << 20  # scores at a time of what is left to `npattn.attention`
 MANY = 1 << 20  # numbers: the gradients of a bias that are summed up apart from each other
+LIGHT = 1 << 20  # numbers: a pass over fewer queries is not worth threads
 
 
 @quiet
@@ -195,8 +196,9 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
             dscales[heads.number], dsinks[heads.number] = dscale, dsink
 
     groups = [list(same) for _, same in itertools.groupby(bundles(c), lambda heads: heads.group)]
-    most, alone = (1 if one else None for one in (small(c), dbias is not None or small(c)))
-    share(before, itertools.chain(*groups), lambda: Tiles(c.computing), None, most)
+    few = small(c)
+    light, most, alone = (1 if one else None for one in (few or c.q.size < LIGHT, few, few or dbias is not None))
+    share(before, itertools.chain(*groups), lambda: Tiles(c.computing), None, light)
     whole = [group for group in groups if all(heads.number in sound for heads in group)]
     rest = [group for group in groups if not all(heads.number in sound for heads in group)]
     spans = [(j, slice(x[0].start, x[-1].stop)) for j, x in enumerate(of_cols)]
@@ -205,7 +207,7 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     apart = isinstance(dbias, np.ndarray) and dbias.size * len(tasks) <= MANY
     dbiases = [c.bias.new_gradient() if apart else dbias for _ in tasks]
     share(work, tasks, lambda: Tiles(c.computing), turns, most if apart else alone)
-    share(after, itertools.chain(*whole), lambda: Tiles(c.computing), None, most)
+    share(after, itertools.chain(*whole), lambda: Tiles(c.computing), None, light)
     share(left, rest, lambda: Tiles(c.computing), None, alone)
 
     for part in dbiases if apart else ():

@@ -240,6 +240,7 @@ def threads(monkeypatch, n):
     with monkeypatch.context() as m:
         m.setattr(parallel, "BLAS", Blas())
         m.setattr(_blocks, "SMALL", 0)
+        m.setattr(sys.modules["npattn.blockwise"], "LIGHT", 0)
         yield
 
 
