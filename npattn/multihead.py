@@ -14,6 +14,7 @@ Vaswani et al. 2017, section 3.2.2; grouped heads (G < H): Ainslie et al. 2023.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,9 +110,17 @@ def _check(x_q: Any, x_k: Any, x_v: Any, params: Any, num_heads: Any, num_kv_hea
 
 
 def _project(x: Array, w: Array, b: Array | None, computing: np.dtype[Any]) -> Array:
-    y = x.astype(computing, copy=False) @ w.astype(computing, copy=False)
-    result: Array = y if b is None else y + b.astype(computing, copy=False)
-    return result
+    """y = x w + b."""
+    y = _all_tokens(x.astype(computing, copy=False), w.astype(computing, copy=False))
+    if b is not None:
+        y += b.astype(computing, copy=False)
+    return y
+
+
+def _all_tokens(x: Array, w: Array) -> Array:
+    """x w, in one product for all sequences: NumPy would start one for each."""
+    result: Array = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) @ w
+    return result.reshape(*x.shape[:-1], w.shape[-1])
 
 
 def _computed(name: str, option: Any, dtype: np.dtype[Any], computing: np.dtype[Any]) -> Any:
@@ -186,7 +195,7 @@ def _project_backward(
     dy: Array, x: Array, w: Array, b: Array | None, heads: int, axis: int = 1
 ) -> tuple[Array, Array, Array | None]:
     """Through y = x w + b: dx = dy w^T, dw = x^T dy and db = dy, each summed over all tokens."""
-    dx = (dy @ swap(w.astype(dy.dtype, copy=False))).astype(x.dtype, copy=False)
+    dx = _all_tokens(dy, swap(w.astype(dy.dtype, copy=False))).astype(x.dtype, copy=False)
     dw = weight_gradient(x, dy, heads, axis).astype(w.dtype, copy=False)
     db = None if b is None else dy.sum(tuple(range(dy.ndim - 1))).astype(b.dtype, copy=False)
     return dx, dw, db
