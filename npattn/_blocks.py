@@ -22,8 +22,8 @@ TILE = (1024, 256)  # queries, keys; where there are fewer of one there are more
 LONG = 8192
 PARTS = (4, 1)  # what may be left out of a tile, or need no mask, is found in steps of its sides over PARTS
 BUNDLE = 1 << 17  # numbers: heads are computed together as long as their queries in a tile are no more
-TASKS = 8  # pieces of work that are to be left to share: where there are fewer, tiles have half of the queries
-SMALL = 1 << 25  # multiplications for the scores: fewer are not worth a second thread
+TASKS = 8  # pieces of work that are to be left to share: where there are fewer, tiles are smaller, and square
+SMALL = 1 << 25  # multiplications of a product: fewer are not worth a second thread
 FEW_ROWS, FEW_FEATURES = 16, 32  # products of fewer take as long
 
 
@@ -71,8 +71,8 @@ def together(c: AttentionCache) -> int:
 
 def small(c: AttentionCache) -> bool:
     """Whether one thread is done before a second would have helped."""
-    (*lead, L, D), S, same = c.q.shape, c.k.shape[-2], readers(c)
-    return bool(math.prod(lead) // same * max(L * same, FEW_ROWS) * S * max(D, FEW_FEATURES) < SMALL)
+    (*lead, L, D), (S, E), same = c.q.shape, c.v.shape[-2:], readers(c)
+    return bool(math.prod(lead) // same * max(L * same, FEW_ROWS) * S * max(D, E, FEW_FEATURES) < SMALL)
 
 
 def of_mask(c: AttentionCache, index: Any) -> Any:
@@ -115,17 +115,17 @@ class Block(NamedTuple):
     some: slice  # those of its rows that may not see all of it: the rest needs no mask
 
 
-def tiles_of(c: AttentionCache, shared: bool = False) -> tuple[list[list[slice]], list[list[slice]]]:
+def tiles_of(c: AttentionCache) -> tuple[list[list[slice]], list[list[slice]]]:
     """The tiles of queries, and those of keys, each as its parts, side by side. Parts end where the mask changes.
 
-    shared : tiles of queries are what threads share: where there would be fewer than TASKS they are half as high,
-             and a quarter where there would be one
+    They are the same forwards and backwards: other products could be rounded in another way.
     """
     (*lead, L, _), S, (high, wide) = c.q.shape, c.k.shape[-2], TILE
-    size, heads, few = high * wide, math.prod(lead), together(c)
+    heads, few = math.prod(lead), together(c)
     part = part_of(2 if few else 1)
-    if shared and not few and not small(c) and (tasks := heads * -(-L // high)) < TASKS:
-        high = max(high // (2 if tasks > 1 else 4), 1)
+    if not few and not small(c) and (tasks := heads * -(-L // high)) < TASKS:
+        high = wide = max(high // (2 if tasks > 1 else 4), 1)
+    size = high * wide
     high = max(high, min(LONG, size // max(few * S, S, 1)))
     wide = max(wide, min(LONG, size // max(few * min(L, high), min(L, high), 1)))
     cuts = ((), ()) if c.mask is None else c.mask.cuts()

@@ -86,33 +86,36 @@ def share(
         if turns is not None:
             turns.stop()
 
-    def assist(end: threading.Event) -> None:
+    def assist(running: threading.Lock) -> None:
         try:
             run()
         finally:
-            end.set()
+            running.release()
 
     with BLAS.alone() as threads:
-        helpers = list[tuple[threading.Thread, threading.Event]]()
+        helpers = list[tuple[threading.Thread, threading.Lock]]()
         try:  # this thread is one of them: to start another takes 0.1 ms
             for _ in range(min(threads, most or threads, len(tasks)) - 1):
-                end = threading.Event()
-                thread = threading.Thread(target=assist, args=(end,))
-                thread.start()
-                helpers.append((thread, end))
+                running = threading.Lock()
+                running.acquire()
+                helpers.append((threading.Thread(target=assist, args=(running,)), running))
+                helpers[-1][0].start()
             run()
             wait_for(helpers)
-        except BaseException as error:  # an interrupt, outside run
+        except BaseException as error:  # an interrupt outside run, or a thread that cannot be started
             fail(error)
             wait_for(helpers)
     if failed:
         raise failed[0]
 
 
-def wait_for(helpers: list[tuple[threading.Thread, threading.Event]]) -> None:
-    for thread, end in helpers:
-        end.wait()  # an interrupted join takes a thread that runs for one that has ended (Python 3.11)
-        thread.join()
+def wait_for(helpers: list[tuple[threading.Thread, threading.Lock]]) -> None:
+    """Until all have ended. An interrupted join would take one that runs for one that has ended (Python 3.11)."""
+    for thread, running in helpers:
+        if thread.ident is not None:  # else it was not started
+            with running:
+                pass
+            thread.join()
 
 
 class Turns:
@@ -120,20 +123,21 @@ class Turns:
 
     def __init__(self) -> None:
         self.done: dict[Any, int] = {}
-        self.changed, self.stopped = threading.Condition(), False
+        self.lock, self.stopped = threading.RLock(), False  # an interrupt may come between the steps of Condition's own with
+        self.changed = threading.Condition(self.lock)
 
     def wait(self, place: Any, number: int) -> None:
         """Until ``number`` others have added to this place."""
-        with self.changed:
+        with self.lock:
             self.changed.wait_for(lambda: self.stopped or self.done.get(place, 0) == number)
 
     def next(self, place: Any) -> None:
-        with self.changed:
+        with self.lock:
             self.done[place] = self.done.get(place, 0) + 1
             self.changed.notify_all()
 
     def stop(self) -> None:
         """Nobody waits any more: somebody has failed."""
-        with self.changed:
+        with self.lock:
             self.stopped = True
             self.changed.notify_all()

@@ -57,7 +57,7 @@ from npattn.attention import (
 
 FEW = 1 << 20  # scores at a time of what is left to `npattn.attention`
 MANY = 1 << 20  # numbers: the gradients of a bias that are summed up apart from each other
-LIGHT = 1 << 20  # numbers: a pass over fewer queries is not worth threads
+LIGHT = 1 << 20  # numbers: what is done once a query or key is not worth threads for fewer
 
 
 @quiet
@@ -78,10 +78,11 @@ def blockwise_forward(
 
 def attend_all(c: AttentionCache, keep: bool) -> tuple[Array, AttentionCache]:
     """out, and the cache. keep : the backward is to follow, whatever the caller writes into out"""
+    c = c._replace(k=by_rows(c.k), v=by_rows(c.v))
     kept = np.empty((*c.q.shape[:-1], c.v.shape[-1]), c.computing)
     out = np.empty(kept.shape, c.q.dtype) if keep or c.q.dtype != c.computing else kept
     lse, total = (np.empty(c.q.shape[:-1], c.computing) for _ in range(2))
-    (of_rows, of_cols), plans = tiles_of(c, shared=True), dict[Any, list[list[Block]]]()
+    (of_rows, of_cols), plans = tiles_of(c), dict[Any, list[list[Block]]]()
 
     def work(task: tuple[Heads, list[slice]], tiles: Tiles) -> None:
         heads, parts = task
@@ -122,7 +123,7 @@ def attend(
         high, wide = at.stop - at.start, cols.stop - cols.start
         pairs = pairs_of(c, heads, block, tiles.hidden)
         k_j, v_j = (x[..., cols, :].astype(c.computing, copy=False) for x in (k, v))
-        s = times(q[..., at, :], swap(k_j), tiles.take(1, *n, high, wide))  # (1)
+        s = dots(q[..., at, :], k_j, tiles.take(1, *n, high, wide))  # (1)
         if c.softcap is not None:
             s /= c.softcap
             np.tanh(s, out=s)
@@ -196,8 +197,9 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
             dscales[heads.number], dsinks[heads.number] = dscale, dsink
 
     groups = [list(same) for _, same in itertools.groupby(bundles(c), lambda heads: heads.group)]
-    few = small(c)
-    light, most, alone = (1 if one else None for one in (few or c.q.size < LIGHT, few, few or dbias is not None))
+    most = 1 if small(c) else None
+    light = 1 if max(c.q.size, c.k.size, c.v.size) < LIGHT else most
+    alone = 1 if dbias is not None else most
     share(before, itertools.chain(*groups), lambda: Tiles(c.computing), None, light)
     whole = [group for group in groups if all(heads.number in sound for heads in group)]
     rest = [group for group in groups if not all(heads.number in sound for heads in group)]
@@ -287,7 +289,7 @@ def differentiate(
             q_i, do_i, k_j, v_j = scaled_queries(c, heads, rows, tiles), do[..., rows, :], k[..., near, :], v[..., near, :]
             n, high, wide = q_i.shape[:-2], rows.stop - rows.start, near.stop - near.start
             s, dp = tiles.take(4, *n, high, wide), tiles.take(5, *n, high, wide)
-            times(q_i, swap(k_j), s)  # (1), as in the forward: another product could differ in the last bit of a large score
+            dots(q_i, k_j, s)  # (1), as in the forward: another product could differ in the last bit of a large score
             if c.softcap is not None:
                 s /= c.softcap
                 t = np.tanh(s, out=tiles.take(6, *n, high, wide))
@@ -299,11 +301,11 @@ def differentiate(
             p = np.exp(s, out=s)  # (5), times total
             if c.dropout is None:
                 dropped = p
-                times(do_i, swap(v_j), dp)  # (7): dp less its mean
+                dots(do_i, v_j, dp)  # (7): dp less its mean
             else:
                 drop = c.dropout.tile(heads.index, rows, block.cols)
                 dropped = np.multiply(p, drop, out=tiles.take(7, *n, high, wide))  # (6)
-                times(do_i[..., :E], swap(v_j[..., :E]), dp)  # (7)
+                dots(do_i[..., :E], v_j[..., :E], dp)  # (7)
                 dp *= drop  # (6)
                 dp += do_i[..., E:]
             sum_v[..., near, :] += sum_rows(dropped, do_i[..., :E], tiles.take(8, *k.shape[:-2], wide, E))  # (7)
@@ -361,13 +363,25 @@ class Tiles:
         return self.one[:n]
 
 
+def by_rows(x: Array) -> Array:
+    """x, as BLAS reads it row by row, or a copy: otherwise scores would be rounded in another way than backwards."""
+    row = x.shape[-1] * x.itemsize
+    return x if x.strides[-1] == x.itemsize and (x.strides[-2] >= row or x.shape[-2] == 1) else np.ascontiguousarray(x)
+
+
 def times(x: Array, y: Array, out: Array) -> Array:
     """x @ y for x of each head, (..., H, n, m), and y of each group, (..., G, m, o): heads of a group are more rows."""
+    np.matmul(by_group(x, y), y, out=by_group(out, y))
+    return out
+
+
+def dots(x: Array, y: Array, out: Array) -> Array:
+    """x @ y^T, for y (..., G, o, m)."""
     x, result = by_group(x, y), by_group(out, y)
-    if 1 < x.shape[-2] <= FEW_ROWS < y.shape[-1] and y.strides[-2] < y.strides[-1]:
-        result[...] = swap(swap(y) @ swap(x))  # BLAS would copy all of y to turn it, for few rows of x
+    if 1 < x.shape[-2] <= FEW_ROWS < y.shape[-2]:
+        result[...] = swap(y @ swap(x))  # BLAS would copy all of y to turn it, for few rows of x
     else:
-        np.matmul(x, y, out=result)
+        np.matmul(x, swap(y), out=result)
     return out
 
 
@@ -504,7 +518,7 @@ def blockwise(
     q: Array, k: Array, v: Array, *, mask: Pairs = None, bias: Pairs = None, scale: float | None = None,
     softcap: float | None = None, sink: Array | None = None, dropout_mask: Pairs = None, return_lse: bool = False,
 ) -> Any:  # fmt: skip
-    """`blockwise_forward` without its cache, and without the copy of out that the backward needs."""
+    """`blockwise_forward` without its cache, and without the copy of out that the backward needs (float16: in float32)."""
     c = bind("blockwise", q, k, v, mask, bias, scale, softcap, sink, dropout_mask)
     out, cache = attend_all(c, keep=False)
     return (out, cache.lse) if return_lse else out

@@ -181,7 +181,8 @@ def covered(mask, L, S, tile, parts, tasks=0):
         computed, unmasked = np.zeros((L, S), int), np.zeros((L, S), bool)
         if tasks:
             m.setattr(_blocks, "TASKS", tasks)
-        of_rows, of_cols = _blocks.tiles_of(c, shared=tasks > 0)
+            m.setattr(_blocks, "SMALL", 0)
+        of_rows, of_cols = _blocks.tiles_of(c)
         for rows in of_rows:
             for block in itertools.chain(*_blocks.plan(c, _blocks.bundles(c)[0], rows, of_cols)):
                 computed[block.rows, block.cols] += 1
@@ -241,7 +242,7 @@ def threads(monkeypatch, n):
         m.setattr(parallel, "BLAS", Blas())
         m.setattr(_blocks, "SMALL", 0)
         m.setattr(sys.modules["npattn.blockwise"], "LIGHT", 0)
-        yield
+        yield m
 
 
 OPTIONS = {
@@ -382,7 +383,7 @@ def work(task, own):
             time.sleep(0.3)
         elif WHEN == "waits" and first:
             turns.wait("never", 1)
-        elif len(done) == 30:
+        elif task == 30:
             interrupt()
     finally:
         busy.remove(task)
@@ -402,17 +403,19 @@ def test_an_interrupt_of_the_first_thread_ends_all(when):
     assert done.stdout.splitlines() == ["BLAS has its threads back", "ended True []"], done.stderr
 
 
-@pytest.mark.parametrize("size", [64, 1300])
-def test_what_is_small_starts_no_thread(size, monkeypatch):
+@pytest.mark.parametrize(("size", "starts"), [(64, (0, 0)), (1300, (1, 1)), (40000, (1, 3))])
+def test_what_is_small_starts_no_thread(size, starts, monkeypatch):
+    """Forwards, and backwards; there, what is done once a query has threads of its own where that is much."""
     started, start = [], threading.Thread.start
     monkeypatch.setattr(threading.Thread, "start", lambda self: (started.append(self), start(self))[1])
     x = np.random.default_rng(0).standard_normal((4, size, 8), np.float32)
-    with threads(monkeypatch, 2):
-        monkeypatch.setattr(_blocks, "SMALL", 1 << 25)
-        out, cache = blockwise_forward(x, x, x)
+    with threads(monkeypatch, 2) as m:
+        m.setattr(_blocks, "SMALL", 1 << 25)
+        m.setattr(sys.modules["npattn.blockwise"], "LIGHT", 1 << 20)
+        out, cache = blockwise_forward(x, x[:, :1300], x[:, :1300])
         forward = len(started)
         blockwise_backward(out, cache)
-    assert (forward == 0, len(started) == forward) == (size == 64,) * 2
+    assert (forward, len(started) - forward) == starts
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -423,6 +426,9 @@ def test_the_caller_may_write_into_out_and_only_the_forward_of_a_backward_keeps_
     out[...] = np.nan
     for a, b in zip(want, blockwise_backward(dout, cache), strict=True):
         assert a is b is None or np.array_equal(a, b)
+    if dtype == np.float32:
+        plain, kept = sys.modules["npattn.blockwise"].attend_all(bound(q.shape, k.shape), keep=False)
+        assert kept.kept.out is plain
     plain, lse = blockwise(q, k, v, return_lse=True)
     (again, same), _ = blockwise_forward(q, k, v, return_lse=True)
     assert (plain.dtype, lse.dtype) == (again.dtype, same.dtype)
@@ -525,7 +531,10 @@ def test_long_heads_are_computed_together_if_their_blocks_are_small_and_the_same
     ("H", "L", "tiles"), [(1, 1024, 4), (1, 2048, 4), (1, 8192, 8), (2, 2048, 4), (4, 1024, 2), (8, 1024, 1)]
 )
 def test_few_heads_leave_enough_to_share(H, L, tiles):
-    assert len(_blocks.tiles_of(bound((H, L, 64), (H, L, 64), causal()), shared=True)[0]) == tiles
+    """Tiles of queries forwards, and of keys backwards."""
+    rows, cols = _blocks.tiles_of(bound((H, L, 64), (H, L, 64), causal()))
+    assert len(rows) == tiles
+    assert len(cols) >= tiles
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
@@ -536,8 +545,9 @@ def test_products_of_grouped_heads(rows, lead):
     x, y = rng.standard_normal((*lead, rows, 5)), rng.standard_normal((*groups, 50, 5))
     z = rng.standard_normal((*lead, rows, 50))
     each = np.repeat(y, 2, axis=-3) if lead else y  # of each head
-    got = tiled.times(x, y.swapaxes(-1, -2), np.empty((*lead, rows, 50)))
+    got = tiled.dots(x, y, np.empty((*lead, rows, 50)))
     assert np.allclose(got, np.einsum("...ld,...sd->...ls", x, each))
+    assert np.allclose(tiled.times(z, y, np.empty((*lead, rows, 5))), np.einsum("...ls,...sd->...ld", z, each))
     sums = np.einsum("...ls,...ld->...sd", z, x)
     if lead:
         sums = sums.reshape(*lead[:-1], 3, 2, 50, 5).sum(-3)
@@ -746,14 +756,25 @@ def test_half_precision_is_summed_up_in_single_where_attention_takes_over(monkey
     assert error.max() <= 2 * np.finfo(np.float16).eps * np.abs(want.v[0, :299].astype(float)).max()
 
 
-@pytest.mark.parametrize("L", [1, 2, 40])
+LAYOUTS = {
+    "C": lambda x: x,
+    "F": np.asfortranarray,
+    "between others": lambda x: np.concatenate([x, x], 1)[:, : x.shape[1]],
+    "backwards": lambda x: x[::-1],
+    "the same row": lambda x: np.broadcast_to(x[0], x.shape),
+}
+
+
+@pytest.mark.parametrize("L", [1, 2, 40, 1540])
 @pytest.mark.parametrize("D", [3, 8, 63, 64])
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e6])
-def test_weights_of_large_scores_add_up_to_1_backwards(L, D, size):
+@pytest.mark.parametrize(("S", "layout"), [(7, "C"), (600, "C"), *((20, layout) for layout in LAYOUTS)])
+def test_weights_of_large_scores_add_up_to_1_backwards(L, D, size, S, layout):
     """sum_j dv_j = sum_i dout_i: the weights of the backward are those of the forward, whatever the rounding of a score."""
     rng = np.random.default_rng(0)
-    q, k, v, dout = (rng.standard_normal((n, D), np.float32) for n in (L, 7, 7, L))
+    q, k, v, dout = (rng.standard_normal((n, D), np.float32) for n in (L, S, S, L))
     q *= np.float32(size)
+    k = LAYOUTS[layout](k)
     got = blockwise_backward(dout, blockwise_forward(q, k, v)[1])
     wide = dout.astype(np.float64)
     assert (np.abs(got.v.sum(0, np.float64) - wide.sum(0)) <= 3 * np.finfo(np.float32).eps * np.abs(wide).sum(0)).all()
