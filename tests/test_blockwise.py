@@ -366,6 +366,7 @@ class Blas:
         yield 3
         print("BLAS has its threads back")
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where this was started in the background it is ignored
 parallel.BLAS, main, done, busy, turns = Blas(), threading.main_thread(), [], [], parallel.Turns()
 
 def interrupt():
