@@ -78,7 +78,7 @@ def blockwise_forward(
 
 def attend_all(c: AttentionCache, keep: bool) -> tuple[Array, AttentionCache]:
     """out, and the cache. keep : the backward is to follow, whatever the caller writes into out"""
-    c = c._replace(k=by_rows(c.k), v=by_rows(c.v))
+    c = c._replace(k=by_rows(c.k))
     kept = np.empty((*c.q.shape[:-1], c.v.shape[-1]), c.computing)
     out = np.empty(kept.shape, c.q.dtype) if keep or c.q.dtype != c.computing else kept
     lse, total = (np.empty(c.q.shape[:-1], c.computing) for _ in range(2))
