@@ -213,7 +213,7 @@ class Positions:
     offset: Array | None = None
 
     @classmethod
-    def make(cls, op: str, q_pos: object, k_pos: object, align: object, offset: object) -> Positions:
+    def make(cls, op: str, q_pos: object, k_pos: object, align: Any, offset: object) -> Positions:
         check_one_of(op, "align", align, (None, "top_left", "bottom_right"))
         ways = [positions for positions in ((q_pos, k_pos), (align,), (offset,)) if any(x is not None for x in positions)]
         if len(ways) > 1:
@@ -222,7 +222,7 @@ class Positions:
             None if x is None else integers(op, name, x)
             for name, x in (("q_pos", q_pos), ("k_pos", k_pos), ("offset", offset))
         )
-        return cls(op, q, k, align, shift)  # type: ignore[arg-type]  # align was checked above
+        return cls(op, q, k, align, shift)
 
     def bind(self, shape: Shape) -> tuple[Array, Array]:
         """Positions of the queries, (..., H, L), and of the keys, (..., H, S), as views."""

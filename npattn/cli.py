@@ -387,6 +387,3 @@ def env_command(given: argparse.Namespace) -> int:
     return OK
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-

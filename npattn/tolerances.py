@@ -37,6 +37,9 @@ ROUNDING_STD = 0.43
 # what det counts; sigma counts u each, since a typical exp is far better.
 EXP_ULPS = 3.0
 
+# As for exp: tanh of the libraries was seen to be wrong by up to 2.
+TANH_ULPS = 2.0
+
 # dp - mean, + dlse, and the product with p are three more roundings.
 DELTA_ROUNDING = 3.0
 
@@ -50,3 +53,13 @@ GOOD_MAX = 16.0
 # The same as sequential accumulation in the inputs' precision: what our own kernels are held to.
 TIGHT_RMS = 1.5
 TIGHT_MAX = 8.0
+
+# A verdict counts only where the same judge would have rejected an error as large as this, relative; 16 units where something
+# is rounded more coarsely than that.
+PLANTED = 1e-3
+
+# A candidate does what a known mistake does if it is that near to it, in sigma, and nearer than to the reference by this
+# factor. The room above GOOD_RMS and GOOD_MAX is for changed problems that are a little worse conditioned than the one that
+# sigma is of; those that are much worse have to be far nearer.
+MATCH_RMS, MATCH_MAX, MATCH_NEARER = 6.0, 60.0, 3.0
+ROUGH_RMS, ROUGH_MAX, ROUGH_NEARER = 100.0, 2000.0, 1000.0

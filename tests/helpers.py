@@ -10,10 +10,7 @@ import numpy as np
 from oracles import attention_loops
 
 import npattn
-
-# |actual - expected| <= TEST_EPS * eps * (sum of the |terms| that make up the element): both sides round each term a
-# few times (product, exp, division, sum), half a unit each. 18 eps is 4e-15 in float64.
-TEST_EPS = 18.0
+from npattn.tolerances import TERMS_EPS
 
 SIZES = {
     "B": 2,
@@ -34,7 +31,7 @@ def abs_finite(x):
 
 
 def assert_close(actual, expected, terms, *, name="", dtype=None, computing=None):
-    """Raises where actual and expected differ by more than TEST_EPS * eps(dtype) * terms, or in their NaN and inf.
+    """Raises where actual and expected differ by more than TERMS_EPS * eps(dtype) * terms, or in their NaN and inf.
 
     dtype is actual's unless given. With ``computing`` the terms were summed in that dtype and rounded once to dtype.
     """
@@ -47,7 +44,7 @@ def assert_close(actual, expected, terms, *, name="", dtype=None, computing=None
     finite = np.isfinite(e)
     if actual.size == 0:
         return
-    bound = TEST_EPS * float(info(computing).eps) * np.broadcast_to(terms, e.shape) + float(
+    bound = TERMS_EPS * float(info(computing).eps) * np.broadcast_to(terms, e.shape) + float(
         info(computing).smallest_normal
     )
     if computing != dtype:  # rounded to nearest: half a unit in the last place

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import TEST_EPS
 
 import npattn
+from npattn.tolerances import TERMS_EPS
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -154,7 +154,7 @@ def test_the_truth_is_that_of_attention_in_pieces_and_whole(monkeypatch):
     out, cache = npattn.attention_forward(x.q, x.k, x.v, mask=npattn.causal())
     g = npattn.attention_backward(x.dout, cache)
     for name, whole in rivals.first(case, (out, g.q, g.k, g.v)).items():
-        assert np.abs(found[name] - whole).max() <= TEST_EPS * np.finfo(float).eps * np.abs(whole).max(), name
+        assert np.abs(found[name] - whole).max() <= TERMS_EPS * np.finfo(float).eps * np.abs(whole).max(), name
     assert set(truth(replace(case, backward=False))) == {"out"}
 
 
@@ -269,7 +269,7 @@ def test_a_worker_says_what_it_cannot():
 
 def test_fits():
     lengths = [1024, 2048, 4096]
-    rounding = TEST_EPS * np.finfo(float).eps * np.log(3.0 * lengths[-1] ** 2)  # of the logarithms, the largest
+    rounding = TERMS_EPS * np.finfo(float).eps * np.log(3.0 * lengths[-1] ** 2)  # of the logarithms, the largest
     slope, error = scaling.exponent(lengths, [3.0 * x**2 for x in lengths])
     assert slope == pytest.approx(2, rel=0, abs=rounding)
     assert error == pytest.approx(0, abs=rounding)

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from helpers import TEST_EPS
 
 from npattn import (
     Alibi,
@@ -40,6 +39,7 @@ from npattn import (
 )
 from npattn import _parallel as parallel
 from npattn._pairs import Bound
+from npattn.tolerances import TERMS_EPS
 
 tiled = sys.modules["npattn.blockwise"]  # the name npattn.blockwise is the function
 ENDS = 4096 * np.arange(9) * np.arange(1, 10) // 72  # of eight sequences, the last eight times as long as the first
@@ -845,7 +845,7 @@ def loops(out_a, lse_a, out_b, lse_b):
 def near(x, y, size):
     assert np.array_equal(np.isinf(x), np.isinf(y))
     finite = np.isfinite(y)
-    assert np.abs(x[finite] - y[finite]).max(initial=0) <= TEST_EPS * np.finfo(float).eps * size
+    assert np.abs(x[finite] - y[finite]).max(initial=0) <= TERMS_EPS * np.finfo(float).eps * size
 
 
 @pytest.mark.parametrize("cut", [0, 1, 4, 7])

@@ -8,11 +8,11 @@ import time
 import numpy as np
 import pytest
 
-from npattn.verify import CASES, PRECISIONS, Candidate, Settings, examine, load, mutants, verify
+from npattn.verify import PRECISIONS, Candidate, Settings, examine, load, mutant_attention, verify
+from npattn.verify.cases import BY_NAME
 from npattn.verify.conditions import CONDITIONED, CONDITIONS, examine_conditions
 from npattn.verify.rounded import rounded
 
-BY_NAME = {case.name: case for case in CASES}
 honest, honest_grads = rounded(PRECISIONS["float32"])
 
 
@@ -36,7 +36,8 @@ def is_judged_right(candidate, case="plain"):
 
 @pytest.mark.parametrize("case", CONDITIONED)
 @pytest.mark.parametrize(
-    "candidate", [load("blockwise"), mutants.candidate(), mutants.candidate("tiles"), Candidate("dense", honest, honest_grads)],
+    "candidate",
+    [*map(mutant_attention.candidate, ("dense", "tiles")), load("blockwise"), Candidate("dense", honest, honest_grads)],
     ids=["blockwise", "dense", "tiles", "rounded"],
 )  # fmt: skip
 def test_honest_ones_hold(candidate, case):

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npattn.verify import CASES, PRECISIONS, PRESETS, Candidate, CandidateError, Convention, Settings, examine, verify
+from npattn.verify import PRECISIONS, PRESETS, Candidate, CandidateError, Convention, Settings, examine, verify
+from npattn.verify.cases import BY_NAME
 from npattn.verify.conventions import FIELDS, parse
 from npattn.verify.rounded import rounded
 
-BY_NAME = {case.name: case for case in CASES}
 PAGE = (Path(__file__).parent.parent / "docs/conventions.md").read_text()
 
 

@@ -18,9 +18,9 @@ from oracles import attention_loops
 from npattn import attention_backward, attention_forward
 from npattn._pairs import quiet
 from npattn.masks import as_mask
-from npattn.verify import CASES, PRECISIONS, Candidate, Convention, Settings, diagnose, examine, mutants
+from npattn.verify import CASES, PRECISIONS, Candidate, Convention, Settings, diagnose, examine, mutant_attention
 from npattn.verify.candidates import canonical
-from npattn.verify.cases import SMALL, Case, draw
+from npattn.verify.cases import BY_NAME, SMALL, Case, draw
 from npattn.verify.conventions import FIELDS
 from npattn.verify.diagnose import UNKNOWN, Diagnostician, places
 from npattn.verify.errors import predict
@@ -29,8 +29,6 @@ from npattn.verify.mistakes import CHANGES
 from npattn.verify.precision import round_to
 from npattn.verify.rounded import rounded
 from npattn.verify.stages import facts, run
-
-BY_NAME = {case.name: case for case in CASES}
 
 
 def everything(
@@ -590,6 +588,6 @@ def test_what_has_no_name_is_localised():
 def test_another_implementation_is_diagnosed_alike():
     """The tiled one of the seeded bugs, which shares nothing with the stages."""
     owner = Diagnostician("bottom_right")
-    tested = mutants.candidate("tiles", align="bottom_right", forward="causal the other way")
+    tested = mutant_attention.candidate("tiles", align="bottom_right", forward="causal the other way")
     result = examine(tested, BY_NAME["causal bottom_right"], 0, Settings(power=False), owner)
     assert "causal runs the other way" in said(result.explanations)

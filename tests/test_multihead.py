@@ -7,7 +7,6 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from helpers import TEST_EPS
 from oracles import multi_head_loops
 
 import npattn
@@ -22,6 +21,7 @@ from npattn import (
     multi_head_backward,
     multi_head_forward,
 )
+from npattn.tolerances import TERMS_EPS
 
 B, H, G, L, S, D, E, M, Mk, Mv, OUT = 2, 4, 2, 3, 5, 6, 7, 8, 9, 10, 11
 
@@ -101,7 +101,7 @@ def test_forward_is_that_of_explicit_heads(lead, groups, implementation):
     expected = multi_head_loops(*x.values(), *p, num_heads=H, num_kv_heads=groups, allowed=allowed)
     expected = expected["out"] if isinstance(expected, dict) else expected
     size = np.abs(x["x_v"]).max() * np.abs(p.w_v).max() * np.abs(p.w_o).max() * H * E * Mv * 20
-    assert np.abs(out - expected).max() <= TEST_EPS * np.finfo(float).eps * size
+    assert np.abs(out - expected).max() <= TERMS_EPS * np.finfo(float).eps * size
     assert out.shape == (*lead, L, OUT)
     assert cache.attention.lse.shape == (*lead, H, L)
     assert np.array_equal(
@@ -158,7 +158,7 @@ def test_a_query_without_keys_gives_b_o_and_nothing_reaches_anything(implementat
 
 
 def near(x, y):
-    assert np.abs(x - y).max() <= TEST_EPS * np.finfo(float).eps * 100 * max(1.0, np.abs(y).max())
+    assert np.abs(x - y).max() <= TERMS_EPS * np.finfo(float).eps * 100 * max(1.0, np.abs(y).max())
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.longdouble])

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,18 +16,13 @@ from helpers import assert_close
 
 import npattn
 from npattn import GradcheckError, MultiHeadParams, RNNParams, gradcheck, multi_head_forward, rnn_forward
-from npattn.verify import Settings, diagnose, examine, mutants, selftest
-from npattn.verify.mutants import (
-    BY_NAME,
-    EQUIVALENT,
-    MULTI_HEAD_MUTANTS,
-    MUTANTS,
-    REPEATS,
-    RNN_MUTANTS,
-    bad_calls,
-    candidate,
-    make,
-)
+from npattn.verify import Settings, diagnose, examine, mutant_attention, mutant_layers, mutants, selftest
+from npattn.verify.cases import BY_NAME
+from npattn.verify.conventions import parse
+from npattn.verify.mistakes import CHANGES
+from npattn.verify.mutant_attention import candidate
+from npattn.verify.mutant_layers import MULTI_HEAD_MUTANTS, RNN_MUTANTS
+from npattn.verify.mutants import EQUIVALENT, MUTANTS, REPEATS, make
 
 FORWARD = ("out", "lse")
 BACKWARD_ONLY = [name for name, m in MUTANTS.items() if m.where == "backward"]
@@ -93,8 +89,8 @@ def test_the_honest_ones_hold_in_all_cases(implementation, align):
 
 def test_there_are_enough_of_each_kind():
     kinds = Counter(m.kind for table in (MUTANTS, RNN_MUTANTS, MULTI_HEAD_MUTANTS) for m in table.values())
-    kinds += Counter({"9": len(REPEATS), "11": len(bad_calls())})
-    assert set(kinds) == set(selftest.CLASSES) == {*map(str, range(1, 13)), "own"}
+    kinds += Counter({"9": len(REPEATS)})
+    assert set(kinds) == set(selftest.CLASSES)
     assert min(kinds.values()) >= 5
     assert len(MUTANTS) >= 70
     assert len(BACKWARD_ONLY) >= 30
@@ -104,8 +100,18 @@ def test_there_are_enough_of_each_kind():
         assert min(Counter(m.where for m in table.values()).values()) >= 5
 
 
+def test_what_names_a_bug_is_what_a_diagnosis_can_say():
+    """What no diagnosis ever says would leave a bug without a name, whatever is found out about it."""
+    names = {n for m in MUTANTS.values() for n in ((m.says,) if isinstance(m.says, str) else m.says or ()) if "*" not in n}
+    for convention in (n for n in names if re.fullmatch(r"\w+=\w+", n)):
+        parse(convention)
+        names = names - {convention}
+    state = {f"the {n} of an earlier call is used" for n in ("mask", "key_lengths", "scale")}
+    assert names - set(CHANGES) == state | {"dk is added to that of the call before"}
+
+
 def test_every_bad_line_is_in_a_table():
-    source = Path(mutants.__file__).read_text()
+    source = "".join(Path(str(module.__file__)).read_text() for module in (mutant_attention, mutant_layers))
     lines = set(re.findall(r'bug [!=]= f?"([^"]*)"', source)) | set(re.findall(r'"([^"]*)"', "".join(
         re.findall(r"bug not in \(([^)]*)\)", source))))  # fmt: skip
     lines = {line.replace("{name}", n) for line in lines for n in ("dk", "dv")}
@@ -139,9 +145,11 @@ def self_test(monkeypatch, names=None):
     """The verdict, the mark of each bug by its name, and the lines; of all bugs or of these."""
     # A search that may take as long as it needs: what is found does not depend on the machine.
     monkeypatch.setattr(diagnose, "time", SimpleNamespace(thread_time=lambda: 0.0))
-    for table in ("MUTANTS", "REPEATS", "MULTI_HEAD_MUTANTS", "RNN_MUTANTS"):
-        rows = getattr(mutants, table)
-        monkeypatch.setattr(mutants, table, {n: row for n, row in rows.items() if names is None or n in names})
+    for module, table in (
+        (mutants, "MUTANTS"), (mutants, "REPEATS"), (selftest, "MULTI_HEAD_MUTANTS"), (selftest, "RNN_MUTANTS"),
+    ):  # fmt: skip
+        rows = getattr(module, table)
+        monkeypatch.setattr(module, table, {n: row for n, row in rows.items() if names is None or n in names})
     lines: list[str] = []
     verdict = selftest.run_self_test(lines.append)
     marks = {line[18:71].strip(): line[2:12].strip() for line in lines if line.startswith("  ") and line[2] != " "}
@@ -216,6 +224,44 @@ def test_rejected_when_called_again(name):
     check_repeatable(candidate())
 
 
+class Call(NamedTuple):
+    """Arguments that have to be refused."""
+
+    text: str
+    q: Any
+    k: Any
+    v: Any
+    options: dict[str, Any]
+    cotangents: tuple[Any, Any] | None = None  # of the backward, which then has to refuse
+
+
+def bad_calls():
+    """By the bug that accepts it, forwards and backwards."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return rng.standard_normal(shape)
+
+    q, k, v, dout, dlse = normal(2, 2, 4, 3), normal(2, 2, 5, 3), normal(2, 2, 5, 3), normal(2, 2, 4, 3), normal(2, 2, 4)
+    additive = np.where(rng.random((4, 5)) < 0.7, 0.0, -np.inf)
+    return {
+        "accepts integers": Call("dtype int64", *(np.rint(x).astype(np.int64) for x in (q, k, v)), {}),
+        "accepts mixed dtypes": Call("k in float32", q, k.astype(np.float32), v, {}),
+        "shorter of k and v": Call("v longer than k", q, k, normal(2, 2, 6, 3), {}),
+        "accepts other heads of v": Call("one head of v", q, k, v[:, :1], {}),
+        "accepts heads that do not divide": Call("H = 3, G = 2", normal(2, 3, 4, 3), k, v, {}),
+        "accepts an additive mask": Call("mask of 0 and -inf", q, k, v, {"mask": additive}),
+        "accepts a mask of rank 3": Call("(B, L, S), lands on H", q, k, v, {"mask": rng.random((2, 4, 5)) < 0.7}),
+        "accepts softcap 0": Call("0 is not off", q, k, v, {"softcap": 0.0}),
+        "accepts a window of -1": Call("-1 is not no limit", q, k, v, {"window": (-1, 0)}),
+        "accepts lengths above S": Call("6 of 5 keys", q, k, v, {"key_lengths": np.array([6, 2])}),
+        "accepts a dropout probability": Call("no mask", q, k, v, {"dropout_mask": 0.1}),
+        "accepts one sink for all heads": Call("shape (1,)", q, k, v, {"sink": normal(1)}),
+        "accepts any dout that broadcasts": Call("dout of one head", q, k, v, {}, (dout[:, :1], None)),
+        "accepts any dlse that broadcasts": Call("dlse of one head", q, k, v, {}, (dout, dlse[:, :1])),
+    }
+
+
 def refuses(forward, backward, call):
     """Whether the call raises TypeError or ValueError."""
     try:
@@ -247,8 +293,8 @@ def of_package():
 @pytest.mark.parametrize("name", bad_calls())
 def test_bad_input_has_to_be_refused(name):
     call = bad_calls()[name]
-    assert refuses(*of_package(), call)
-    assert refuses(*of_candidate(candidate()), call)
+    assert refuses(*of_package(), call), call.text
+    assert refuses(*of_candidate(candidate()), call), call.text
     assert not refuses(*of_candidate(candidate(forward=name, backward=name)), call)
 
 
@@ -281,8 +327,8 @@ def rnn_inputs():
 
 def rnn_pair(forward=None, backward=None):
     return (
-        functools.partial(mutants.rnn_forward, lengths=LENGTHS, bug=forward),
-        functools.partial(mutants.rnn_backward, bug=backward),
+        functools.partial(mutant_layers.rnn_forward, lengths=LENGTHS, bug=forward),
+        functools.partial(mutant_layers.rnn_backward, bug=backward),
     )
 
 
@@ -323,8 +369,8 @@ def multi_head_mask():
 
 def multi_head_pair(forward=None, backward=None):
     return (
-        functools.partial(mutants.multi_head_forward, **SIZES, mask=multi_head_mask(), bug=forward),
-        functools.partial(mutants.multi_head_backward, bug=backward),
+        functools.partial(mutant_layers.multi_head_forward, **SIZES, mask=multi_head_mask(), bug=forward),
+        functools.partial(mutant_layers.multi_head_backward, bug=backward),
     )
 
 
@@ -336,10 +382,10 @@ def check_multi_head_forward(forward):
     # The same equations with |x| for x give the sums of |terms|; a weight rounds by eps * p (1 + its score).
     x_q, x_k, x_v, w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o = map(np.abs, given.values())
     repeat = SIZES["heads"] // SIZES["groups"]
-    q = mutants.split(x_q @ w_q + b_q, SIZES["heads"])
-    k, v = (np.repeat(mutants.split(x, SIZES["groups"]), repeat, 1) for x in (x_k @ w_k + b_k, x_v @ w_v + b_v))
-    s = (q @ mutants.swap(k)).max(-1, keepdims=True) * q.shape[-1] ** -0.5
-    terms = mutants.merge((cache.attention.weights * (1 + s)) @ v) @ w_o + b_o
+    q = mutant_layers.split(x_q @ w_q + b_q, SIZES["heads"])
+    k, v = (np.repeat(mutant_layers.split(x, SIZES["groups"]), repeat, 1) for x in (x_k @ w_k + b_k, x_v @ w_v + b_v))
+    s = (q @ mutant_layers.swap(k)).max(-1, keepdims=True) * q.shape[-1] ** -0.5
+    terms = mutant_layers.merge((cache.attention.weights * (1 + s)) @ v) @ w_o + b_o
     assert_close(forward(**given)[0], expected, terms, name="out")
 
 

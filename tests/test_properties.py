@@ -5,7 +5,6 @@ from __future__ import annotations
 from unittest import mock
 
 import numpy as np
-from helpers import TEST_EPS
 from hypothesis import assume, event, given
 from hypothesis import strategies as st
 from test_grid import check, leaves_two_keys
@@ -26,6 +25,7 @@ from npattn import (
     segments,
     window,
 )
+from npattn.tolerances import TERMS_EPS
 from npattn.verify.cases import OPTIONS, SMALL, compatible, draw
 
 EPS = np.finfo(np.float64).eps
@@ -55,13 +55,13 @@ def sizes(draw_):
 
 
 def close(got, expected, size, name=""):
-    """To TEST_EPS eps of ``size``, which bounds the sum of |terms| of an element; NaN and inf in the same places."""
+    """To TERMS_EPS eps of ``size``, which bounds the sum of |terms| of an element; NaN and inf in the same places."""
     got, expected = np.asarray(got), np.asarray(expected)
     assert got.shape == expected.shape, f"{name}: {got.shape}, expected {expected.shape}"
     same = (got == expected) | (np.isnan(got) & np.isnan(expected))
     with np.errstate(invalid="ignore"):
         error = np.where(same, 0.0, np.abs(got - expected))
-    assert error.max(initial=0.0) <= TEST_EPS * EPS * size, f"{name}: {error.max():.3g} beside a size of {size:.3g}"
+    assert error.max(initial=0.0) <= TERMS_EPS * EPS * size, f"{name}: {error.max():.3g} beside a size of {size:.3g}"
 
 
 def run(problem, implementation="dense", **changes):

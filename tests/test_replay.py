@@ -17,14 +17,13 @@ import npattn
 from npattn import attention_backward, attention_forward, cli
 from npattn.tolerances import TERMS_EPS
 from npattn.verify import CASES, PRECISIONS, Candidate, Case, Convention, Settings, examine, load
-from npattn.verify.cases import SMALL
+from npattn.verify.cases import BY_NAME, SMALL
 from npattn.verify.diagnose import Diagnostician
 from npattn.verify.precision import round_to
 from npattn.verify.replay import fails, save, shapes, shrink
 from npattn.verify.report import CASES_OF
 
 PAGE = (Path(__file__).parent.parent / "docs/verifying.md").read_text()
-BY_NAME = {case.name: case for case in CASES}
 OPTIONS = ("G < H", "E != D", "causal top_left", "mask array", "bias HLS", "negative scale", "softcap", "sink", "dropout_mask",
            "dlse")  # fmt: skip
 

@@ -18,7 +18,7 @@ import npattn
 from npattn import attention_forward, cli
 from npattn.tolerances import GOOD_MAX, GOOD_RMS, TIGHT_MAX, TIGHT_RMS
 from npattn.verify import CASES, PRECISIONS, Candidate, CandidateError, Case, Check, Result, load
-from npattn.verify.cases import SMALL
+from npattn.verify.cases import BY_NAME, SMALL
 from npattn.verify.conditions import CONDITIONED
 from npattn.verify.conventions import FIELDS, PRESETS
 from npattn.verify.diagnose import Explanation
@@ -30,7 +30,6 @@ from npattn.verify.rounded import rounded
 pytest_plugins = ["pytester"]
 
 PAGE = (Path(__file__).parent.parent / "docs/verifying.md").read_text()
-BY_NAME = {case.name: case for case in CASES}
 FEW = [BY_NAME[name] for name in ("plain", "softcap", "mask array", "sink", "softcap + dlse")]
 
 

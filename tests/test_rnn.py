@@ -6,10 +6,10 @@ import itertools
 
 import numpy as np
 import pytest
-from helpers import TEST_EPS
 from oracles import rnn_loops
 
 from npattn import RNNParams, gradcheck, rnn, rnn_backward, rnn_forward
+from npattn.tolerances import TERMS_EPS
 
 B, T, M, N = 3, 6, 4, 5
 LENGTHS = {"full": None, "ragged": np.array([4, 0, 6]), "one": np.array([1, 6, 2])}
@@ -66,7 +66,7 @@ def test_against_loops(lengths, nonlinearity):
         expected = np.asarray(e[name])
         # 6 steps of sums of 9 terms below 4 in size, through weights of spectral norm below 3
         size = 1e3 * (1 + np.abs(expected).max())
-        assert np.abs(value - expected).max() <= TEST_EPS * np.finfo(float).eps * size, name
+        assert np.abs(value - expected).max() <= TERMS_EPS * np.finfo(float).eps * size, name
     assert np.array_equal(rnn(**given, lengths=n, nonlinearity=nonlinearity), h)
 
 
@@ -87,7 +87,7 @@ def test_what_lies_after_the_length_reaches_nothing():
     g, g2 = rnn_backward(dh, cache), rnn_backward(bad, cache2)
     for a, b in zip((g.x, g.h0, *g.params), (g2.x, g2.h0, *g2.params), strict=True):
         assert np.isfinite(b).all()
-        assert np.abs(a - b).max() <= TEST_EPS * np.finfo(float).eps * 100
+        assert np.abs(a - b).max() <= TERMS_EPS * np.finfo(float).eps * 100
     assert not g2.x[after].any()
 
 

@@ -6,19 +6,20 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers import TEST_EPS
 from oracles import multi_head_loops, rnn_loops, softmax_loops
 
 import npattn
 from npattn import MultiHeadParams, RNNParams, convert
-from npattn.verify import layers, mutants
-from npattn.verify.layers import CASES, MISTAKES, LayerProblem
+from npattn.tolerances import GOOD_MAX, GOOD_RMS, TERMS_EPS
+from npattn.verify import layer_stages, layers, mutant_layers
+from npattn.verify.layer_mistakes import MISTAKES
+from npattn.verify.layers import CASES, LayerProblem
+from npattn.verify.mutant_layers import MULTI_HEAD_MUTANTS, RNN_MUTANTS
 from npattn.verify.precision import PRECISIONS, of_dtype
 
 ALL = [case for cases in CASES.values() for case in cases]
 LARGE = {"long", "M = 96", "N = 96", "long + lengths", "long, dh_last alone", "S = 1025", "S = 16384"}
 SMALL = [case for case in ALL if case.name not in LARGE]
-GOOD_RMS, GOOD_MAX = 3.0, 16.0
 
 
 def name_of(case):
@@ -303,7 +304,7 @@ def test_what_a_case_is_there_for():
 @pytest.mark.parametrize("case", ALL, ids=name_of)
 def test_stages_without_a_change_are_the_reference(case):
     wide = case.problem(1).astype(np.float64)
-    truth, found = wide.truth(PRECISIONS["float32"]), layers.run(wide)
+    truth, found = wide.truth(PRECISIONS["float32"]), layer_stages.run(wide)
     assert list(found) == list(truth.values)
     for name, want in truth.values.items():
         off = units(found[name][0], want, truth.sigma[name] * 2.0**-29)
@@ -312,8 +313,8 @@ def test_stages_without_a_change_are_the_reference(case):
 
 def test_every_seeded_bug_of_the_layers_is_known():
     known = set(MISTAKES["rnn"]) | set(MISTAKES["multi_head"])
-    assert {*mutants.RNN_MUTANTS, *mutants.MULTI_HEAD_MUTANTS} <= known
-    assert len(mutants.RNN_MUTANTS) + len(mutants.MULTI_HEAD_MUTANTS) == 53
+    assert {*RNN_MUTANTS, *MULTI_HEAD_MUTANTS} <= known
+    assert len(RNN_MUTANTS) + len(MULTI_HEAD_MUTANTS) == 53
 
 
 def rnn_problem():
@@ -339,32 +340,32 @@ def multi_head_problem():
 
 
 def seeded(problem, forward=None, backward=None):
-    """What the seeded bugs of tests/mutants.py return, by our names."""
+    """What the seeded bugs of `npattn.verify.mutant_layers` return, by our names."""
     inputs = dict(problem.inputs)
     inputs |= inputs.pop("params")._asdict()
     if problem.op == "rnn":
-        (h, h_last), cache = mutants.rnn_forward(**inputs, **problem.options, bug=forward)
-        grads = mutants.rnn_backward((problem.cotangents["dh"], problem.cotangents["dh_last"]), cache, bug=backward)
+        (h, h_last), cache = mutant_layers.rnn_forward(**inputs, **problem.options, bug=forward)
+        grads = mutant_layers.rnn_backward((problem.cotangents["dh"], problem.cotangents["dh_last"]), cache, bug=backward)
         outputs = {"h": h, "h_last": h_last}
     else:
         heads, groups, mask = problem.options.values()
-        out, cache = mutants.multi_head_forward(**inputs, heads=heads, groups=groups, mask=mask, bug=forward)
-        grads, outputs = mutants.multi_head_backward(problem.cotangents["dout"], cache, bug=backward), {"out": out}
+        out, cache = mutant_layers.multi_head_forward(**inputs, heads=heads, groups=groups, mask=mask, bug=forward)
+        grads, outputs = mutant_layers.multi_head_backward(problem.cotangents["dout"], cache, bug=backward), {"out": out}
     return outputs, {f"d{name}": x for name, x in grads.items()}
 
 
-ROWS = [("rnn", name) for name in mutants.RNN_MUTANTS] + [("multi_head", name) for name in mutants.MULTI_HEAD_MUTANTS]
+ROWS = [("rnn", name) for name in RNN_MUTANTS] + [("multi_head", name) for name in MULTI_HEAD_MUTANTS]
 
 
 @pytest.mark.parametrize(("op", "name"), ROWS)
 def test_mistakes_are_those_of_the_seeded_bugs(op, name):
     """Two independent implementations of the same mistake: the outputs of a forward's, the gradients of a backward's."""
     problem = rnn_problem() if op == "rnn" else multi_head_problem()
-    where = {"rnn": mutants.RNN_MUTANTS, "multi_head": mutants.MULTI_HEAD_MUTANTS}[op][name].where
+    where = {"rnn": RNN_MUTANTS, "multi_head": MULTI_HEAD_MUTANTS}[op][name].where
     outputs, grads = seeded(problem, **{where: name})
     found = MISTAKES[op][name](problem)
-    honest = layers.run(problem)
-    rounding = 4 * TEST_EPS * np.finfo(float).eps  # four products follow each other: into the heads, scores, values, out
+    honest = layer_stages.run(problem)
+    rounding = 4 * TERMS_EPS * np.finfo(float).eps  # four products follow each other: into the heads, scores, values, out
     for tensor, want in (outputs if where == "forward" else outputs | grads).items():
         np.testing.assert_allclose(found[tensor], want, rtol=0, atol=rounding * (1 + np.abs(want).max()), err_msg=tensor)
     assert any(not np.allclose(found[t], honest[t][0]) for t in (outputs if where == "forward" else grads))
@@ -401,7 +402,7 @@ DRAWN = [rnn_problem, square_problem, multi_head_problem, options_problem, every
 def test_gradients_of_a_mistaken_forward_are_its_own(drawn):
     """As automatic differentiation gives them: the derivative of what the mistaken forward returns, along one direction."""
     problem = drawn()
-    honest, step, h, tested = layers.run(problem), direction(problem, np.random.default_rng(1)), 1e-5, 0
+    honest, step, h, tested = layer_stages.run(problem), direction(problem, np.random.default_rng(1)), 1e-5, 0
     for name, mistake in MISTAKES[problem.op].items():
         found = mistake(problem)
         if not found or name in NOT_DERIVED or all(np.allclose(found[n], honest[n][0]) for n in problem.outputs):
@@ -465,11 +466,11 @@ def test_a_recurrent_layer_in_other_layouts(name):
     truth = problem.truth(PRECISIONS["float32"])
     takes = frozenset(["lengths", "nonlinearity", "dh_last"])
     for forward in (torch_layout, onnx_forward):
-        given, missing = layers.arguments(problem, forward, takes)
+        given, missing = layers.arguments(problem, takes)
         assert missing == []
         got = dict(zip(("h", "h_last"), layers.run_forward(problem, forward, given), strict=True))
         assert accepted(got, truth) == {"h", "h_last"}
-    given, missing = layers.arguments(problem, torch_backward, takes, True)
+    given, missing = layers.arguments(problem, takes, True)
     assert missing == []
     assert ("dh_last" in given) == ("dh_last" in problem.cotangents)
     assert accepted(layers.run_backward(problem, torch_backward, given), truth) == set(problem.gradients)
@@ -488,7 +489,7 @@ def test_multi_head_in_the_layout_of_torch():
     takes, tested = frozenset(["num_heads", "mask"]), 0
     for case in CASES["multi_head"]:
         problem = case.problem()
-        given, missing = layers.arguments(problem, forward, takes)
+        given, missing = layers.arguments(problem, takes)
         assert missing == [name for name in problem.options if name not in takes]
         if missing or case.name in LARGE:
             continue
@@ -507,7 +508,7 @@ def test_multi_head_in_the_layout_of_torch():
 
 def test_gradients_come_in_many_forms():
     problem = by_name("softmax", "mask").problem()
-    given, _ = layers.arguments(problem, npattn.softmax, frozenset(["mask"]))
+    given, _ = layers.arguments(problem, frozenset(["mask"]))
     want = package(problem)["dscores"]
     for returned in (want, (want,), {"dscores": want}, {"scores": want}, npattn.softmax_backward(
         problem.cotangents["dweights"], npattn.softmax_forward(**problem.inputs, **given)[1])):  # fmt: skip

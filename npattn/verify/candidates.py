@@ -79,7 +79,7 @@ class Candidate:
     def arguments(self, problem: Any, function: Callable[..., Any], backward: bool = False) -> tuple[dict[str, Any], list[str]]:
         """The keyword arguments of this problem in npattn's own form, and those that the function does not take."""
         if problem.op != "attention":
-            return layers.arguments(problem, function, keywords(function), backward)
+            return layers.arguments(problem, keywords(function), backward)
         takes, given = keywords(function), dict(problem.options)
         square, rest = problem.shape[-2] == problem.shape[-1], []
         alone = self.convention.mask_with_causal == "error" and any(p.keyword not in OWN_KEYWORDS for p in problem.parts)
@@ -285,7 +285,8 @@ def _function(name: str, like: str | None = None) -> Callable[..., Any]:
         module = getattr(module, part)
     if not callable(module):
         raise CandidateError(f"{name} is a {type(module).__name__}, expected a function")
-    return module  # type: ignore[no-any-return]
+    found: Callable[..., Any] = module
+    return found
 
 
 _LOADED: dict[str, Any] = {}

@@ -822,6 +822,7 @@ def _cases() -> list[Case]:
 
 
 CASES = _cases()
+BY_NAME = {case.name: case for case in CASES}
 
 
 def random_cases(seed: int, count: int) -> list[Case]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,9 @@ import numpy as np
 from npattn._checks import Array
 from npattn._pairs import quiet
 from npattn.masks import as_mask, key_lengths
-from npattn.verify.candidates import Candidate, canonical
+from npattn.verify.candidates import Candidate
 from npattn.verify.cases import Part, Problem, Truth
-from npattn.verify.judge import Check, Settings, accepts, call_backward, call_forward, units
+from npattn.verify.judge import Check, Settings, accepts, as_given, call_backward, call_forward, units
 from npattn.verify.precision import Precision, of_dtype
 
 CONDITIONED = ("plain", "causal top_left", "mask array", "key_lengths", "G < H", "bias BHLS", "sink", "dead rows", "dlse")
@@ -28,10 +28,7 @@ def examine_conditions(candidate: Candidate, case: Any, seed: int, settings: Set
     """The conditions of a case, if it is one of CONDITIONED; none where the candidate supports or returns nothing."""
     if case.name not in CONDITIONED or candidate.op != "attention":
         return []
-    problem, precision = case.problem(seed), settings.precision or of_dtype(case.problem(seed).dtype)
-    if settings.precision is not None:
-        problem, precision = problem.stored(precision), precision.declared()
-    problem = canonical(problem)
+    problem, precision = as_given(case, seed, settings)
     values = _call(candidate, problem)
     truth = candidate.truth(problem, precision)
     if truth is None or "out" not in values or values["out"].shape != truth.values["out"].shape:
@@ -245,7 +242,4 @@ def _hull(problem: Problem, truth: Truth, out: Array) -> Check:
     return Check("hull", "ok", level="tight")
 
 
-CONDITIONS: dict[str, Callable[..., Any]] = {
-    "repeat": _same, "other calls": _other, "threads": _threads, "strides": _strided, "batch size": _batch,
-    "masked places": _hidden, "hull": _hull,
-}  # fmt: skip
+CONDITIONS = ("repeat", "other calls", "threads", "strides", "batch size", "masked places", "hull")

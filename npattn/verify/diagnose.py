@@ -20,7 +20,8 @@ import numpy as np
 
 from npattn._checks import Array
 from npattn._pairs import quiet
-from npattn.verify import layers
+from npattn.tolerances import GOOD_RMS, MATCH_MAX, MATCH_NEARER, MATCH_RMS, ROUGH_MAX, ROUGH_NEARER, ROUGH_RMS
+from npattn.verify import layer_mistakes
 from npattn.verify.mistakes import CHANGES, MAKES_NAN, OF_NAN, UNPROTECTED
 from npattn.verify.precision import PRECISIONS, Precision, of_dtype, round_to
 from npattn.verify.stages import FORWARD_STAGES, Change, facts, run
@@ -78,11 +79,12 @@ def distance(got: Any, value: Array, sigma: Array) -> tuple[float, float]:
 def near(apart: tuple[float, float], before: float) -> bool:
     """Whether this is a match, for a tensor that is ``before`` sigma away from the reference.
 
-    Within rounding and clearly nearer than the reference; or, since a change may make the problem worse conditioned, a
-    thousand times nearer.
+    Within rounding and clearly nearer than the reference; or, since a change may make the problem worse
+    conditioned, far nearer.
     """
     rms, most = apart
-    return (rms <= 6 and most <= 60 and rms < before / 3) or (rms <= 100 and most <= 2000 and rms < before / 1000)
+    matches = rms <= MATCH_RMS and most <= MATCH_MAX and rms < before / MATCH_NEARER
+    return matches or (rms <= ROUGH_RMS and most <= ROUGH_MAX and rms < before / ROUGH_NEARER)
 
 
 UNKNOWN = "nothing that is known"
@@ -168,7 +170,7 @@ class Diagnostician:
         search = _Search(self, problem, given, sigma, got, base)
         found: list[Explanation] = search.nan(wrong)
         poisoned = {t for e in found for t in e.tensors}
-        everything, wrong = wrong, [t for t in wrong if search.before[t] > 3 and t not in poisoned]
+        everything, wrong = wrong, [t for t in wrong if search.before[t] > GOOD_RMS and t not in poisoned]
         forward: tuple[Change, ...] = ()
         if set(wrong) & set(FORWARD):
             more, forward = search.forward([t for t in FORWARD if t in wrong])
@@ -197,14 +199,14 @@ class Diagnostician:
         before = {t: distance(got[t], truth.values[t], sigma[t])[0] for t in returned}
         whole: list[tuple[float, str]] = []
         partly: dict[str, list[tuple[float, str]]] = {t: [] for t in wrong}
-        names = sorted(layers.MISTAKES[problem.op], key=lambda n: -self.known[n])
+        names = sorted(layer_mistakes.MISTAKES[problem.op], key=lambda n: -self.known[n])
         for name in names:
             try:
-                values = layers.MISTAKES[problem.op][name](problem)
+                values = layer_mistakes.MISTAKES[problem.op][name](problem)
             except CANNOT:
                 continue
             off = {t: distance(got[t], values[t], sigma[t]) if t in values else (np.inf, np.inf) for t in returned}
-            fits = {t: off[t][0] <= 6 if before[t] <= 3 else near(off[t], before[t]) for t in returned}
+            fits = {t: off[t][0] <= MATCH_RMS if before[t] <= GOOD_RMS else near(off[t], before[t]) for t in returned}
             if all(fits.values()):
                 whole.append((max(o[0] for o in off.values()), name))
             for t in wrong:
@@ -303,8 +305,8 @@ class _Search:
             if t not in values:
                 return np.inf
             apart = distance(self.got[t], values[t], self.sigma[t])
-            right = self.before[t] <= 3  # then it has to stay right
-            if not (apart[0] <= 6 if right else near(apart, self.before[t])):
+            right = self.before[t] <= GOOD_RMS  # then it has to stay right
+            if not (apart[0] <= MATCH_RMS if right else near(apart, self.before[t])):
                 return np.inf
             worst = max(worst, apart[0])
         return worst
@@ -411,14 +413,15 @@ class _Search:
             if (np.abs(off) <= near_one + 6 / np.sqrt(norm)).all() and most > 2 * unit:
                 self.row_factor = np.asarray(1 + off, np.float64)
         factor = self.row_factor
-        if factor is None or self.before.get("lse", 0.0) > 3:
+        if factor is None or self.before.get("lse", 0.0) > GOOD_RMS:
             return []
         forward = Change("rows", "weights", lambda x: x.weights * factor)  # and so Delta, if it is made of that output
         values = self.values([forward], backward=[*self.base, Change("rows", "p", lambda x: x.p * factor)])
         found, worst = [], 0.0
         for t in [t for t in wrong if t in values]:
             apart = distance(self.got[t], values[t], self.sigma[t])
-            if apart[0] <= 6 and apart[1] <= 60 and apart[1] < distance(self.got[t], right[t], self.sigma[t])[1] / 2:
+            unchanged = distance(self.got[t], right[t], self.sigma[t])
+            if apart[0] <= MATCH_RMS and apart[1] <= MATCH_MAX and apart[1] < unchanged[1] / 2:
                 found.append(t)
                 worst = max(worst, apart[0])
         name = "each row is off by a factor, as of exp(s - lse) with a rounded lse"
@@ -464,7 +467,7 @@ class _Search:
         if self.owner.left < 0 or any(n in self.owner.known for n in names):  # it rounds the same everywhere
             ends = tuple(n.partition(" ")[2] for n in self.owner.known if " rounded to " in n)
             names = {n: p for n, p in names.items() if n in self.owner.known or (n[:4] == "out " and n[4:] in ends)}
-        bad = {t for t in self.returned if self.before[t] > 3}
+        bad = {t for t in self.returned if self.before[t] > GOOD_RMS}
         sides = {t in FORWARD for t in wrong}
         found: list[tuple[float, Explanation]] = []
         for name, precision in names.items():
@@ -507,7 +510,7 @@ class _Search:
         right = self.values([]).get(tensor)
         if right is None or not np.isfinite(last).all():
             return False
-        return distance(self.got[tensor] - last, right, self.sigma[tensor])[0] <= 6
+        return distance(self.got[tensor] - last, right, self.sigma[tensor])[0] <= MATCH_RMS
 
     # -- backward
 
@@ -575,7 +578,7 @@ def _differ_in_nan(got: Array, right: Array, sigma: Array) -> bool:
     if (both == (np.isfinite(got) | np.isfinite(right))).all():
         return False
     rms, most = distance(np.where(both, got, 0), np.where(both, right, 0), np.where(both, sigma, 0))
-    return rms <= 6 and most <= 60
+    return rms <= MATCH_RMS and most <= MATCH_MAX
 
 
 def _median(sigma: Array) -> float:

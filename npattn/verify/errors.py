@@ -36,7 +36,7 @@ class Errors(NamedTuple):
     sink: Array | None = None
 
 
-class _Kind:
+class Rounding:
     """How errors add up: in quadrature (sigma) or one upon the other (det)."""
 
     def __init__(self, rigorous: bool, u: float, tiny: float) -> None:
@@ -132,7 +132,7 @@ def predict(
     c, out, grads : what the dense reference returned, in float64 or better
     """
     low = precision or of_dtype(dtype)
-    kind = _Kind(rigorous, low.u, float(np.finfo(low.dtype).smallest_normal))
+    kind = Rounding(rigorous, low.u, float(np.finfo(low.dtype).smallest_normal))
     unit, tiny = kind.unit, kind.tiny
     heads = c.q.shape[-3] if c.q.ndim > 2 else 1
     q, k, v = (_finite(each_head(x, heads, np.dtype(np.float64))) for x in (c.q, c.k, c.v))
@@ -295,7 +295,7 @@ def _dead(c: AttentionCache, error: Array) -> Array:
     return select(np.asarray(c.lse)[..., None] != -np.inf, error)
 
 
-def _grouped(kind: _Kind, error: Array, terms: Array, shape: tuple[int, ...]) -> Array:
+def _grouped(kind: Rounding, error: Array, terms: Array, shape: tuple[int, ...]) -> Array:
     """The error of the sum over the heads that read one group."""
     if error.shape == shape:
         return np.asarray(kind.add(error, 2 * kind.unit * terms))
@@ -305,7 +305,7 @@ def _grouped(kind: _Kind, error: Array, terms: Array, shape: tuple[int, ...]) ->
     return both[..., 0, :, :]
 
 
-def _reduced(kind: _Kind, terms: Array, error: Array, common: Array, like: Any) -> Any:
+def _reduced(kind: Rounding, terms: Array, error: Array, common: Array, like: Any) -> Any:
     """The error of a bias array's gradient: a sum over the axes along which it does not vary."""
     if not isinstance(like, np.ndarray):
         return None

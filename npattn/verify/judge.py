@@ -19,11 +19,10 @@ import numpy as np
 
 from npattn._checks import Array, kind
 from npattn._pairs import quiet
-from npattn.tolerances import GOOD_MAX, GOOD_RMS, TIGHT_MAX, TIGHT_RMS
-from npattn.verify import layers
+from npattn.tolerances import GOOD_MAX, GOOD_RMS, PLANTED, TIGHT_MAX, TIGHT_RMS
+from npattn.verify import layer_mistakes
 from npattn.verify.candidates import Candidate, canonical
 from npattn.verify.cases import Problem, Truth, dense_mask
-from npattn.verify.conventions import FIELDS
 from npattn.verify.diagnose import CANNOT, LARGE, UNKNOWN, Diagnostician, Explanation, places
 from npattn.verify.mistakes import CHANGES
 from npattn.verify.precision import PRECISIONS, Precision, of_dtype
@@ -31,7 +30,6 @@ from npattn.verify.rounded import rounded
 from npattn.verify.stages import Change, facts, run
 
 LEVELS = {"tight": (TIGHT_RMS, TIGHT_MAX), "good": (GOOD_RMS, GOOD_MAX)}  # and "bounded": no element above det
-PLANTED = 1e-3  # the relative error that a judge has to see; 16 units where something is rounded more coarsely than that
 
 
 @dataclass(frozen=True)
@@ -143,13 +141,10 @@ def compare(
         )
         text += f" (rms {rms:.3g}; {reached})"
     return Check(
-        tensor, "wrong", f"{text}; {places(letters or LETTERS.get(tensor, ''), WORDS, bad)}", rms, worst, index, reached
+        tensor, "wrong", f"{text}; {places(letters, WORDS, bad)}", rms, worst, index, reached
     )
 
 
-LETTERS = {
-    "out": "BHLE", "lse": "BHL", "dq": "BHLD", "dk": "BGSD", "dv": "BGSE", "dbias": "BHLS", "dsink": "H",
-}  # fmt: skip
 WORDS = {"B": "batch", "H": "heads", "G": "key heads", "L": "queries", "S": "keys", "T": "steps"}
 
 
@@ -215,7 +210,7 @@ def other_values(
     if problem.op != "attention":
         for name in LAYER_NEIGHBOURS[problem.op]:
             with contextlib.suppress(*CANNOT):
-                yield name, layers.MISTAKES[problem.op][name](problem)
+                yield name, layer_mistakes.MISTAKES[problem.op][name](problem)
         return
     large = math.prod(problem.shape) > LARGE
     if not math.prod(problem.shape):
@@ -340,13 +335,21 @@ def call_backward(candidate: Candidate, problem: Problem, values: dict[str, Any]
     return Outcome({**present, **wrong}, missing=lost)
 
 
+def as_given(case: Any, seed: int, settings: Settings) -> tuple[Any, Precision]:
+    """The problem of a case as a candidate sees it, and the class of precision that it is judged by."""
+    problem = case.problem(seed)
+    if settings.precision is None:
+        return canonical(problem), of_dtype(problem.dtype)
+    return canonical(problem.stored(settings.precision)), settings.precision.declared()
+
+
 def examine(
     candidate: Candidate, case: Any, seed: int = 0, settings: Settings | None = None,
     diagnostician: Diagnostician | None = None,
 ) -> Result:  # fmt: skip
     """Run one case and judge all that the candidate returns for it."""
     settings = settings or Settings()
-    problem = case.problem(seed)
+    problem, precision = as_given(case, seed, settings)
     result = Result(case.name, case.features, seed=seed)
     wanted = [*problem.outputs, *problem.gradients]
 
@@ -354,17 +357,13 @@ def examine(
         result.checks.extend(Check(t, status, text) for t in wanted)
         return result
 
-    precision = settings.precision or of_dtype(problem.dtype)
-    if settings.precision is not None and problem.dtype == np.float64 and precision.dtype != np.float64:
-        return all_of("not supported", f"float64 inputs, under {precision.name}")
-    if settings.precision is not None:
-        problem, precision = problem.stored(precision), precision.declared()
+    if settings.precision is not None and np.dtype(case.dtype) == np.float64 and precision.dtype != np.float64:
+        return all_of("not supported", f"float64 inputs, under {settings.precision.name}")
     reason = candidate.undefined(problem, case.features)
     if reason:
         return all_of("not supported", f"undefined by the convention {reason}")
     if problem.op == "attention" and problem.overflows(precision):
         return all_of("not supported", f"scores or dP overflow {precision.storage}")
-    problem = canonical(problem)
     forward = call_forward(candidate, problem)
     if forward.status:
         result.checks.append(
@@ -507,4 +506,4 @@ def _line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else ""
 
 
-__all__ = ["FIELDS", "LEVELS", "RULES", "Check", "Result", "Settings", "accepts", "compare", "examine", "power", "units"]
+__all__ = ["LEVELS", "RULES", "Check", "Result", "Settings", "accepts", "compare", "examine", "power", "units"]

@@ -213,8 +213,8 @@ def _jax() -> Pair:
         return jax.nn.dot_product_attention(q, k, v, bias, mask, key_value_seq_lengths=lengths, return_residual=True, **options)
 
     def pull(dout: Any, q: Any, k: Any, v: Any, bias: Any, mask: Any, lengths: Any, **options: Any) -> Any:
-        def out(*x: Any) -> Any:
-            return attend(*x, mask, lengths, **options)[0]  # type: ignore[call-arg]
+        def out(q: Any, k: Any, v: Any, bias: Any) -> Any:
+            return attend(q, k, v, bias, mask, lengths, **options)[0]
 
         return jax.vjp(out, q, k, v, bias)[1](dout)
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 import npattn
-from npattn.verify.candidates import Candidate, canonical
+from npattn.verify.candidates import Candidate
 from npattn.verify.cases import Truth, dense_mask
-from npattn.verify.judge import Result, Settings, call_backward, call_forward
-from npattn.verify.precision import Precision, of_dtype
+from npattn.verify.judge import Result, Settings, as_given, call_backward, call_forward
+from npattn.verify.precision import Precision
 from npattn.verify.report import examine_all
 
 
@@ -74,10 +74,7 @@ def shapes(case: Any, seed: int = 0) -> str:
 
 def save(path: Path, candidate: Candidate, case: Any, seed: int, settings: Settings, result: Result) -> None:
     """Everything about one case in an npz file: inputs and options as given, the truth, sigma, and what was returned."""
-    problem, precision = case.problem(seed), settings.precision or of_dtype(case.problem(seed).dtype)
-    if settings.precision is not None:
-        problem, precision = problem.stored(precision), precision.declared()
-    problem = canonical(problem)
+    problem, precision = as_given(case, seed, settings)
     arrays: dict[str, Any] = {**problem.inputs, **problem.cotangents}
     options, _ = candidate.arguments(problem, candidate.forward)
     if problem.op == "attention":

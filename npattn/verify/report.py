@@ -24,9 +24,7 @@ from npattn.verify.judge import LEVELS, RULES, Check, Result, Settings, call_for
 from npattn.verify.precision import PRECISIONS, Precision, round_to
 
 GRADIENTS = ("dq", "dk", "dv", "dbias", "dsink")
-CASES_OF: dict[str, list[Any]] = {
-    "attention": CASES, "multi_head": layers.MULTI_HEAD_CASES, "rnn": layers.RNN_CASES, "softmax": layers.SOFTMAX_CASES,
-}  # fmt: skip
+CASES_OF: dict[str, list[Any]] = {"attention": CASES, **layers.CASES}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Verify verified: every seeded bug has to be caught, and most of them named, by the very functions that judge a candidate.
 
-The bugs are those of `npattn.verify.mutants`: two implementations of attention and two layers with one bad line at a time, and
-roundings that are too coarse. What nobody can catch is listed there with its reason.
+The bugs are those of `npattn.verify.mutants` and `npattn.verify.mutant_layers`: two implementations of attention and two layers
+with one bad line at a time, and roundings that are too coarse. What nobody can catch is listed there with its reason.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from npattn.verify import layers, mutants
+from npattn.verify import layers, mutant_attention, mutants
 from npattn.verify.candidates import Candidate
-from npattn.verify.cases import CASES
+from npattn.verify.cases import BY_NAME
 from npattn.verify.conditions import examine_conditions
 from npattn.verify.diagnose import Diagnostician
 from npattn.verify.judge import Result, Settings, examine
+from npattn.verify.mutant_layers import MULTI_HEAD_MUTANTS, RNN_MUTANTS, LayerMutant, layer_candidate
 
 CLASSES = {
     "1": "causal and window alignment", "2": "mask meaning and order", "3": "broadcast, strides, layout, dtype",
     "4": "blocks and tails", "5": "softmax numerics and scale", "6": "dead rows, empty input, NaN", "7": "backward pass",
-    "8": "multi-head layer", "9": "state, in-place, threads", "10": "recurrent layer", "11": "bad input accepted",
+    "8": "multi-head layer", "9": "state, in-place, threads", "10": "recurrent layer",
     "12": "rounded too early, or a little wrong", "own": "more, mostly backwards",
 }  # fmt: skip
 BASICS = (
@@ -38,22 +39,19 @@ class Caught:
     kind: str
     name: str
     by: str = ""  # the case and tensor that caught it
-    said: tuple[str, ...] = ()  # what the diagnosis says
+    said: tuple[str, ...] = ()  # what the diagnosis says; of a bug that was not caught, what it is
     named: bool = False
 
 
 def self_test() -> Iterator[Caught]:
     """All seeded bugs, one after the other."""
-    by_name = {case.name: case for case in CASES}
     for name, mutant in mutants.MUTANTS.items():
-        yield _attention(mutant, mutants.make(name), [by_name[n] for n in mutant.cases], by_name)
+        yield _attention(mutant, mutants.make(name), [BY_NAME[n] for n in mutant.cases])
     for name in mutants.REPEATS:
-        yield _repeat(name, by_name)
-    for op, table, cases in (
-        ("multi_head", mutants.MULTI_HEAD_MUTANTS, layers.MULTI_HEAD_CASES), ("rnn", mutants.RNN_MUTANTS, layers.RNN_CASES),
-    ):  # fmt: skip
+        yield _repeat(name)
+    for op, table in (("multi_head", MULTI_HEAD_MUTANTS), ("rnn", RNN_MUTANTS)):
         for name, row in table.items():
-            yield _layer(op, name, row.kind, row.where, cases)
+            yield _layer(op, name, row)
 
 
 def _caught(kind: str, name: str, result: Result, is_named: Callable[[tuple[str, ...], list[str]], bool]) -> Caught | None:
@@ -66,18 +64,18 @@ def _caught(kind: str, name: str, result: Result, is_named: Callable[[tuple[str,
     return Caught(kind, name, f"{result.case}: {wrong[0].tensor}", said, named)
 
 
-def _attention(mutant: Any, tested: Candidate, cases: list[Any], by_name: dict[str, Any]) -> Caught:
+def _attention(mutant: Any, tested: Candidate, cases: list[Any]) -> Caught:
     """On its own cases, after a few on which most bugs do not show."""
     diagnostician = Diagnostician(tested.align, pairs=0)
     silent = Listener(diagnostician)
     for name in BASICS:
-        if by_name[name] not in cases:
-            examine(tested, by_name[name], 0, SETTINGS, silent)
+        if BY_NAME[name] not in cases:
+            examine(tested, BY_NAME[name], 0, SETTINGS, silent)
     for case in cases:
         found = _caught(mutant.kind, mutant.name, examine(tested, case, 0, SETTINGS, diagnostician), mutant.is_named)
         if found:
             return found
-    return Caught(mutant.kind, mutant.name)
+    return Caught(mutant.kind, mutant.name, said=(mutant.text,))
 
 
 class Listener(Diagnostician):
@@ -94,31 +92,32 @@ class Listener(Diagnostician):
         return []
 
 
-def _repeat(name: str, by_name: dict[str, Any]) -> Caught:
+def _repeat(name: str) -> Caught:
     """What is right as long as it is called once: the exact conditions catch it."""
-    tested = mutants.candidate(**({"forward": name} if name.startswith("out") else {"backward": name}))
-    for check in examine_conditions(tested, by_name["plain"], 0, SETTINGS):
+    tested = mutant_attention.candidate(**({"forward": name} if name.startswith("out") else {"backward": name}))
+    for check in examine_conditions(tested, BY_NAME["plain"], 0, SETTINGS):
         if check.status == "wrong":
             return Caught("9", name, f"plain: {check.tensor}", (check.text,), True)
-    return Caught("9", name)
+    return Caught("9", name, said=(mutants.REPEATS[name],))
 
 
-def _layer(op: str, name: str, kind: str, where: str, cases: list[Any]) -> Caught:
-    tested = mutants.layer_candidate(op, **{where: name})
-    for case in cases:
+def _layer(op: str, name: str, row: LayerMutant) -> Caught:
+    tested = layer_candidate(op, **{row.where: name})
+    for case in layers.CASES[op]:
         if case.name not in _honest(op):
             continue
-        found = _caught(kind, name, examine(tested, case, 0, SETTINGS, Diagnostician()), lambda said, texts: name in said)
+        found = _caught(row.kind, name, examine(tested, case, 0, SETTINGS, Diagnostician()), lambda said, texts: name in said)
         if found:
             return found
-    return Caught(kind, name)
+    return Caught(row.kind, name, said=(row.text,))
 
 
 @functools.cache
 def _honest(op: str) -> frozenset[str]:
     """The cases in which the layer without a bug holds: it knows nothing of NaN, for one."""
-    tested, cases = mutants.layer_candidate(op), {"multi_head": layers.MULTI_HEAD_CASES, "rnn": layers.RNN_CASES}[op]
-    return frozenset(c.name for c in cases if c.dtype == "float32" and examine(tested, c, 0, SETTINGS).status == "ok")
+    tested = layer_candidate(op)
+    cases = [c for c in layers.CASES[op] if c.dtype == "float32"]
+    return frozenset(c.name for c in cases if examine(tested, c, 0, SETTINGS).status == "ok")
 
 
 def run_self_test(line: Callable[[str], None]) -> bool:
