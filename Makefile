@@ -13,7 +13,7 @@ lint:
 	ruff check .
 
 type:
-	mypy --strict npattn
+	mypy --strict npattn benchmarks
 
 bench:  ## beside other libraries on this machine, an hour; --quick for a look
 	python -m benchmarks

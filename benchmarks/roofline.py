@@ -161,12 +161,12 @@ def listening() -> Iterator[Listener]:
     heard = Listener()
     modules = [m for name, m in list(sys.modules.items()) if name.startswith("npattn.") and getattr(m, "np", None) is np]
     for module in modules:
-        module.np = heard  # type: ignore[attr-defined]
+        vars(module)["np"] = heard
     try:
         yield heard
     finally:
         for module in modules:
-            module.np = np  # type: ignore[attr-defined]
+            vars(module)["np"] = np
 
 
 class Limits:

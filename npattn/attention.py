@@ -28,7 +28,7 @@ from npattn.softmax import normalize
 
 
 class AttentionCache(NamedTuple):
-    """What the backward needs: references to the inputs, the bound options, and what was computed."""
+    """What the backward needs: inputs (no copies; blockwise: k by rows), bound options, and what was computed."""
 
     q: Array  # (..., H, L, D)
     k: Array  # (..., G, S, D)
@@ -46,6 +46,7 @@ class AttentionCache(NamedTuple):
 
 
 class AttentionGrads(NamedTuple):
+    """The gradients of `attention`, in the shapes and dtypes of its inputs; None where there was no such input."""
     q: Array
     k: Array
     v: Array
@@ -127,10 +128,9 @@ def attention_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
         t = np.tanh(c.scale * (q @ swap(k)) / c.softcap)
         dscores = select(allowed, dscores * (1 - t * t))  # (2)
     sums = product(dscores, k, allowed)
-    dq = c.scale * sums  # (1)
+    dq = (c.scale * sums).astype(c.q.dtype, copy=False)  # (1)
     dk = c.scale * product(swap(dscores), q, allowed_t)  # (1)
     dscale = (q * sums).sum(where=sums != 0)  # (1): sum_ij dscores_ij q_i . k_j; a query without keys may be NaN
-    dq = dq.astype(c.q.dtype, copy=False)
     return AttentionGrads(dq, group_sum(dk, c.k), group_sum(dv, c.v), dbias, dsink, dscale)
 
 

@@ -67,9 +67,9 @@ def blockwise_forward(
 ) -> tuple[Any, AttentionCache]:  # fmt: skip
     """`npattn.attention_forward` without an array of L x S elements; ``cache.weights`` is None.
 
-    Beyond inputs and outputs it needs a copy of out, a few numbers a query, and some tiles a thread. Masks, biases and dropout
-    masks are asked for their tiles, and tiles without an allowed pair are skipped. The result does not depend on the number of
-    threads.
+    Beyond inputs and outputs it needs a copy of out (and of k, if it does not lie by rows), a few numbers a query, and some
+    tiles a thread. Masks, biases and dropout masks are asked for their tiles, and tiles without an allowed pair are skipped.
+    The result does not depend on the number of threads.
     """
     c = bind("blockwise", q, k, v, mask, bias, scale, softcap, sink, dropout_mask)
     out, cache = attend_all(c, keep=True)
@@ -525,6 +525,8 @@ def blockwise(
 
 
 class MergeCache(NamedTuple):
+    """What `merge_backward` needs."""
+
     out_a: Array  # (..., L, E), 0 where that part has no key; likewise out_b
     out_b: Array
     weight_a: Array  # (..., L, 1) share of that part in the sum of exp; 0 where it has no key
@@ -534,6 +536,8 @@ class MergeCache(NamedTuple):
 
 
 class MergeGrads(NamedTuple):
+    """The gradients of `merge`."""
+
     out_a: Array
     lse_a: Array
     out_b: Array

@@ -147,8 +147,12 @@ class _Pair:
         grads = self.backward(shaped, cache)
         if not hasattr(self.inputs, "_fields") and isinstance(self.inputs, (tuple, list)) and hasattr(grads, "_fields"):
             grads = tuple(grads)  # gradients in the order of the inputs
-        if isinstance(grads, tuple) and not hasattr(grads, "_fields") and isinstance(self.inputs, Mapping):
-            grads = dict(zip(self.inputs, grads, strict=False))
+        plain = isinstance(grads, (tuple, list)) and not hasattr(grads, "_fields")
+        if plain and not hasattr(self.inputs, "_fields") and len(grads) != len(self.inputs):
+            got, expected = len(grads), len(self.inputs)
+            raise GradcheckError(f"gradcheck: backward returns {got} gradients, expected one for each of {expected} inputs")
+        if plain and isinstance(self.inputs, Mapping):
+            grads = dict(zip(self.inputs, grads, strict=True))
         elif not isinstance(grads, (tuple, list, Mapping)):
             grads = (grads,) if not isinstance(self.inputs, Mapping) else {next(iter(self.inputs)): grads}
         return [np.asarray(_find(grads, name)) for name in self.names]
@@ -246,7 +250,8 @@ def gradcheck(
 
     forward    : ``forward(**inputs)`` (or ``forward(*inputs)``) -> (out, cache); out is an array or a tuple of arrays
     backward   : ``backward(dout, cache)`` -> gradients: NamedTuple or mapping with the names of the inputs, or in their order
-    inputs     : a mapping or sequence of float64 arrays, floats, NamedTuples of them, or bias objects; None is left out
+    inputs     : a mapping or sequence of arrays (float64 or longdouble), floats, NamedTuples of them, or bias objects; None is
+                 left out
     method     : "complex" or "central"
     zero       : names of the inputs whose gradient is zero by its mathematics
     terms      : for each name the largest sum of |terms| of one element, where rounding errors are judged against it

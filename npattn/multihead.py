@@ -54,6 +54,8 @@ class MultiHeadParams(NamedTuple):
 
 
 class MultiHeadCache(NamedTuple):
+    """What the backward needs: the inputs and what was computed of them."""
+
     x_q: Array
     x_k: Array
     x_v: Array
@@ -65,6 +67,8 @@ class MultiHeadCache(NamedTuple):
 
 
 class MultiHeadGrads(NamedTuple):
+    """The gradients of `multi_head`; those of params have its names."""
+
     x_q: Array
     x_k: Array
     x_v: Array

@@ -26,6 +26,8 @@ class RNNParams(NamedTuple):
 
 
 class RNNCache(NamedTuple):
+    """What the backward needs, and the last valid state."""
+
     x: Array  # (B, T, M)
     h0: Array | None  # (B, N)
     params: RNNParams
@@ -36,6 +38,8 @@ class RNNCache(NamedTuple):
 
 
 class RNNGrads(NamedTuple):
+    """The gradients of `rnn`; those of params have its names."""
+
     x: Array
     h0: Array  # also where h0 was None and stood for zeros
     params: RNNParams

@@ -48,12 +48,16 @@ def _scores(op: str, name: str, scores: object, mask: object) -> tuple[Array, Ar
 
 
 class SoftmaxCache(NamedTuple):
+    """What the backward of `softmax` and of `log_sum_exp` needs."""
+
     weights: Array  # (..., S), in the computing dtype
     allowed: Array | None  # (..., S)
     dtype: np.dtype[Any]
 
 
 class SoftmaxGrads(NamedTuple):
+    """The gradient of `softmax`."""
+
     scores: Array  # (..., S)
 
 
@@ -90,6 +94,8 @@ def softmax(scores: Array, *, mask: Any = None) -> Array:
 
 
 class LogSumExpGrads(NamedTuple):
+    """The gradient of `log_sum_exp`."""
+
     scores: Array  # (..., S)
 
 
@@ -123,6 +129,8 @@ def log_sum_exp(scores: Array, *, mask: Any = None) -> Array:
 
 
 class CrossEntropyCache(NamedTuple):
+    """What the backward of `cross_entropy` needs."""
+
     weights: Array  # (..., V) softmax of the logits, in the computing dtype
     targets: Array  # (...)
     counts: Array | None  # (...) the positions that count
@@ -131,6 +139,8 @@ class CrossEntropyCache(NamedTuple):
 
 
 class CrossEntropyGrads(NamedTuple):
+    """The gradient of `cross_entropy`."""
+
     logits: Array  # (..., V)
 
 

@@ -38,7 +38,7 @@ def is_judged_right(candidate, case="plain"):
 @pytest.mark.parametrize(
     "candidate",
     [*map(mutant_attention.candidate, ("dense", "tiles")), load("blockwise"), Candidate("dense", honest, honest_grads)],
-    ids=["blockwise", "dense", "tiles", "rounded"],
+    ids=["dense", "tiles", "blockwise", "rounded"],
 )  # fmt: skip
 def test_honest_ones_hold(candidate, case):
     wrong, made = conditions(candidate, case)

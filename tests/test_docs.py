@@ -98,5 +98,6 @@ def test_the_readme_links_to_the_forward_and_the_backward():
         assert lines[int(line) - 1].startswith(f"def attention_{name}(")
 
 
-def test_numbers_in_the_readme():
-    assert f"{len(CASES)} cases" in (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("page", ["README.md", "docs/verifying.md"])
+def test_number_of_cases(page):
+    assert {int(n) for n in re.findall(r"\b(\d+) cases\b", (ROOT / page).read_text())} - {150} == {len(CASES)}  # 150: --deep

@@ -211,8 +211,17 @@ def test_a_fast_oscillation_is_right_or_refused_but_not_called_wrong():
     for w in (1.0, 30.0, 300.0):
         for seed in range(5):
             x = np.random.default_rng(100 + seed).standard_normal(4)
-            forward = lambda x, w=w: (np.sin(w * x), x)  # noqa: E731
-            gradcheck(forward, lambda d, x, w=w: {"x": w * d * np.cos(w * x)}, {"x": x}, method="central", seed=seed)
+            gradcheck(
+                lambda x, w=w: (np.sin(w * x), x), lambda d, x, w=w: {"x": w * d * np.cos(w * x)}, {"x": x},
+                method="central", seed=seed,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("grads", [lambda d, c: (d, d, d), lambda d, c: [d]])
+@pytest.mark.parametrize("inputs", [{"x": np.ones(2), "y": np.ones(2)}, [np.ones(2), np.ones(2)]])
+def test_one_gradient_for_each_input(inputs, grads):
+    with pytest.raises(GradcheckError, match="gradients, expected one for each of 2 inputs"):
+        gradcheck(lambda x, y: (x + y, None), grads, inputs)
 
 
 def test_nothing_tested_is_refused():
@@ -266,12 +275,18 @@ def _along(inputs, seed):
 
 def test_hessian_is_symmetric_and_is_the_derivative_of_the_gradient():
     forward = functools.partial(attention_forward, mask=causal(align="bottom_right"), softcap=1.5, return_lse=True)
-    backward = lambda d, c: attention_backward(d[0], c, d[1])  # noqa: E731  # the pair as a pair
+
+    def backward(douts, cache):  # the pair as a pair
+        return attention_backward(douts[0], cache, douts[1])
+
     dout = rng.standard_normal((2, 3, 6)), rng.standard_normal((2, 3))
     u, w = _along(INPUTS, 1), _along(INPUTS, 2)
     Hu = hessian_vector_product(forward, backward, INPUTS, u, dout)
     Hw = hessian_vector_product(forward, backward, INPUTS, w, dout)
-    dot = lambda a, b: sum(float((a[n] * b[n]).sum()) for n in a)  # noqa: E731
+
+    def dot(a, b):
+        return sum(float((a[n] * b[n]).sum()) for n in a)
+
     size = sum(float(np.abs(w[n] * Hu[n]).sum()) for n in w)
     assert abs(dot(w, Hu) - dot(u, Hw)) <= GRADCHECK_EPS * np.finfo(float).eps * size
     assert abs(dot(w, Hu)) > 1e-3 * size

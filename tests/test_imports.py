@@ -81,6 +81,7 @@ def test_all_names_exist_and_are_documented():
     for name in npattn.__all__:
         thing = getattr(npattn, name)
         assert thing.__doc__, name
+        assert not thing.__doc__.startswith(f"{name}("), f"{name} has the docstring that NamedTuple makes"
 
 
 def test_attention_reads_as_one_page():
