@@ -109,7 +109,7 @@ class ForeignMask(Bound):
         tile = np.asarray(self.mask.tile(index, rows, cols))
         if tile.dtype != np.bool_:
             raise TypeError(f"{self.op}: mask.tile returns dtype {tile.dtype}, expected bool (True = may attend)")
-        return tile
+        return np.atleast_2d(tile)
 
     def dense(self) -> Array:
         return np.asarray(self.mask.dense()) if hasattr(self.mask, "dense") else super().dense()
@@ -161,7 +161,7 @@ def bind_dropout(op: str, mask: object, shape: Shape, dtype: np.dtype[Any], comp
     real = np.empty(0, computing).real.dtype
     mask = check_other_dtype(op, "dropout_mask", mask, real if dtype.kind == "c" else dtype, real)
     view = broadcast_pairs(op, "dropout_mask", mask, shape)
-    if mask.size and not (mask.real.min() >= 0 and np.isfinite(mask).all()):
+    if mask.size and not (mask.min() >= 0 and mask.max() < np.inf):  # not so for NaN
         raise ValueError(f"{op}: dropout_mask reaches from {mask.min()} to {mask.max()}, {expected}")
     return DenseBound(view)
 

@@ -33,8 +33,7 @@ class _Blas:
                 self.libraries = libraries()
             if not self.users:
                 self.threads = [x.num_threads or 1 for x in self.libraries]
-                for x in self.libraries:
-                    x.set_num_threads(1)
+                self.limit([1] * len(self.threads))
             self.users += 1
         try:
             yield max(self.threads, default=1)
@@ -42,8 +41,16 @@ class _Blas:
             with self.lock:
                 self.users -= 1
                 if not self.users:
-                    for x, n in zip(self.libraries or (), self.threads, strict=True):
-                        x.set_num_threads(n)
+                    self.limit(self.threads)
+
+    def limit(self, threads: list[int]) -> None:
+        """So many threads for each library. For OpenBLAS threadpoolctl 3.8 lets one thread of a process do that, and calls of
+        others do nothing: but it may be any thread that calls us, and another one that is last."""
+        for x, n in zip(self.libraries or (), threads, strict=True):
+            anybody = getattr(x, "clear_controlling_thread", lambda **_: None)
+            anybody(force=True)
+            x.set_num_threads(n)
+            anybody(force=True)
 
 
 def libraries() -> list[Any]:

@@ -28,7 +28,7 @@ from npattn.softmax import normalize
 
 
 class AttentionCache(NamedTuple):
-    """What the backward needs: inputs (no copies; blockwise: k by rows), bound options, and what was computed."""
+    """What the backward needs: references to the inputs, the bound options, and what was computed."""
 
     q: Array  # (..., H, L, D)
     k: Array  # (..., G, S, D)

@@ -67,14 +67,18 @@ class ParameterBound(Bound):
 
 class ArrayBound(ParameterBound):
     def __init__(self, op: str, bias: Array, shape: Shape) -> None:
-        super().__init__(None, bias, shape)
+        self.shape, self.dtype, self.computing = shape, bias.dtype, check_dtype("bias", bias=bias)
         self.view = broadcast_pairs(op, "bias", bias, shape)
+        self.own = bias.shape
         # The gradient is summed over the axes along which the bias does not vary: a view of it with the full rank.
         self.full = (1,) * (len(shape) - bias.ndim) + bias.shape
 
     def tile(self, index: Index, rows: slice, cols: slice) -> Array:
         result: Array = self.view[index][..., rows, cols]
         return result
+
+    def new_gradient(self) -> Array:
+        return np.zeros(self.own, self.computing)
 
     def add_gradient(self, total: Array, index: Index, rows: slice, cols: slice, dscores: Array) -> None:
         here = total.reshape(self.full)  # a view: total is contiguous

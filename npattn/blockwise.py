@@ -67,9 +67,9 @@ def blockwise_forward(
 ) -> tuple[Any, AttentionCache]:  # fmt: skip
     """`npattn.attention_forward` without an array of L x S elements; ``cache.weights`` is None.
 
-    Beyond inputs and outputs it needs a copy of out (and of k, if it does not lie by rows), a few numbers a query, and some
-    tiles a thread. Masks, biases and dropout masks are asked for their tiles, and tiles without an allowed pair are skipped.
-    The result does not depend on the number of threads.
+    Beyond inputs and outputs it needs a copy of out, a few numbers a query, and some tiles a thread. Masks, biases and dropout
+    masks are asked for their tiles, and tiles without an allowed pair are skipped. The result does not depend on the number of
+    threads.
     """
     c = bind("blockwise", q, k, v, mask, bias, scale, softcap, sink, dropout_mask)
     out, cache = attend_all(c, keep=True)
@@ -78,7 +78,7 @@ def blockwise_forward(
 
 def attend_all(c: AttentionCache, keep: bool) -> tuple[Array, AttentionCache]:
     """out, and the cache. keep : the backward is to follow, whatever the caller writes into out"""
-    c = c._replace(k=by_rows(c.k))
+    given, c = c, c._replace(k=by_rows(c.k))
     kept = np.empty((*c.q.shape[:-1], c.v.shape[-1]), c.computing)
     out = np.empty(kept.shape, c.q.dtype) if keep or c.q.dtype != c.computing else kept
     lse, total = (np.empty(c.q.shape[:-1], c.computing) for _ in range(2))
@@ -100,7 +100,7 @@ def attend_all(c: AttentionCache, keep: bool) -> tuple[Array, AttentionCache]:
 
     tasks = [(heads, parts) for parts in reversed(of_rows) for heads in bundles(c)]
     share(work, tasks, lambda: Tiles(c.computing), most=1 if small(c) else None)
-    return out, c._replace(lse=lse, kept=Kept(kept, total))
+    return out, given._replace(lse=lse, kept=Kept(kept, total))
 
 
 def attend(
@@ -110,8 +110,10 @@ def attend(
 
     steady : m stays 0, and None is returned where that loses digits, too
     """
-    q = c.q[heads.index][..., rows, :].astype(c.computing, copy=False)
-    q = np.multiply(c.scale, q, out=tiles.take(0, *q.shape))
+    given = c.q[heads.index][..., rows, :].astype(c.computing, copy=False)
+    q = np.multiply(c.scale, given, out=tiles.take(0, *given.shape))
+    if abs(c.scale) > 1 and (np.isfinite(given) & ~np.isfinite(q)).any():
+        return None  # where scale (q . k) may be a number
     n, E = q.shape[:-2], c.v.shape[-1]
     k, v = c.k[heads.group], c.v[heads.group]
     sink = sink_of(c, heads)
@@ -161,8 +163,8 @@ def attend(
 @quiet
 def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = None) -> AttentionGrads:
     """`npattn.attention_backward` without an array of L x S elements, and independent of the number of threads."""
-    c = cache
-    check_cotangents("blockwise", c, dout, dlse)
+    check_cotangents("blockwise", cache, dout, dlse)
+    c = cache._replace(k=by_rows(cache.k))
     of_rows, of_cols = tiles_of(c)
     known = Known(
         np.empty((*dout.shape[:-1], dout.shape[-1] + 1), c.computing), *(np.empty_like(c.kept.total) for _ in range(2))
@@ -277,7 +279,8 @@ def differentiate(
 ) -> None:  # fmt: skip
     """dk and dv of some keys of one group (or of small heads), and what these keys give to dq and dbias."""
     D, E = c.k.shape[-1], c.v.shape[-1]
-    k, v = (finite_rows(x[group[0].group][..., cols, :], tiles, n, more) for x, n, more in ((c.k, 0, 0), (c.v, 1, 1)))
+    k = c.k[group[0].group][..., cols, :].astype(c.computing, copy=False)
+    finite_k, v = only(finite_or_not(k), k), with_ones(c.v[group[0].group][..., cols, :], tiles)
     sum_k, sum_v = tiles.take(2, *k.shape[:-1], D), tiles.take(3, *v.shape[:-1], E)
     sum_k[...], sum_v[...] = 0, 0
     for heads, i in itertools.product(group, range(len(plans[group[0].pattern]))):
@@ -289,7 +292,7 @@ def differentiate(
             q_i, do_i, k_j, v_j = scaled_queries(c, heads, rows, tiles), do[..., rows, :], k[..., near, :], v[..., near, :]
             n, high, wide = q_i.shape[:-2], rows.stop - rows.start, near.stop - near.start
             s, dp = tiles.take(4, *n, high, wide), tiles.take(5, *n, high, wide)
-            dots(q_i, k_j, s)  # (1), as in the forward: another product could differ in the last bit of a large score
+            dots(q_i, k_j, s)  # (1), of the same arrays as forwards: the last bit of a large score counts
             if c.softcap is not None:
                 s /= c.softcap
                 t = np.tanh(s, out=tiles.take(6, *n, high, wide))
@@ -318,7 +321,7 @@ def differentiate(
                 ds *= np.subtract(1, t, out=t)  # (2)
                 pairs.select(ds, t)
             sum_k[..., near, :] += sum_rows(ds, q_i, tiles.take(8, *k.shape[:-2], wide, D))  # (1)
-            of_q = times(ds, k_j, tiles.take(9, *n, high, D))  # (1)
+            of_q = times(ds, finite_k[..., near, :], tiles.take(9, *n, high, D))  # (1)
             turns.wait((heads.number, i), earlier)
             dq[heads.index][..., rows, :] += of_q
         if row[j]:
@@ -364,9 +367,10 @@ class Tiles:
 
 
 def by_rows(x: Array) -> Array:
-    """x, as BLAS reads it row by row, or a copy: otherwise scores would be rounded in another way than backwards."""
-    row = x.shape[-1] * x.itemsize
-    return x if x.strides[-1] == x.itemsize and (x.strides[-2] >= row or x.shape[-2] == 1) else np.ascontiguousarray(x)
+    """x, or a copy where BLAS cannot read it row by row."""
+    row, one = x.strides[-2:]
+    fits = x.flags.aligned and one == x.itemsize and row % one == 0 and row >= x.shape[-1] * one
+    return x if fits else np.ascontiguousarray(x)
 
 
 def times(x: Array, y: Array, out: Array) -> Array:
@@ -407,10 +411,10 @@ def total_of(z: Array, shift: Array, lse: Array) -> Array:
     return total.astype(z.dtype)
 
 
-def finite_rows(x: Array, tiles: Tiles, number: int, more: int) -> Array:
-    """A copy of x, and 0 in rows that are not finite, which nobody sees; with so many columns of ones behind it."""
-    result, n = tiles.take(number, *x.shape[:-1], x.shape[-1] + more), x.shape[-1]
-    result[..., :n], result[..., n:] = only(finite_or_not(x), x), 1
+def with_ones(x: Array, tiles: Tiles) -> Array:
+    """[x, 1], and 0 in rows of x that are not finite, which nobody sees."""
+    result = tiles.take(1, *x.shape[:-1], x.shape[-1] + 1)
+    result[..., :-1], result[..., -1] = only(finite_or_not(x), x), 1
     return result
 
 

@@ -384,6 +384,15 @@ def multi_head_loops(
 # --- masks -----------------------------------------------------------------------------------------------------------
 
 
+def alibi_loops(slopes, shape, align):
+    """A dense bias of shape (..., H, L, S): -slope |q_pos - k_pos|, pair by pair."""
+    result = np.zeros(shape)
+    for at in np.ndindex(*shape):
+        h, i, j = at[-3] if len(shape) > 2 else 0, at[-2], at[-1]
+        result[at] = -float(slopes[h]) * abs(i + (shape[-1] - shape[-2] if align == "bottom_right" else 0) - j)
+    return result
+
+
 def mask_loops(kind, shape, **options):
     """A dense boolean mask of shape (..., H, L, S), pair by pair. ``kind`` is the name of the package's mask.
 

@@ -19,7 +19,7 @@ from helpers import (
     qkv,
     random,
 )
-from oracles import attention_loops, attention_mpmath, from_mp, mask_loops
+from oracles import alibi_loops, attention_loops, attention_mpmath, from_mp, mask_loops
 
 import npattn
 from npattn import Alibi, alibi_slopes, causal, gradcheck, hessian_vector_product, key_lengths, window
@@ -145,7 +145,7 @@ def test_masks_and_biases_that_are_objects(implementation):
         & mask_loops("key_lengths", shape, n=[9, 6])
     )
     bias = Alibi(alibi_slopes(H), align="bottom_right")
-    values = bias.bind(shape).dense()
+    values = alibi_loops(bias.slopes, shape, "bottom_right")
     result = check_attention(
         implementation, x, mask=mask, allowed=allowed, bias=bias, values=values, dropout_mask=dropped(shape)
     )
@@ -192,6 +192,20 @@ def test_objects_of_the_callers_own(implementation):
     check_attention(implementation, x, mask=Checkerboard(allowed), dropout_mask=drop, allowed=allowed)
     check_attention(implementation, x, mask=Checkerboard(allowed) & causal(align="top_left"),
                     allowed=allowed & mask_loops("causal", shape, align="top_left"))  # fmt: skip
+
+
+@EACH
+@pytest.mark.parametrize("tile", [lambda cols: True, lambda cols: np.arange(S)[cols] < 3], ids=["one number", "a row of keys"])
+def test_a_tile_of_the_callers_own_may_be_what_broadcasts(implementation, tile):
+    class Own:
+        def bind(self, shape):
+            return self
+
+        def tile(self, index, rows, cols):
+            return tile(cols)
+
+    x = qkv()
+    check_attention(implementation, x, mask=Own(), allowed=np.broadcast_to(tile(slice(None)), pair_shape(x)))
 
 
 @EACH
@@ -848,7 +862,8 @@ def test_sizes_with_objects(implementation, edge):
         "window", shape, left=2, right=None, align="top_left"
     )
     bias = Alibi(random((heads,), 1), align="top_left")
-    result = check_attention(implementation, x, mask=mask, allowed=allowed, bias=bias, values=bias.bind(shape).dense())
+    values = alibi_loops(bias.slopes, shape, "top_left")
+    result = check_attention(implementation, x, mask=mask, allowed=allowed, bias=bias, values=values)
     assert result["grads"].bias.slopes.shape == (heads,)
 
 

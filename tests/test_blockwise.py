@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -300,6 +301,41 @@ def test_blas_gets_its_threads_back():
             assert inner == n
         assert {lib.num_threads for lib in libraries} == {1}
     assert [lib.num_threads for lib in libraries] == before
+
+
+FROM_OTHER_THREADS = """
+import threading, time
+from concurrent.futures import ThreadPoolExecutor
+import numpy as np
+import threadpoolctl
+from npattn import blockwise_forward, where
+
+(blas, *_) = threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
+x, seen = np.random.default_rng(0).standard_normal((2, 6, 600, 16), np.float32), []
+mask = where(lambda i, j: (seen.append(blas.num_threads), j <= i)[1])
+
+def call(seconds):
+    time.sleep(seconds)
+    seen.clear()
+    return blockwise_forward(x, x, x, mask=mask)[0].tobytes()
+
+first = call(0)
+print(set(seen[2:]), end=" ")  # at first it is only bound
+with ThreadPoolExecutor(3) as pool:
+    print(pool.submit(call, 0).result() == first, set(seen[2:]), end=" ")  # one thread called before, and is alive
+    list(pool.map(call, (0, 0.01, 0.02)))  # who begins does not end
+    print(blas.num_threads, end=" ")
+print(call(0) == first, set(seen[2:]), blas.num_threads)
+"""
+
+
+def test_blas_is_limited_and_freed_whoever_calls():
+    pytest.importorskip("threadpoolctl", reason="needs the fast extra: pip install npattn[fast]")
+    done = subprocess.run(
+        [sys.executable, "-c", FROM_OTHER_THREADS], capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "2"},
+    )  # fmt: skip
+    assert done.stdout.split() == ["{1}", "True", "{1}", "2", "True", "{1}", "2"], done.stdout + done.stderr
 
 
 def test_without_threadpoolctl_there_is_one_thread_of_ours(monkeypatch):
@@ -779,6 +815,54 @@ def test_weights_of_large_scores_add_up_to_1_backwards(L, D, size, S, layout):
     got = blockwise_backward(dout, blockwise_forward(q, k, v)[1])
     wide = dout.astype(np.float64)
     assert (np.abs(got.v.sum(0, np.float64) - wide.sum(0)) <= 3 * np.finfo(np.float32).eps * np.abs(wide).sum(0)).all()
+
+
+def among_others(x):
+    """x as a field of records: rows of an odd number of bytes."""
+    records = np.zeros(x.shape[:-1], np.dtype([("x", x.dtype, x.shape[-1:]), ("tag", np.int8)]))
+    records["x"] = x
+    return records["x"]
+
+
+@pytest.mark.parametrize("D", [1, 2, 3, 5, 8, 16])
+@pytest.mark.parametrize("L", [1, 2, 513])
+@pytest.mark.parametrize("S", [20, 300])
+@pytest.mark.parametrize("layout", [
+    lambda x: x, lambda x: np.ascontiguousarray(x.swapaxes(0, 1)).swapaxes(0, 1), among_others, lambda x: x[:, ::-1],
+    lambda x: np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2),
+], ids=["by heads", "heads in a row", "among others", "backwards", "columns"])  # fmt: skip
+def test_the_weights_backwards_are_those_of_the_forward(layout, S, L, D):
+    """To the last bits, though scores of 1e6 are rounded by 0.1: BLAS has to get the same arrays, or copies, both times."""
+    rng, heads = np.random.default_rng(0), 60 if L < 3 else 3
+    q, k = (1e3 * rng.standard_normal((heads, n, D), np.float32) for n in (L, S))
+    k = layout(k)
+    weights = blockwise(q, k, np.broadcast_to(np.eye(S, dtype=np.float32), (heads, S, S)))
+    _, cache = blockwise_forward(q, k, np.zeros((heads, S, L), np.float32))
+    dv = blockwise_backward(np.broadcast_to(np.eye(L, dtype=np.float32), (heads, L, L)), cache).v
+    assert np.abs(weights - dv.swapaxes(1, 2)).max() <= 8 * np.finfo(np.float32).eps
+    assert cache.k is k
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 1000.0}, {"sink": np.float32([-1e9])}])
+@pytest.mark.parametrize(
+    ("q", "k", "scale"), [(1e30, [-1e-30, -3e-30], 1e10), (1e20, [2e-38, 9e-38], 1e20), (3e38, [-1, 2], 2.0)]
+)
+def test_scale_q_may_overflow_where_the_scores_do_not(q, k, scale, options):
+    q, k, v, dout = (np.asarray(x, np.float32).reshape(-1, 1) for x in (q, k, [1, 3], 1))
+    (out, lse), cache = blockwise_forward(q, k, v, scale=scale, return_lse=True, **options)
+    (want, want_lse), reference = attention_forward(q, k, v, scale=scale, return_lse=True, **options)
+    grads, expected = blockwise_backward(dout, cache), attention_backward(dout, reference)
+    for got, true in zip((out, lse, *grads[:3]), (want, want_lse, *expected[:3]), strict=True):
+        assert np.allclose(got, true, 64 * np.finfo(np.float32).eps, 0, equal_nan=True)
+
+
+def test_a_bias_and_a_dropout_mask_are_not_copied():
+    L, D = 2048, 8
+    x, pairs = np.ones((1, L, D), np.float16), L * L
+    bias, drop = np.zeros((L, L), np.float16), np.broadcast_to(np.float32(1), (4, L, L))
+    assert peak_beyond_outputs(lambda: (blockwise(x, x, x, bias=bias),)) < pairs
+    y = np.ones((4, L, D), np.float32)
+    assert peak_beyond_outputs(lambda: (blockwise(y, y, y, dropout_mask=drop),)) < 2 * pairs
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
