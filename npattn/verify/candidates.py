@@ -32,7 +32,7 @@ from npattn.verify.stages import Change, run, sum_to
 CANONICAL = ("mask", "bias", "scale", "softcap", "sink", "dropout_mask")
 OWN_KEYWORDS = ("causal", "window", "key_lengths")  # given instead of a mask array to those who take them
 OWN = Convention()  # npattn's
-ALIAS = {"dead_out=nan": "dead rows are NaN"}  # a convention that is better known as a mistake
+ALIAS = {"dead_out=nan": "dead rows are NaN (dead_out=nan)"}  # a convention that is better known as a mistake
 OPS = ("attention", "multi_head", "rnn", "softmax")
 
 

@@ -65,8 +65,7 @@ def distance(got: Any, value: Array, sigma: Array) -> tuple[float, float]:
     finite = np.isfinite(x) & np.isfinite(y)
     if not (same | finite).all():
         return np.inf, np.inf
-    known = sigma[np.isfinite(sigma) & (sigma > 0)]
-    floor = float(np.median(known)) if known.size else 0.0
+    floor = _median(sigma, got.dtype)
     unit = float(np.finfo(got.dtype).eps) if got.dtype.kind == "f" else 2.0**-23
     scale = np.maximum(np.maximum(np.where(np.isfinite(sigma), sigma, 0), floor), unit * np.abs(y) + 1e-300)
     with np.errstate(all="ignore"):
@@ -87,12 +86,15 @@ def near(apart: tuple[float, float], before: float) -> bool:
     return matches or (rms <= ROUGH_RMS and most <= ROUGH_MAX and rms < before / ROUGH_NEARER)
 
 
+KEPT = Change("the weights of the forward are kept", "p", lambda x: x.weights)  # they are not made again from lse
 UNKNOWN = "nothing that is known"
 
 
 def _unknown(tensors: Iterable[str], searched: bool = True) -> Explanation:
     """Says that there is no explanation."""
-    where = " matches; see the places above" if searched else " was tried any longer, or matches; see the places above"
+    where = " matches; see the places above"
+    if not searched:
+        where = " matches of what was found before: the time to look for more is up; see the places above"
     return Explanation((UNKNOWN,), tuple(tensors), math.inf, where)
 
 
@@ -473,7 +475,10 @@ class _Search:
         for name, precision in names.items():
             truth = self.problem.truth(precision)
             off = {t: distance(self.got[t], truth.values[t], truth.sigma[t]) for t in self.returned}
-            reached = {t for t in self.returned if _median(truth.sigma[t]) > 8 * _median(self.sigma[t])}
+            high, low = (
+                {t: _median(sigma[t], self.problem.dtype) for t in self.returned} for sigma in (truth.sigma, self.sigma)
+            )
+            reached = {t for t in self.returned if high[t] > 8 * low[t]}
             if name.startswith("weights"):
                 reached -= {"dq", "dk", "dbias", "dsink"}  # by way of the output alone, if that is what Delta is made of
             backward = bool(reached & set(FORWARD)) and not reached & set(FORWARD) & bad
@@ -519,16 +524,16 @@ class _Search:
         returned = [t for t in self.returned if t not in FORWARD]
         names = tuple(c.name for c in forward)
         if forward:
-            apart = self.away(returned, self.values(forward))
-            if apart < np.inf:
-                return [Explanation(names, tuple(wrong), apart, "in the backward too")]
-            # The gradients that a right backward makes of the out and lse that are wrong.
-            following = self.values(forward, backward=self.base)
-            apart = self.away(returned, following)
-            if apart < np.inf:
-                return [Explanation(names, tuple(wrong), apart, "by way of its out and lse")]
-            alike = self.values(forward)
-            near_by = {t: min(self.away([t], following), self.away([t], alike)) for t in wrong}
+            tried = (
+                (self.values(forward), "in the backward too"),
+                (self.values(forward, backward=[*self.base, *forward, KEPT]), "in the backward too"),
+                (self.values(forward, backward=self.base), "by way of its out and lse"),  # a right backward, of what is wrong
+            )
+            for values, where in tried:
+                apart = self.away(returned, values)
+                if apart < np.inf:
+                    return [Explanation(names, tuple(wrong), apart, where)]
+            near_by = {t: min(self.away([t], values) for values, _ in tried) for t in wrong}
             follow = [t for t in wrong if near_by[t] < np.inf]
             if follow:
                 more = [t for t in wrong if t not in follow]
@@ -543,6 +548,7 @@ class _Search:
             last = self.owner.last.get(t)
             if isinstance(last, np.ndarray) and last.shape == self.got[t].shape and self._added(t, last):
                 return [Explanation((f"{t} is added to that of the call before",), (t,), 1.0)]
+        out = self.got.get("out") if self.before.get("out", np.inf) <= GOOD_RMS else None
         matches: list[tuple[float, Change]] = []
         partly: dict[str, list[tuple[float, Change]]] = {t: [] for t in wrong}
         for i, change in enumerate(self.changes):
@@ -550,7 +556,7 @@ class _Search:
                 break
             best, alone = np.inf, dict.fromkeys(wrong, np.inf)
             for fused in (True, False) if change.stage in FORWARD_STAGES else (True,):
-                values = self.values(forward, backward=[*self.base, *forward, change], fused=fused)
+                values = self.values(forward, backward=[*self.base, *forward, change], fused=fused, returned=out)
                 best = min(best, self.away(returned, values))
                 alone = {t: min(d, self.away([t], values)) for t, d in alone.items()}
             if best < np.inf:
@@ -581,8 +587,10 @@ def _differ_in_nan(got: Array, right: Array, sigma: Array) -> bool:
     return rms <= MATCH_RMS and most <= MATCH_MAX
 
 
-def _median(sigma: Array) -> float:
-    known = sigma[np.isfinite(sigma) & (sigma > 0)]
+def _median(sigma: Array, dtype: Any) -> float:
+    """Of the elements that have an error: it is not one that exp of something below the smallest normal number is lost."""
+    tiny = float(np.finfo(dtype if np.dtype(dtype).kind == "f" else np.float32).smallest_normal)
+    known = sigma[np.isfinite(sigma) & (sigma > 1e6 * tiny)]
     return float(np.median(known)) if known.size else 0.0
 
 

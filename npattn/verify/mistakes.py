@@ -113,6 +113,7 @@ add("sides", {
     "window=total": lambda x: (max(x.sides[0] - 1, 0), x.sides[1]),
 }, "window", convention=True)  # fmt: skip
 add("sides", {
+    "window counts one key less, and of 0 none": lambda x: (x.sides[0] - 1, x.sides[1]),
     "window counts one more key": lambda x: (x.sides[0] + 1, x.sides[1]),
     "window counts one more key ahead": lambda x: (x.sides[0], x.sides[1] + 1),
     "window counts one key less ahead": lambda x: (x.sides[0], max(x.sides[1] - 1, 0)),
@@ -217,7 +218,7 @@ add("vh", {"v is read as if it were contiguous": lambda x: _memory(x, "v")[..., 
 add("capped", {"softcap=after_bias": lambda x: _cap_behind_bias(x)}, "softcap, bias", convention=True)
 add("capped", {
     "softcap is ignored": lambda x: x.raw,
-    "softcap comes before the scale": lambda x: x.softcap * np.tanh(x.raw / x.scale / x.softcap) * x.scale,
+    "softcap comes before the scale": lambda x: _capped_first(x),
     "softcap is not multiplied back": lambda x: x.t,
     "tanh is made of exponentials that overflow": lambda x: x.softcap * where(_exp_overflows(x), np.nan, x.t),
 }, "softcap")  # fmt: skip
@@ -287,6 +288,7 @@ add("sink", {
     "sinks are read in reverse": lambda x: x.sink[::-1],
     "sink of the first head for all": lambda x: np.repeat(x.sink[:1], x.H, 0),
     "sink is scaled": lambda x: x.scale * x.sink,
+    "sink is counted twice": lambda x: x.sink + math.log(2),
 }, "sink")  # fmt: skip
 
 
@@ -340,7 +342,7 @@ def _(n: int) -> None:
 
 add("z", {"the sum is taken after dropout": lambda x: (x.e * x.drop).sum(-1, keepdims=True)}, "dropout_mask")
 add("weights", {
-    "dead rows are NaN": lambda x: where(x.z == 0, np.nan, x.weights),
+    "dead rows are NaN (dead_out=nan)": lambda x: where(x.z == 0, np.nan, x.weights),
     "the maximum is not below 0, and 0 / 0 where all underflows": lambda x: _from_zero(x),
     "no softmax at all": lambda x: where(x.allowed, x.scores),
     "NaN weights become 0": lambda x: np.nan_to_num(x.weights),
@@ -397,6 +399,11 @@ def _(n: int) -> None:
 def _nan_rows(x: Any) -> Array:
     x.allowed = x.allowed | ~x.alive
     return np.asarray(where(x.alive, x.p, np.nan))
+
+
+def _capped_first(x: Any) -> Array:
+    x.t = np.tanh(x.raw / x.scale / x.softcap)
+    return np.asarray(x.scale * x.softcap * x.t)
 
 
 def _from_zero(x: Any) -> Array:
@@ -516,6 +523,7 @@ add("delta", {
     "Delta of the row before": lambda x: _roll(-2)(x.delta),
     "Delta of the first head for all": lambda x: np.repeat(x.delta[:, :1], x.H, 1),
     "Delta has the other sign": lambda x: -x.delta,
+    "Delta is the square of dout": lambda x: (x.do * x.do).sum(-1, keepdims=True),
     "Delta counts masked values": lambda x: (x.p * (x.do @ swap(x.vh)) * x.drop).sum(-1, keepdims=True),
     "Delta is made of the weights of the backward": lambda x: (x.p * x.dp).sum(-1, keepdims=True),
 })  # fmt: skip

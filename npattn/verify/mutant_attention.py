@@ -143,6 +143,8 @@ def attended(shape, o, bug):
         allowed = allowed & seen
     if o.window is not None:
         left, right = (shape[-2] + shape[-1] if n is None else n for n in o.window)
+        if bug == "window without the own key":
+            left = left - 1
         if bug == "window counts one more":
             left = left + 1
         if bug == "window's ends swapped":
@@ -242,11 +244,13 @@ def logits(q, k, bias, allowed, o, bug):
     if o.softcap is not None and bug != "softcap ignored":
         t = np.tanh(s / o.softcap)
         if bug == "softcap before the scale":
-            t = np.tanh(s / scale / o.softcap) * scale
+            t = np.tanh(s / scale / o.softcap)
         if bug == "tanh by exponentials":
             e = np.exp(2 * s / o.softcap)
             t = (e - 1) / (e + 1)
         s = o.softcap * t
+        if bug == "softcap before the scale":
+            s = scale * s
         if bug == "softcap not multiplied back":
             s = t
     if bias is not None and bug not in ("bias before the softcap", "bias ignored"):
@@ -320,6 +324,8 @@ def of_heads(sink, bug):
         sink = sink[::-1]
     if bug == "sink of the first head":
         sink = np.repeat(sink[:1], len(sink))
+    if bug == "sink twice":
+        sink = sink + sink.dtype.type(math.log(2))
     return sink[:, None, None]
 
 
@@ -582,6 +588,8 @@ def dense_backward(dout, q, k, v, o, out, lse, dlse, bug):
         delta = (dout * out).mean(-1, keepdims=True)
     if bug == "Delta of sum dP P":  # no bug: the same number
         delta = (p * dp).sum(-1, keepdims=True)
+    if bug == "Delta of dout alone":
+        delta = (dout * dout).sum(-1, keepdims=True)
     if bug == "Delta of masked values":
         delta = (p * (dout @ swap(vf)) * drop).sum(-1, keepdims=True)
     if bug == "Delta over the queries":

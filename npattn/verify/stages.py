@@ -247,12 +247,14 @@ def perform(x: SimpleNamespace, stages: Iterable[Stage], changes: Iterable[Chang
 def run(
     problem: Any, given: dict[str, Any], align: str, changes: Iterable[Change] = (), *,
     dtype: Any = np.float64, backward: Iterable[Change] | None = None, gradients: bool = True, fused: bool = True,
+    returned: Array | None = None,
 ) -> dict[str, Array]:  # fmt: skip
     """out, lse and the gradients with these changes, computed in ``dtype``.
 
     given    : the keyword arguments as the candidate gets them
     changes  : of the forward, and of the backward too, unless ``backward`` gives others for it
     fused    : the backward uses the out and lse of the forward; else it makes its own
+    returned : the out that the candidate kept: what is rounded once more is rounded from there
     """
     here = facts(problem, given)
     changes = [c for c in changes if c.needs <= here]
@@ -269,7 +271,7 @@ def run(
             x = perform(prepare(problem, given, align, dtype), FORWARD, inner)
             if not fused or in_backward == changes:
                 out, lse = x.out, x.lse
-        x.saved_out, x.saved_lse = out, lse
+        x.saved_out, x.saved_lse = out if returned is None or not fused else returned.astype(dtype), lse
         x = perform(x, BACKWARD, [c for c in in_backward if c.stage not in FORWARD_STAGES or c.stage == "dropped"])
         found |= {"dq": x.dq, "dk": x.dk, "dv": x.dv, "dbias": x.dbias, "dsink": x.dsink}
     return {name: value for name, value in found.items() if value is not None}
