@@ -22,13 +22,13 @@ from typing import Any
 import npattn
 from npattn import environment
 from npattn.verify import CandidateError, Report, Result, Settings, load, verify
-from npattn.verify.candidates import CANONICAL, OPS, OWN_KEYWORDS
+from npattn.verify.candidates import OPS
 from npattn.verify.conditions import CONDITIONS
 from npattn.verify.conventions import FIELDS, PRESETS, near, parse
 from npattn.verify.diagnose import Diagnostician
 from npattn.verify.judge import LEVELS, RULES
 from npattn.verify.precision import PRECISIONS
-from npattn.verify.report import CASES_OF, examine_all
+from npattn.verify.report import CASES_OF, check_features, examine_all
 
 OK, WRONG, USAGE = 0, 1, 2
 
@@ -135,9 +135,7 @@ def verify_command(given: argparse.Namespace) -> int:
     if given.json:
         given.json.write_text(json.dumps(report.as_json(), indent=1, allow_nan=False) + "\n")
     print("\n".join(summary(report, len(cases) * len(seeds))))
-    if candidate.strangers:
-        names = ", ".join((*CANONICAL, *OWN_KEYWORDS))
-        print(f"{candidate.name} also takes {', '.join(candidate.strangers)}, which verify never gives: its names are {names}")
+    print("\n".join(report.hints()), end="\n" * bool(report.hints()))
     if given.shrink or given.save:
         print("\n".join(_one(given, candidate, cases, report)))
     untested = report.untested(given.require)
@@ -156,10 +154,7 @@ def _chosen(given: argparse.Namespace, op: str) -> list[Any]:
         from npattn.verify.cases import random_cases
 
         table += random_cases(given.seed, 150)
-    features = {f for case in table for f in case.features} | {"lse", "backward", "dbias", "dsink", "conditions"}
-    unknown = [f for f in given.require if f not in features]
-    if unknown:
-        raise CandidateError(f"--require {unknown[0]}: no such feature, expected one of {', '.join(sorted(features))}")
+    check_features("--require", given.require, [f for case in table for f in case.features])
     if given.case is not None:
         named = [case for case in table if case.name == given.case]
         if not named:

@@ -15,9 +15,9 @@ from helpers import abs_finite
 from oracles import attention_loops
 
 import npattn
-from npattn import attention_forward, cli
+from npattn import attention, attention_forward, cli
 from npattn.tolerances import GOOD_MAX, GOOD_RMS, TIGHT_MAX, TIGHT_RMS
-from npattn.verify import CASES, PRECISIONS, Candidate, CandidateError, Case, Check, Result, load
+from npattn.verify import CASES, PRECISIONS, Candidate, CandidateError, Case, Check, Result, diagnose, load, mutant_attention
 from npattn.verify.cases import BY_NAME, SMALL
 from npattn.verify.conditions import CONDITIONED
 from npattn.verify.conventions import FIELDS, PRESETS
@@ -156,7 +156,9 @@ def test_untested_are_features_without_a_verdict():
     asked = ["plain", "causal", "lse", "backward", "window", "sink", "telepathy"]
     assert report.untested(asked) == ["window", "telepathy"]
     assert reported(MADE["right"]).untested(["backward"]) == ["backward"]
-    with pytest.raises(AssertionError, match=r"^mine: not tested: window, telepathy$"):
+    with pytest.raises(AssertionError, match=r"^mine: not tested: window$"):
+        report.require(asked[:-1])
+    with pytest.raises(CandidateError, match=r"^require telepathy: no such feature, expected one of .*, causal, .*, window$"):
         report.require(asked)
     with pytest.raises(AssertionError, match=r"^mine: not tested: anything$"):
         reported(MADE["unable"]).require()
@@ -173,12 +175,75 @@ def test_require_says_what_is_wrong_and_what_it_looks_like():
         "mine falls short in 14 cases:",
         "  it looks like: Delta is missing (12 cases)", "  it looks like: mask ignored (7 cases)",
         "  it looks like: lse=log2 (4 cases)",
-        *(f"case {i}: out: out[0] is 2" for i in range(10)), "... and 4 more",
+        "case 0, case 1, case 2, ...: out: out[0] is 2", "holds: was expected to fail (issue 2), and holds",
     ]  # fmt: skip
+
+
+def test_require_shows_ten_lines():
+    def result(i):
+        return Result(f"case {i}", ["plain"], [Check("out", "wrong", f"out[0] is {i}")])
+
     with pytest.raises(AssertionError) as found:
-        reported(*results[:10]).require(["telepathy"])
+        reported(*map(result, range(14))).require()
+    assert str(found.value).splitlines()[1:] == [*(f"case {i}: out: out[0] is {i}" for i in range(10)), "... and 4 more"]
+    with pytest.raises(AssertionError) as found:
+        reported(*map(result, range(10))).require(["window"])
     assert "more" not in str(found.value)
-    assert "telepathy" not in str(found.value)
+    assert "window" not in str(found.value)
+
+
+def naive(q, k, v):
+    s = q @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5
+    e = np.exp(s - s.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True) @ v
+
+
+def test_who_cannot_be_called_is_told_how():
+    with pytest.raises(AssertionError, match=r"(?s)G < H: out: raises ValueError.*let it raise NotImplementedError"):
+        check(naive, cases=[BY_NAME["plain"], BY_NAME["G < H"]])
+    with pytest.raises(AssertionError, match=r"(?s)plain, E != D: dq: the backward raises TypeE.*\nThe backward is called"):
+        check(naive, lambda dout, cache: dout, cases=[BY_NAME["plain"], BY_NAME["E != D"]])
+
+    def with_names_of_torch(q, k, v, attn_mask=None):
+        return naive(q, k, v)
+
+    with pytest.warns(UserWarning, match="with_names_of_torch: no mask was tested. It also takes attn_mask, which verify"):
+        check(with_names_of_torch, cases=[BY_NAME["plain"], BY_NAME["mask array"]])
+
+    def with_more(q, k, v, mask=None, block_size=64):
+        return attention(q, k, v, mask=mask)
+
+    check(with_more, cases=[BY_NAME["plain"], BY_NAME["mask array"]])
+
+
+@pytest.mark.parametrize("case", ["plain", "G < H", "softcap"])
+def test_a_rounded_delta_is_named_and_no_class_is_offered_for_a_right_forward(case):
+    report = verify(attention, delta_rounded, cases=[BY_NAME["plain"], BY_NAME[case]])
+    assert report.fits == ""
+    assert set(report.diagnosis) == {"the output rounded to 8 bits before Delta"}
+
+
+def delta_rounded(dout, q, k, v, *, out, softcap=None):
+    H, repeat = q.shape[1], q.shape[1] // k.shape[1]
+    kh, vh = (np.repeat(x, repeat, 1) for x in (k, v))
+    s = q @ kh.swapaxes(-1, -2) * q.shape[-1] ** -0.5
+    t = 0 * s if softcap is None else np.tanh(s / np.float32(softcap))
+    s = s if softcap is None else np.float32(softcap) * t
+    e = np.exp(s - s.max(-1, keepdims=True))
+    p = e / e.sum(-1, keepdims=True)
+    delta = (dout * mutant_attention.bfloat16(out)).sum(-1, keepdims=True)
+    ds = p * (dout @ vh.swapaxes(-1, -2) - delta) * (1 - t * t) * np.float32(q.shape[-1] ** -0.5)
+    dk, dv = ds.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ dout
+    dk, dv = (x.reshape(len(x), H // repeat, repeat, *x.shape[2:]).sum(2) for x in (dk, dv))
+    return ds @ kh, dk, dv
+
+
+def test_an_error_below_the_smallest_normal_number_is_not_a_tensors_own():
+    """Most of dbias is masked: there only what exp loses is predicted, and a change is as far off as elsewhere."""
+    value = np.where(np.arange(100) < 20, 1.0, 0.0)
+    sigma = np.where(np.arange(100) < 20, 1e-7, 1e-38)
+    got = (value + np.where(np.arange(100) < 40, 1e-7, 0)).astype(np.float32)
+    assert diagnose.distance(got, value, sigma)[1] < 3
 
 
 def test_as_json_has_what_the_page_says_in_plain_values():

@@ -323,10 +323,10 @@ def test_places_are_named_by_the_tensor():
     want, sigma = np.zeros((2, 3, 4), np.float32), np.full((2, 3, 4), 1e-7)
     got = want.copy()
     got[1] = 1
-    assert "batch 1" in compare("lse", got, want, sigma, [np.float32]).text
+    assert "batch 1" in compare("lse", got, want, sigma, [np.float32], letters="BHL").text
     got = np.zeros((2, 3, 4, 5), np.float32)
     got[:, :, 2] = 1
-    text = compare("dk", got, np.zeros_like(got), np.full(got.shape, 1e-7), [np.float32]).text
+    text = compare("dk", got, np.zeros_like(got), np.full(got.shape, 1e-7), [np.float32], letters="BGSD").text
     assert "keys 2" in text
     assert "batch" not in text
 

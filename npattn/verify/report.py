@@ -7,6 +7,7 @@ import fnmatch
 import inspect
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 
 import npattn
 from npattn.verify import layers
-from npattn.verify.candidates import OPS, OWN, Candidate, CandidateError, built_in, canonical, load
+from npattn.verify.candidates import CANONICAL, OPS, OWN, OWN_KEYWORDS, Candidate, CandidateError, built_in, canonical, load
 from npattn.verify.cases import CASES
 from npattn.verify.conditions import CONDITIONS, examine_conditions
 from npattn.verify.conventions import Convention, parse
@@ -36,6 +37,7 @@ class Report:
     op: str = "attention"
     level: str = "good"
     precision: str = ""  # the declared class
+    strangers: tuple[str, ...] = ()  # see `Candidate.strangers`
     fits: str = ""  # the class that the errors fit best, where it is another
     rules: tuple[str, ...] = ()
 
@@ -103,16 +105,40 @@ class Report:
         lines += [f"{r.case}: was expected to fail ({r.expected}), and holds" for r in self.unexpected]
         return lines
 
+    def _grouped(self) -> list[str]:
+        """`lines`, where the same is said of several cases in one."""
+        cases: dict[str, list[str]] = {}
+        for line in self.lines():
+            case, _, text = line.partition(": ")
+            cases.setdefault(text, []).append(case)
+        return [f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: {text}" for text, names in cases.items()]
+
+    def hints(self) -> list[str]:
+        """What to do about a candidate that cannot be called as verify calls it."""
+        texts, found = [c.text for r in self.wrong for c in r.checks if c.status == "wrong"], []
+        if any(text.startswith("the backward raises TypeError") and "argument" in text for text in texts):
+            found.append("The backward is called as backward(dout, q, k, v, *, mask, ...): with the options of the forward, "
+                         "and out, lse and dlse if it takes them.")  # fmt: skip
+        elif any("raises " in text for text in texts):
+            found.append("Where it raises because something is not supported (grouped heads, empty arrays), let it raise "
+                         "NotImplementedError: that is left out.")  # fmt: skip
+        if self.strangers:
+            names = ", ".join((*CANONICAL, *OWN_KEYWORDS))
+            found.append(f"It also takes {', '.join(self.strangers)}, which verify never gives: its names are {names}")
+        return found
+
     def require(self, features: Iterable[str] = ()) -> Report:
         """Itself, or AssertionError with what is wrong, what it is taken to be, and what was not tested."""
         __tracebackhide__ = True
-        lines = self.lines()
+        features = list(features)
+        check_features("require", features, [f for case in CASES_OF[self.op] for f in case.features] + list(self.features()))
+        lines = self._grouped()
         if lines:
             count = len(self.wrong) + len(self.unexpected)
             named = [f"  it looks like: {name} ({len(cases)} cases)" for name, cases in list(self.diagnosis.items())[:3]]
             more = [f"... and {len(lines) - 10} more"] if len(lines) > 10 else []
-            text = [f"{self.candidate} falls short in {count} case{'s'[: count > 1]}:", *named, *lines[:10], *more]
-            raise AssertionError("\n".join(text))
+            first = f"{self.candidate} falls short in {count} case{'s'[: count > 1]}:"
+            raise AssertionError("\n".join([first, *named, *lines[:10], *more, *self.hints()]))
         untested = self.untested(features) if self.tested else ["anything"]
         if untested:
             raise AssertionError(f"{self.candidate}: not tested: {', '.join(untested)}")
@@ -181,7 +207,7 @@ def verify(
             on_result(result)
         if stop and result.status == "wrong" and not result.expected:
             break
-    report = Report(candidate.name, results, candidate.op, level, precision or "", rules=rules)
+    report = Report(candidate.name, results, candidate.op, level, precision or "", tuple(candidate.strangers), rules=rules)
     return dataclasses.replace(report, fits=_fits(candidate, report, chosen, settings))
 
 
@@ -193,6 +219,14 @@ def examine_all(
     if result.status != "ok":
         return result
     return dataclasses.replace(result, checks=[*result.checks, *examine_conditions(candidate, case, seed, settings)])
+
+
+def check_features(what: str, names: Iterable[str], cases: Iterable[str]) -> None:
+    """A feature that no case has is an error: nothing of it could ever be tested."""
+    known = {*cases, "lse", "backward", "dbias", "dsink", "conditions"}
+    for name in names:
+        if name not in known:
+            raise CandidateError(f"{what} {name}: no such feature, expected one of {', '.join(sorted(known))}")
 
 
 def _candidate(function: Any, backward: Any, convention: str | Convention, op: str | None) -> Candidate:
@@ -277,7 +311,10 @@ def check(
     []
     """
     __tracebackhide__ = True
-    return verify(forward, backward, **options).require(require)
+    report = verify(forward, backward, **options).require(require)
+    if report.strangers and report.untested(["mask", "causal"]) == ["mask", "causal"]:
+        warnings.warn(f"{report.candidate}: no mask was tested. {report.hints()[-1]}", stacklevel=2)
+    return report
 
 
 def parametrize(
