@@ -18,6 +18,7 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("verb", nargs="?", choices=VERBS, help="all of them unless given")
-    parser.add_argument("--quick", action="store_true", help="fewer rows, and fewer rounds")
+    parser.add_argument("--quick", action="store_true", help="fewer rows, and fewer rounds: some minutes")
     parser.add_argument(
         "--only", metavar="TEXT", default="", help='only rows with this in their name, as "L=2048 D=64" or "window|packed"'
     )
@@ -95,57 +96,67 @@ def main(arguments: list[str] | None = None) -> int:
     if given.write:
         readme.check(given.write)
     if given.plot:
-        plots.pyplot()
+        try:
+            plots.pyplot()
+        except ImportError as error:
+            raise SystemExit(f"--plot: {error}") from None
     if given.stored:
         summarize(given, *together(given.stored))
         return 0
     facts = machine.facts()
     machine.print_facts(facts)
     results: dict[str, Any] = {"environment": facts, "command": command(arguments), "results": []}
-    try:
-        for verb in (given.verb,) if given.verb else VERBS:
-            run(verb, given, results)
-        if not results["results"]:
-            raise SystemExit(f"no row has {given.only!r} in its name")
-    finally:  # what was measured is not lost when a run is stopped
-        if given.json:
-            given.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+    def done(row: dict[str, Any]) -> None:  # what was measured is not lost when a run is stopped
+        results["results"].append(row)
+        store(given, results)
+
+    for verb in (given.verb,) if given.verb else VERBS:
+        run(verb, given, results, done)
+    if not results["results"]:
+        raise SystemExit(f"no row has {given.only!r} in its name")
     summarize(given, results, [results["command"]])
+    store(given, results)
+    return 0
+
+
+def store(given: argparse.Namespace, results: dict[str, Any]) -> None:
     if given.json:
         given.json.write_text(json.dumps(results, indent=1) + "\n")
-    return 0
 
 
 def command(arguments: list[str] | None) -> str:
     return f"python -m benchmarks {shlex.join(sys.argv[1:] if arguments is None else arguments)}".strip()
 
 
-def run(verb: str, given: argparse.Namespace, results: dict[str, Any]) -> None:
-    """One verb; its rows are added to the results as soon as they are there."""
+def run(verb: str, given: argparse.Namespace, results: dict[str, Any], done: Callable[[dict[str, Any]], None]) -> None:
+    """One verb; ``done`` gets its rows as soon as they are there."""
     from benchmarks import accuracy, attention, company, decode, harness, memory, multihead, rnn, scaling
     from benchmarks.cases import Case
 
     size = "tiny" if given.tiny else "quick" if given.quick else "full"
     plan = {"tiny": harness.TINY, "quick": harness.QUICK, "full": harness.Plan()}[size]
-    rows, text = results["results"], given.only
+    text = given.only
     if verb == "attention":
-        if not given.no_company:
+        if not given.no_company and (not text or any(harness.matches(text, case.name) for case in attention.grid(size))):
             case = Case(8, 4, 1, 2, mask="causal") if size == "tiny" else Case(1024, 64, 1, 8, mask="causal")
             names = ("blockwise",) if size == "tiny" else None
             results["company"] = company.report(case, {"tiny": 1, "quick": 5, "full": 15}[size], names)
-        attention.run(size, plan, text, rows.append)
+        attention.run(size, plan, text, done)
         if given.verb and not text and size != "tiny":  # what else is aimed at
-            rows += rnn.run(size, plan)
+            rnn.run(size, plan, "", done)
             if size == "full":
-                rows += memory.run("longest")
+                memory.run("longest", "", done)
     elif verb == "memory":
-        rows += memory.run(size, text)
+        memory.run(size, text, done)
     elif verb == "accuracy":
         print()
-        rows += [{"verb": "accuracy", "name": r["inputs"], **r} for r in accuracy.main(size != "full")]
+        for row in accuracy.main(size != "full"):
+            done({"verb": "accuracy", "name": row["inputs"], **row})
     else:
         module: Any = {"multihead": multihead, "rnn": rnn, "scaling": scaling, "decode": decode}[verb]
-        rows += module.run(size, plan, text)
+        module.run(size, plan, text, done)
 
 
 def how(commands: list[str], page: str) -> str:
@@ -178,6 +189,8 @@ def summarize(given: argparse.Namespace, results: dict[str, Any], commands: list
         written += readme.write(given.write, rows, facts, found, how(commands, given.write.name))
     for file in written:
         print(f"written: {file}")
+    if given.plot and not written:
+        print(f"--plot: there is no picture of {' and '.join(sorted({row['verb'] for row in rows}))}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from benchmarks import harness, rivals, roofline, table
@@ -69,14 +70,9 @@ def skipping(L: int, backward: bool, width: int, plan: harness.Plan) -> Row:
     return harness.row("attention", name, {**asdict(base), "mask": "masks"}, m, gained=gained)
 
 
-def run(size: str, plan: harness.Plan, text: str = "", done: Callable[[Row], None] = lambda row: None) -> list[Row]:
-    rows = []
-    cases = [case for case in grid(size) if harness.matches(text, case.name)]
-    table.head("attention, float32 unless it says so; both = forward + backward", COLUMNS)
-    for case in cases:
-        rows.append(measure(case, plan))
-        table.line(rows[-1], COLUMNS)
-        done(rows[-1])
+def run(size: str, plan: harness.Plan, text: str = "", done: Callable[[Row], None] = harness.nobody) -> list[Row]:
+    title = "attention, float32 unless it says so; both = forward + backward"
+    rows = table.measured(title, COLUMNS, grid(size), partial(measure, plan=plan), text, done)
     sizes = {"tiny": ((64, 4),), "quick": ((2048, 1024), (16384, 1024))}
     wanted = [
         (L, b, width)
@@ -87,11 +83,12 @@ def run(size: str, plan: harness.Plan, text: str = "", done: Callable[[Row], Non
     ]
     if wanted:
         print("\nwhat blockwise gains by a mask: its time without one over that with causal(), and that over a window's")
+    more = []
     for L, b, width in wanted:
         row = skipping(L, b, width, plan)
         gained = "".join(f"  {name} {table.ratio(x)}" for name, x in row["gained"].items())
         print(f"{row['name']:44}{table.duration(row['seconds']['causal']) if row['seconds'] else '-':>10}{gained}")
-        rows.append(row)
+        more.append(row)
         done(row)
-    table.notes(rows)
-    return rows
+    table.notes(more)
+    return rows + more

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from benchmarks import harness, table
 from benchmarks.attention import COLUMNS, measure
 from benchmarks.cases import Case
+
+Row = dict[str, Any]
 
 
 def grid(size: str) -> list[Case]:
@@ -18,12 +22,6 @@ def grid(size: str) -> list[Case]:
     return [*few, *(Case(1, 128, B, 32, 8, S=4096) for B in (8, 32)), Case(1, 64, 8, 16, S=4096), Case(1, 64, 1, 1, S=65536)]
 
 
-def run(size: str, plan: harness.Plan, text: str = "") -> list[dict[str, Any]]:
-    table.head("attention of a few queries to a long cache, float32", COLUMNS, 48)
-    rows = []
-    for case in grid(size):
-        if harness.matches(text, case.name):
-            rows.append(measure(case, plan, verb="decode"))
-            table.line(rows[-1], COLUMNS, 48)
-    table.notes(rows)
-    return rows
+def run(size: str, plan: harness.Plan, text: str = "", done: Callable[[Row], None] = harness.nobody) -> list[Row]:
+    title = "attention of a few queries to a long cache, float32"
+    return table.measured(title, COLUMNS, grid(size), partial(measure, plan=plan, verb="decode"), text, done, 48)

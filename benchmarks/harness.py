@@ -13,7 +13,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -177,6 +177,25 @@ def measure(rivals: Sequence[Rival], base: str, tolerance: float, plan: Plan) ->
             previous = rival.name
     m.processors = {n: statistics.median(x) for n, x in used.items()}
     return m
+
+
+def gather(
+    makers: Mapping[str, Callable[[], Rival]], expected: Mapping[str, Array]
+) -> tuple[list[Rival], dict[str, str]]:
+    """Those that are there and can, and why others are missing."""
+    found, left_out = list[Rival](), dict[str, str]()
+    for name, make in makers.items():
+        try:
+            rival = make()
+        except (ImportError, NotImplementedError) as error:
+            left_out[name] = f"{'absent' if isinstance(error, ImportError) else 'cannot'}: {error}"
+        else:
+            found.append(replace(rival, expected=expected))
+    return found, left_out
+
+
+def nobody(row: Mapping[str, Any]) -> None:
+    """Who is told of each row as soon as it is there, where nobody is."""
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -6,7 +6,7 @@ of NumPy's arrays. Threads and their buffers were made before, by a small call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -54,7 +54,7 @@ def mib(x: float | None) -> str:
     return f"{x / MIB:.1f}" if x < 100 * MIB else f"{x / MIB:.0f}"
 
 
-def run(size: str, text: str = "") -> list[Row]:
+def run(size: str, text: str = "", done: Callable[[Row], None] = harness.nobody) -> list[Row]:
     print("\nmemory beyond inputs and outputs, MiB: peak of the process (peak by tracemalloc)")
     print(f"{'':36}" + "".join(f"{name:>18}" for name in COLUMNS), flush=True)
     rows = []
@@ -68,5 +68,6 @@ def run(size: str, text: str = "") -> list[Row]:
             traced = "" if x is None or x["tracemalloc"] is None else f" ({mib(x['tracemalloc'])})"
             line += f"{'-' if x is None else mib(x['process']) + traced:>18}"
         print(line.rstrip(), flush=True)
+        done(rows[-1])
     table.notes(rows)
     return rows

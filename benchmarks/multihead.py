@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -142,14 +143,8 @@ ADAPTERS: dict[str, Callable[..., Rival]] = {
 
 def measure(layer: Layer, plan: harness.Plan) -> Row:
     x, dout, params = draw(layer)
-    expected, found, left_out = truth(layer, x, dout, params), list[Rival](), dict[str, str]()
-    for name, make in ADAPTERS.items():
-        try:
-            rival = make(name, layer, x, dout, params)
-        except (ImportError, NotImplementedError) as error:
-            left_out[name] = f"{'absent' if isinstance(error, ImportError) else 'cannot'}: {error}"
-        else:
-            found.append(Rival(name, rival.call, rival.result, expected, rival.before))
+    makers = {name: partial(make, name, layer, x, dout, params) for name, make in ADAPTERS.items()}
+    found, left_out = harness.gather(makers, truth(layer, x, dout, params))
     steps = phases(layer, x, dout, params, "blockwise")
     each = (7.0 if layer.backward else 4.0) * layer.M / layer.H
     limits = roofline.Limits(steps, layer.flops(), layer.exponentials(), "float32", each)
@@ -158,12 +153,6 @@ def measure(layer: Layer, plan: harness.Plan) -> Row:
     return harness.row("multihead", layer.name, asdict(layer), m, flops=layer.flops(), roofline=limits.fractions(m))
 
 
-def run(size: str, plan: harness.Plan, text: str = "") -> list[Row]:
-    table.head("multi-head attention, float32, ours is blockwise; both = with all gradients", COLUMNS)
-    rows = []
-    for layer in grid(size):
-        if harness.matches(text, layer.name):
-            rows.append(measure(layer, plan))
-            table.line(rows[-1], COLUMNS)
-    table.notes(rows)
-    return rows
+def run(size: str, plan: harness.Plan, text: str = "", done: Callable[[Row], None] = harness.nobody) -> list[Row]:
+    title = "multi-head attention, float32, ours is blockwise; both = with all gradients"
+    return table.measured(title, COLUMNS, grid(size), partial(measure, plan=plan), text, done)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def finish(axes: Any, some: Sequence[Row], text: str) -> None:
 
 def footer(figure: Any, facts: Mapping[str, str]) -> None:
     machine = f"{facts['processor']}, {facts['threads']} threads for everybody; BLAS kernels {facts['kernels']}"
-    figure.text(0.01, 0.005, f"{machine}\n{versions(facts)}", fontsize=7, color="#555555")
+    figure.text(0.01, 0.06 / figure.get_figheight(), f"{machine}\n{versions(facts)}", fontsize=7, color="#555555")
 
 
 def save(figure: Any, facts: Mapping[str, str], text: str, file: Path) -> bool:
@@ -187,37 +188,35 @@ def speedup(rows: Sequence[Row], facts: Mapping[str, str], file: Path) -> bool:
     return save(figure, facts, f"npattn blockwise against its peers: above 1 it is faster ({BARS})", file)
 
 
-def others(rows: Sequence[Row], facts: Mapping[str, str], file: Path) -> bool:
+def others(rows: Sequence[Row], facts: Mapping[str, str], verb: str, file: Path) -> bool:
     """The same of what has no axis of L: a line for each row of a layer, of the recurrent layer, of decoding."""
     plt = pyplot()
-    found = {verb: [r for r in rows if r["verb"] == verb and r["ratios"]] for verb in OTHERS}
-    found = {verb: some for verb, some in found.items() if some}
-    if not found:
+    some = [r for r in rows if r["verb"] == verb and r["ratios"]]
+    if not some:
         return False
-    heights = [len(some) + 3 for some in found.values()]
-    figure, grid = plt.subplots(len(found), 1, figsize=(12, 0.26 * sum(heights) + 0.6), squeeze=False, height_ratios=heights)
-    for (verb, some), axes in zip(found.items(), grid[:, 0], strict=True):
-        names = dict.fromkeys(name for r in some for name in r["ratios"] if name in r["errors"])  # no limits, which have none
-        shades = set[str]()
-        for name in names:
-            points = [(r["ratios"][name], len(some) - i) for i, r in enumerate(some) if name in r["ratios"]]
-            middle = [x["median"] for x, _ in points]
-            bars = [[x["median"] - x["lower"] for x, _ in points], [x["upper"] - x["median"] for x, _ in points]]
-            face = "white" if color(name) in shades else color(name)  # the second of one library
-            shades.add(color(name))
-            axes.errorbar(
-                middle, [y for _, y in points], xerr=bars, fmt="o", color=color(name), mfc=face, capsize=2, markersize=4,
-                linewidth=1.2, label=name,
-            )  # fmt: skip
-        axes.axvline(1, color=COLORS["npattn blockwise"], linewidth=2.4, label="npattn")
-        axes.set_yticks(range(len(some), 0, -1), [r["name"] for r in some], fontsize=8)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
-        axes.set_xlabel("their time / npattn's", fontsize=8)
-        axes.set_title(OTHERS[verb], fontsize=10, loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="x", alpha=0.25)
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
+    figure, axes = plt.subplots(figsize=(12, 0.26 * len(some) + 1.9))
+    names = dict.fromkeys(name for r in some for name in r["ratios"] if name in r["errors"])  # no limits, which have none
+    shades = set[str]()
+    for name in names:
+        points = [(r["ratios"][name], len(some) - i) for i, r in enumerate(some) if name in r["ratios"]]
+        middle = [x["median"] for x, _ in points]
+        bars = [[x["median"] - x["lower"] for x, _ in points], [x["upper"] - x["median"] for x, _ in points]]
+        face = "white" if color(name) in shades else color(name)  # the second of one library
+        shades.add(color(name))
+        axes.errorbar(
+            middle, [y for _, y in points], xerr=bars, fmt="o", color=color(name), mfc=face, capsize=2, markersize=4,
+            linewidth=1.2, label=name,
+        )  # fmt: skip
+    axes.axvline(1, color=COLORS["npattn blockwise"], linewidth=2.4, label="npattn")
+    axes.set_yticks(range(len(some), 0, -1), [r["name"] for r in some], fontsize=8)
+    axes.set_ylim(0.4, len(some) + 0.6)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
+    axes.set_xlabel("their time / npattn's", fontsize=8)
+    axes.set_title(OTHERS[verb], fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.25)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
     return save(figure, facts, f"npattn against its peers: right of 1 it is faster ({BARS})", file)
 
 
@@ -251,12 +250,16 @@ def memory(rows: Sequence[Row], facts: Mapping[str, str], file: Path) -> bool:
 
 def draw_all(rows: Sequence[Row], facts: Mapping[str, str], folder: Path) -> list[Path]:
     """All plots that these results are enough for."""
-    folder.mkdir(parents=True, exist_ok=True)
     everything = [(D, mask) for D in (32, 64, 128) for mask in ("full", "causal")]
     made: list[tuple[str, Callable[[Path], bool]]] = [
         ("throughput.png", lambda f: throughput(rows, facts, f, everything)),
         ("speedup.png", lambda f: speedup(rows, facts, f)),
-        ("others.png", lambda f: others(rows, facts, f)),
+        *((f"{verb}.png", partial(others, rows, facts, verb)) for verb in OTHERS),
         ("memory.png", lambda f: memory(rows, facts, f)),
     ]
-    return [folder / name for name, draw in made if draw(folder / name)]
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / name for name, draw in made if draw(folder / name)]
+    if new and not written:
+        folder.rmdir()
+    return written

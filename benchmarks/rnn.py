@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -165,26 +166,14 @@ def limits_of(shape: Shape, a: Arrays) -> roofline.Limits:
 
 def measure(shape: Shape, plan: harness.Plan) -> Row:
     a = draw(shape)
-    expected, found, left_out = truth(shape, a), list[Rival](), dict[str, str]()
-    for name, make in ADAPTERS.items():
-        try:
-            rival = make(shape, a)
-        except (ImportError, NotImplementedError) as error:
-            left_out[name] = f"{'absent' if isinstance(error, ImportError) else 'cannot'}: {error}"
-        else:
-            found.append(Rival(name, rival.call, rival.result, expected, rival.before))
+    makers = {name: partial(make, shape, a) for name, make in ADAPTERS.items()}
+    found, left_out = harness.gather(makers, truth(shape, a))
     limits = limits_of(shape, a)
     m = harness.measure([*found, *limits.rivals()], "npattn", TOLERANCE, plan)
     m.left_out = {**left_out, **m.left_out}
     return harness.row("rnn", shape.name, asdict(shape), m, flops=shape.flops(), roofline=limits.fractions(m))
 
 
-def run(size: str, plan: harness.Plan, text: str = "") -> list[Row]:
-    table.head("recurrent layer, float32; both = with all gradients", COLUMNS)
-    rows = []
-    for shape in grid(size):
-        if harness.matches(text, shape.name):
-            rows.append(measure(shape, plan))
-            table.line(rows[-1], COLUMNS)
-    table.notes(rows)
-    return rows
+def run(size: str, plan: harness.Plan, text: str = "", done: Callable[[Row], None] = harness.nobody) -> list[Row]:
+    title = "recurrent layer, float32; both = with all gradients"
+    return table.measured(title, COLUMNS, grid(size), partial(measure, plan=plan), text, done)

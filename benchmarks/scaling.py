@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ def line(lengths: Sequence[float], y: Sequence[float]) -> tuple[float, float, fl
     return float(a), float(b), float(np.abs((A @ (a, b)) * weight - np.sign(y)).max())
 
 
-def run(size: str, plan: harness.Plan, text: str = "") -> list[Row]:
+def run(size: str, plan: harness.Plan, text: str = "", done: Callable[[Row], None] = harness.nobody) -> list[Row]:
     lengths = {"tiny": (8, 16), "quick": (1024, 2048, 4096)}.get(size, (1024, 2048, 4096, 8192, 16384))
     D, H = (4, 1) if size == "tiny" else (64, 2)
     rows = []
@@ -47,6 +47,7 @@ def run(size: str, plan: harness.Plan, text: str = "") -> list[Row]:
                 if harness.matches(text, case.name):
                     some.append(measure(case, plan, NAMES, "scaling"))
                     table.line(some[-1], NAMES[1:])
+                    done(some[-1])
             rows += some
             for name in NAMES:
                 points = [(r["case"]["L"], r["seconds"][name]) for r in some if name in r["seconds"]]
@@ -57,9 +58,11 @@ def run(size: str, plan: harness.Plan, text: str = "") -> list[Row]:
     print()
     for what, first, last, slope, error in fits:
         print(f"time of {what}: ~ L^{slope:.2f} (+- {error:.2f}), from L = {first} to {last}")
-    rows += _memory(lengths, D, size, text)
-    rows.append({"verb": "scaling", "name": "fits", "fits": {what: fit for what, _, _, *fit in fits}})
-    return rows
+    more = _memory(lengths, D, size, text)
+    more.append({"verb": "scaling", "name": "fits", "fits": {what: fit for what, _, _, *fit in fits}})
+    for row in more:
+        done(row)
+    return rows + more
 
 
 def _memory(lengths: Sequence[int], D: int, size: str, text: str) -> list[Row]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from benchmarks import harness
+
+Row = dict[str, Any]
 
 WIDTH = 18
 
@@ -28,7 +32,7 @@ def percent(x: Mapping[str, float] | None) -> str:
 
 def head(title: str, rivals: Sequence[str], width: int = 44, limits: bool = True) -> None:
     print(f"\n{title}; BxH or BxH/G: batch, heads, groups")
-    print("their time / ours, round by round: median (min-max); * torch's best here")
+    print("their time / ours, round by round: median (min-max), or that of the one round there was; * torch's best here")
     if limits:
         print("GFLOP/s of ours; own, best: its part of its own products and exponentials alone, and of the best product's rate")
     columns = f"{'ours':>10}{'GFLOP/s':>9}{'own':>5}{'best':>6}" if limits else f"{'ours':>10}"
@@ -64,3 +68,19 @@ def notes(rows: Sequence[Mapping[str, Any]]) -> None:
     if errors:
         e, name, where = max(errors)
         print(f"largest error / largest element: {e:.1e}, of {name} [{where}]")
+
+
+def measured(
+    title: str, rivals: Sequence[str], cases: Sequence[Any], measure: Callable[[Any], Row], text: str,
+    done: Callable[[Row], None], width: int = 44,
+) -> list[Row]:  # fmt: skip
+    """The rows that were asked for, each printed and given to ``done`` as soon as it is there."""
+    rows: list[Row] = []
+    head(title, rivals, width)
+    for case in cases:
+        if harness.matches(text, case.name):
+            rows.append(measure(case))
+            line(rows[-1], rivals, width)
+            done(rows[-1])
+    notes(rows)
+    return rows

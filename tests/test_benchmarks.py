@@ -80,6 +80,24 @@ def test_a_wrong_rival_is_reported_and_not_timed():
     assert json.loads(json.dumps(row, allow_nan=False))["errors"]["nan"] is None
 
 
+@pytest.mark.usefixtures("alone")
+def test_what_was_measured_is_not_lost_when_a_run_is_stopped(tmp_path, monkeypatch):
+    found, measure = [], multihead.measure
+
+    def stopped(layer, plan):
+        if found:
+            raise KeyboardInterrupt
+        found.append(measure(layer, plan))
+        return found[0]
+
+    monkeypatch.setattr(multihead, "measure", stopped)
+    monkeypatch.setattr(multihead, "grid", lambda size: [multihead.Layer(3, 2, 4, 2), multihead.Layer(2, 2, 4, 2)])
+    with pytest.raises(KeyboardInterrupt):
+        main(["multihead", "--tiny", "--json", str(tmp_path / "some.json")])
+    (row,) = json.loads((tmp_path / "some.json").read_text())["results"]
+    assert row["name"] == found[0]["name"]
+
+
 def test_without_anybody_who_is_right_there_is_a_row_all_the_same():
     m = harness.measure([rival("off", 2.0, [])], "off", 1e-4, TINY)
     assert harness.row("verb", "name", {}, m)["seconds"] == {}
@@ -342,7 +360,7 @@ def test_plots(tmp_path, monkeypatch, capsys):
     rows = [r for r in grid_of_results() if r["case"]["D"] == 64 and r["case"]["mask"] == "causal"]
     rows += [{**r, "verb": "rnn", "errors": dict.fromkeys(r["ratios"], 1e-7)} for r in rows[:3]]
     made = plots.draw_all(rows, machine.facts(), tmp_path / "all")
-    assert [f.name for f in made] == ["throughput.png", "speedup.png", "others.png", "memory.png"]
+    assert [f.name for f in made] == ["throughput.png", "speedup.png", "rnn.png", "memory.png"]
     page = tmp_path / "README.md"
     page.write_text("<!-- benchmark --><!-- /benchmark -->")
     some = [Case(L, 64, mask="causal", backward=b) for L in (8, 16) for b in (False, True)]
