@@ -217,4 +217,6 @@ def broadcast_pairs(op: str, name: str, x: Array, shape: Shape) -> Array:
         whole = {name: front + (1,) * gap + tail, f"{name} ": (1,) * gap + front + tail}
         ways = [s for s in whole.values() if all(n in (1, full) for n, full in zip(s, shape, strict=True))]
         hint = "; say which axes are meant: " + " or ".join(f"{name}.reshape{s}" for s in ways) if ways else ""
+    elif name == "mask" and x.ndim == 2 and x.shape == (*shape[:-3], shape[-1]):
+        hint = "; one row of keys for each sequence is keys(mask)"
     raise ValueError(f"{op}: {name} has shape {x.shape}, expected {forms}{hint}")

@@ -9,9 +9,9 @@
     out = dropped v                             (..., H, L, E)      (7)
 
 The backward takes the same lines from (7) to (1). Only (5) mixes the elements of a row: with p the weights,
-dscores_j = sum_i dp_i p_i ([i = j] - p_j) = p_j (dp_j - sum_i p_i dp_i), and p_sink = exp(sink - lse) is the sink's weight.
-docs/attention-backward.md derives all of it. What may not be seen is selected away (`select`, `product`), never multiplied by
-0: 0 * NaN = NaN. Vaswani et al. 2017, "Attention is all you need", section 3.2.1.
+dscores_j = sum_l dp_l p_l ([l = j] - p_j) = p_j (dp_j - sum_l p_l dp_l), and p_sink = exp(sink - lse) is the sink's weight.
+docs/attention-backward.md derives all of it. (5) is `normalize`, in softmax.py. What may not be seen is selected away
+(`select`, `product`), never multiplied by 0: 0 * NaN = NaN. Vaswani et al. 2017, "Attention is all you need", section 3.2.1.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def attention_forward(
 def attention_backward(dout: Array, cache: AttentionCache, dlse: Array | None = None) -> AttentionGrads:
     """The gradients of sum(dout * out) + sum(dlse * lse), by the equations of this page from (7) to (1).
 
-    dout : (..., H, L, E), as out; dlse : (..., H, L) in the computing dtype; both are ignored in rows whose lse is -inf.
+    dout : (..., H, L, E), as out; dlse : (..., H, L) in the computing dtype; ignored where lse is -inf. Raises as the forward.
     """
     check_cotangents("attention", cache, dout, dlse)
     c, heads = cache, cache.q.shape[-3] if cache.q.ndim > 2 else 1

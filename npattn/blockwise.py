@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,8 +99,8 @@ def attend_all(c: AttentionCache, keep: bool) -> tuple[Array, AttentionCache]:
         if kept is not out:
             out[heads.index][..., rows, :] = a
 
-    tasks = [(heads, parts) for parts in reversed(of_rows) for heads in bundles(c)]
-    share(work, tasks, lambda: Tiles(c.computing), most=1 if small(c) else None)
+    tasks, buffers = [(heads, parts) for parts in reversed(of_rows) for heads in bundles(c)], partial(Tiles, c.computing)
+    share(work, tasks, buffers, most=1 if small(c) else None)
     return out, given._replace(lse=lse, kept=Kept(kept, total))
 
 
@@ -162,7 +163,11 @@ def attend(
 
 @quiet
 def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = None) -> AttentionGrads:
-    """`npattn.attention_backward` without an array of L x S elements, and independent of the number of threads."""
+    """`npattn.attention_backward` without an array of L x S elements, and independent of the number of threads.
+
+    dout : (..., H, L, E), as out; dlse : (..., H, L) in the computing dtype; both are ignored in rows whose lse is -inf.
+    Raises TypeError, ValueError, as the forward does.
+    """
     check_cotangents("blockwise", cache, dout, dlse)
     c = cache._replace(k=by_rows(cache.k))
     of_rows, of_cols = tiles_of(c)
@@ -199,10 +204,10 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
             dscales[heads.number], dsinks[heads.number] = dscale, dsink
 
     groups = [list(same) for _, same in itertools.groupby(bundles(c), lambda heads: heads.group)]
-    most = 1 if small(c) else None
+    buffers, most = partial(Tiles, c.computing), 1 if small(c) else None
     light = 1 if max(c.q.size, c.k.size, c.v.size) < LIGHT else most
     alone = 1 if dbias is not None else most
-    share(before, itertools.chain(*groups), lambda: Tiles(c.computing), None, light)
+    share(before, itertools.chain(*groups), buffers, None, light)
     whole = [group for group in groups if all(heads.number in sound for heads in group)]
     rest = [group for group in groups if not all(heads.number in sound for heads in group)]
     spans = [(j, slice(x[0].start, x[-1].stop)) for j, x in enumerate(of_cols)]
@@ -210,9 +215,9 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     # Each task has a total of its own if that is not much; otherwise one thread adds to the same.
     apart = isinstance(dbias, np.ndarray) and dbias.size * len(tasks) <= MANY
     dbiases = [c.bias.new_gradient() if apart else dbias for _ in tasks]
-    share(work, tasks, lambda: Tiles(c.computing), turns, most if apart else alone)
-    share(after, itertools.chain(*whole), lambda: Tiles(c.computing), None, light)
-    share(left, rest, lambda: Tiles(c.computing), None, alone)
+    share(work, tasks, buffers, turns, most if apart else alone)
+    share(after, itertools.chain(*whole), buffers, None, light)
+    share(left, rest, buffers, None, alone)
 
     for part in dbiases if apart else ():
         dbias += part
@@ -558,7 +563,7 @@ def merge_forward(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tup
 
     out_a, out_b : (..., L, E)   lse_a, lse_b : (..., L) in nats, in the computing dtype; -inf = no key, and then what stands
     in that part's out is ignored. At most one part carries the sink: it would be counted twice.
-    Returns (out, lse), and the cache.
+    Returns (out, lse), and the cache. Raises TypeError, ValueError.
     """
     op, dims = "merge", Dims("merge")
     computing = check_dtype(op, out_a=out_a, out_b=out_b)
@@ -581,7 +586,10 @@ def merge_forward(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tup
 
 @quiet
 def merge_backward(dout: Array, cache: MergeCache, dlse: Array | None = None) -> MergeGrads:
-    """The gradients of sum(dout * out) + sum(dlse * lse), both ignored in rows whose lse is -inf. (2) is a softmax of two."""
+    """The gradients of sum(dout * out) + sum(dlse * lse), both ignored in rows whose lse is -inf. (2) is a softmax of two.
+
+    dout : (..., L, E), as out; dlse : (..., L) in the computing dtype. Raises TypeError, ValueError.
+    """
     check_class("merge", "cache", cache, MergeCache, ", from merge_forward")
     c, computing = cache, cache.lse.dtype
     alive = c.lse[..., None] != -np.inf

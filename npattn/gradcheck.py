@@ -34,12 +34,12 @@ class GradcheckError(AssertionError):
 
 @dataclass(frozen=True)
 class Checked:
-    """What one input's gradient was checked with."""
+    """What one input's gradient was checked with: by which method, how often, and how near both sides came."""
 
     name: str
-    method: str
-    derivatives: int  # elements and directions
-    error: float  # the largest, over what was allowed there: at most 1
+    method: str  # "complex" or "central"
+    derivatives: int  # how many were compared: of single elements, and along directions
+    error: float  # the largest difference of both sides, over what rounding allows there: at most 1
     size: float  # the largest derivative
 
 
@@ -85,7 +85,8 @@ def _find(tree: Any, path: str) -> Any:
         parts = _children(tree)
         names = None if parts is None else dict(parts)
         if names is None or part not in names:
-            raise GradcheckError(f"gradcheck: the backward gives no gradient of {path}")
+            order = ": the inputs are a sequence, and so are their gradients" if path.isdigit() and names is not None else ""
+            raise GradcheckError(f"gradcheck: the backward gives no gradient of {path}{order}")
         tree = names[part]
     return tree
 
@@ -125,7 +126,10 @@ class _Pair:
         self.scalars = [not isinstance(x, np.ndarray) for _, x in leaves]
         for name, x in zip(self.names, self.values, strict=True):
             if x.dtype.char not in "dg":
-                raise TypeError(f"gradcheck: {name} has dtype {x.dtype}, expected float64 or longdouble")
+                raise TypeError(
+                    f"gradcheck: {name} has dtype {x.dtype}, expected float64 or longdouble: x.astype(np.float64); rounding in "
+                    f"other dtypes would hide what is wrong"
+                )
 
     def run(self, values: Sequence[Array]) -> tuple[list[Array], Any, Any]:
         """Outputs, cache, and the outputs as the forward gave them."""
@@ -155,7 +159,11 @@ class _Pair:
             grads = dict(zip(self.inputs, grads, strict=True))
         elif not isinstance(grads, (tuple, list, Mapping)):
             grads = (grads,) if not isinstance(self.inputs, Mapping) else {next(iter(self.inputs)): grads}
-        return [np.asarray(_find(grads, name)) for name in self.names]
+        found = [_find(grads, name) for name in self.names]
+        for name, g in zip(self.names, found, strict=True):
+            if g is None:
+                raise GradcheckError(f"gradcheck: the backward gives None as the gradient of {name}, expected an array")
+        return [np.asarray(g) for g in found]
 
 
 def _same(a: list[Array], b: list[Array]) -> bool:

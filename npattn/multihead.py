@@ -175,17 +175,20 @@ def multi_head_forward(
 
 @quiet
 def multi_head_backward(dout: Array, cache: MultiHeadCache) -> MultiHeadGrads:
-    """The gradients of sum(dout * out) for every input and parameter, from (6) to (1). dout : (..., L, M_out)."""
+    """The gradients of sum(dout * out) for every input and parameter, from (6) to (1).
+
+    dout : (..., L, M_out), as out. Raises TypeError, ValueError.
+    """
     check_class("multi_head", "cache", cache, MultiHeadCache, ", from multi_head_forward")
-    params, heads, computing = cache.params, cache.attention, cache.concat.dtype
+    params, inner, computing = cache.params, cache.attention, cache.concat.dtype
     shape = (*cache.x_q.shape[:-1], params.w_o.shape[1])
     dout = check_cotangent("multi_head", "dout", dout, shape, cache.x_q.dtype, computing)
     _, backward = IMPLEMENTATIONS[cache.implementation]
 
-    H, G = heads.q.shape[-3], heads.k.shape[-3]
+    H, G = inner.q.shape[-3], inner.k.shape[-3]
     dconcat, dw_o, db_o = _project_backward(dout, cache.concat, params.w_o, params.b_o, H, axis=0)  # (6)
     do = split_heads(dconcat, H)  # (5)
-    grads = backward(do, heads)  # (4)
+    grads = backward(do, inner)  # (4)
     dx_v, dw_v, db_v = _project_backward(merge_heads(grads.v), cache.x_v, params.w_v, params.b_v, G)  # (3)
     dx_k, dw_k, db_k = _project_backward(merge_heads(grads.k), cache.x_k, params.w_k, params.b_k, G)  # (2)
     dx_q, dw_q, db_q = _project_backward(merge_heads(grads.q), cache.x_q, params.w_q, params.b_q, H)  # (1)

@@ -79,7 +79,8 @@ def rnn_forward(
 def rnn_backward(dh: Array, cache: RNNCache, dh_last: Array | None = None) -> RNNGrads:
     """The gradients of sum(dh * h) + sum(dh_last * h_last), backwards through time. dh : (B, T, N); dh_last : (B, N).
 
-    ``carry`` is the gradient of h_t through all later steps; steps after a sequence's length hand it on untouched.
+    ``carry`` is the gradient of h_t through all later steps; steps after a sequence's length hand it on untouched. Raises
+    TypeError, ValueError.
     """
     check_class("rnn", "cache", cache, RNNCache, ", from rnn_forward")
     c, params, h, computing = cache, cache.params, cache.states, cache.states.dtype

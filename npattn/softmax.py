@@ -25,11 +25,11 @@ def normalize(scores: Array, allowed: Array | None = None, sink: Array | None = 
     top = select(top != -np.inf, top)  # a row without any logit: exp(-inf - 0) = 0
     e = np.subtract(scores, top)
     np.exp(e, out=e)
-    total = e.sum(-1, keepdims=True)
+    z = e.sum(-1, keepdims=True)
     if sink is not None:
-        total = total + np.exp(sink - top)
-    e /= select(total != 0, total, 1.0)
-    return select(allowed, e), (top + np.log(total))[..., 0]
+        z = z + np.exp(sink - top)
+    e /= select(z != 0, z, 1.0)
+    return select(allowed, e), (top + np.log(z))[..., 0]
 
 
 def _scores(op: str, name: str, scores: object, mask: object) -> tuple[Array, Array | None]:
@@ -68,7 +68,7 @@ def softmax_forward(scores: Array, *, mask: Any = None) -> tuple[Array, SoftmaxC
         p_j = exp(s_j - m) / sum_l exp(s_l - m)                                                     (1)
 
     scores : (..., S); mask : boolean array of that rank (axes may be 1), or rank 2, or a mask of npattn.masks; True = counts.
-    Returns p (..., S), 0 where the mask forbids and in rows that it forbids whole, and the cache.
+    Returns p (..., S), 0 where the mask forbids and in rows that it forbids whole, and the cache. Raises TypeError, ValueError.
     """
     x, allowed = _scores("softmax", "scores", scores, mask)
     weights, _ = normalize(x, allowed)  # (1)
@@ -77,7 +77,10 @@ def softmax_forward(scores: Array, *, mask: Any = None) -> tuple[Array, SoftmaxC
 
 @quiet
 def softmax_backward(dweights: Array, cache: SoftmaxCache) -> SoftmaxGrads:
-    """ds_j = p_j (dp_j - sum_l p_l dp_l): dp_j less its mean under p. It is what is left of the Jacobian diag(p) - p p^T."""
+    """ds_j = p_j (dp_j - sum_l p_l dp_l): dp_j less its mean under p. It is what is left of the Jacobian diag(p) - p p^T.
+
+    dweights : (..., S), as the weights. Returns the gradient of the scores, (..., S). Raises TypeError, ValueError.
+    """
     check_class("softmax", "cache", cache, SoftmaxCache, ", from softmax_forward")
     dp = check_cotangent("softmax", "dweights", dweights, cache.weights.shape, cache.dtype, cache.weights.dtype)
     dp = select(cache.allowed, dp)
@@ -106,6 +109,7 @@ def log_sum_exp_forward(scores: Array, *, mask: Any = None) -> tuple[Array, Soft
         lse = m + log sum_j exp(s_j - m)                                                            (1)
 
     Arguments as in `softmax_forward`. Returns lse (...), in the computing dtype, -inf where no score is allowed, and the cache.
+    Raises TypeError, ValueError.
     """
     x, allowed = _scores("log_sum_exp", "scores", scores, mask)
     weights, lse = normalize(x, allowed)  # (1)
@@ -114,7 +118,10 @@ def log_sum_exp_forward(scores: Array, *, mask: Any = None) -> tuple[Array, Soft
 
 @quiet
 def log_sum_exp_backward(dlse: Array, cache: SoftmaxCache) -> LogSumExpGrads:
-    """ds_j = p_j dlse: the derivative of lse is the softmax. dlse is ignored in rows without an allowed score."""
+    """ds_j = p_j dlse: the derivative of lse is the softmax. dlse is ignored in rows without an allowed score.
+
+    dlse : (...), as lse. Returns the gradient of the scores, (..., S). Raises TypeError, ValueError.
+    """
     check_class("log_sum_exp", "cache", cache, SoftmaxCache, ", from log_sum_exp_forward")
     weights = cache.weights
     dlse = check_cotangent("log_sum_exp", "dlse", dlse, weights.shape[:-1], weights.dtype, weights.dtype)
@@ -157,7 +164,8 @@ def cross_entropy_forward(
     targets   : (...), integers 0 .. V - 1
     mask      : (...), boolean, True = counts; what lies elsewhere (NaN, a target of -100) reaches nothing
     reduction : "mean" (0 where nothing counts), "sum" or "none" (one loss a position, 0 where it does not count)
-    Returns the loss in the computing dtype, shape () or (...), and the cache.
+    Returns the loss in the computing dtype, shape () or (...), and the cache; NaN where all logits of a position are -inf.
+    Raises TypeError, ValueError.
     """
     op = "cross_entropy"
     check_one_of(op, "reduction", reduction, ("mean", "sum", "none"))
@@ -192,7 +200,10 @@ def _divisor(cache: CrossEntropyCache) -> int:
 
 @quiet
 def cross_entropy_backward(dloss: Array, cache: CrossEntropyCache) -> CrossEntropyGrads:
-    """dlogits = (p - onehot(target)) dloss, over the number of positions that count where the loss is their mean."""
+    """dlogits = (p - onehot(target)) dloss, over the number of positions that count where the loss is their mean.
+
+    dloss : as the loss, () or (...). Returns the gradient of the logits, (..., V). Raises TypeError, ValueError.
+    """
     check_class("cross_entropy", "cache", cache, CrossEntropyCache, ", from cross_entropy_forward")
     weights = cache.weights
     shape = cache.targets.shape if cache.reduction == "none" else ()

@@ -203,6 +203,8 @@ for axis, letter in enumerate("BHLS"):
     attention(f"{letter} of mask", ValueError, [f"{{op}}: mask has shape {tuple(shape)}", FORMS], mask=bits(*shape))
 attention("mask of rank 3, of batch", ValueError, ["{op}: mask has shape (2, 3, 5)", FORMS, "mask.reshape(2, 1, 3, 5)"],
     mask=bits(B, L, S))
+attention("mask of keys", ValueError, ["{op}: mask has shape (2, 5)", FORMS, "one row of keys for each sequence is keys(mask)"],
+    mask=bits(B, S))  # fmt: skip
 attention("mask of rank 3, of heads", ValueError, ["{op}: mask has shape (4, 3, 5)", FORMS, "mask.reshape(1, 4, 3, 5)"],
     mask=bits(H, L, S))
 attention(

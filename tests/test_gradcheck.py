@@ -309,3 +309,11 @@ def test_hessian_is_symmetric_and_is_the_derivative_of_the_gradient():
 def test_hessian_vector_product_refuses_a_direction_of_another_shape():
     with pytest.raises(ValueError, match="direction has shapes"):
         hessian_vector_product(attention_forward, attention_backward, INPUTS, {**INPUTS, "q": Q[0]}, np.ones((2, 3, 6)))
+
+
+def test_what_is_wrong_with_a_gradient_that_is_not_there():
+    x = np.ones(2)
+    with pytest.raises(GradcheckError, match="the backward gives None as the gradient of x, expected an array"):
+        gradcheck(lambda x: (x, None), lambda d, c: {"x": None}, {"x": x})
+    with pytest.raises(GradcheckError, match="no gradient of 0: the inputs are a sequence, and so are their gradients"):
+        gradcheck(lambda x: (x, None), lambda d, c: {"x": d}, [x])
