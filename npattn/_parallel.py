@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from npattn._pairs import quiet
+from npattn._sums import quiet
 
 
 class _Blas:

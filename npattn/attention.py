@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npattn._checks import Array, Dims, check_class, check_cotangent, check_dtype, check_number, check_other_dtype
-from npattn._pairs import ALL, Pairs, bind_dropout, each_head, group_sum, head_sum, heads_first, product, quiet, select, swap
+from npattn._pairs import ALL, Pairs, bind_dropout
+from npattn._sums import each_head, group_sum, head_sum, heads_first, product, quiet, select, swap
 from npattn.biases import bind_bias
 from npattn.masks import bind_mask
 from npattn.softmax import normalize
@@ -139,10 +140,8 @@ def attention(
     softcap: float | None = None, sink: Array | None = None, dropout_mask: Pairs = None, return_lse: bool = False,
 ) -> Any:  # fmt: skip
     """`attention_forward` without its cache: out, or (out, lse) with ``return_lse=True``."""
-    return attention_forward(
-        q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap, sink=sink, dropout_mask=dropout_mask,
-        return_lse=return_lse,
-    )[0]  # fmt: skip
+    options: Any = {"mask": mask, "bias": bias, "softcap": softcap, "sink": sink, "dropout_mask": dropout_mask}
+    return attention_forward(q, k, v, scale=scale, return_lse=return_lse, **options)[0]
 
 
 # --- the small print: checks, masks, grouped heads, rows without keys --------------------------------------------------

@@ -30,7 +30,8 @@ from npattn._checks import (
     computing_dtype,
     kind,
 )
-from npattn._pairs import ALL, Bound, Index, Positions, heads_first, integers, is_bias, is_bindable
+from npattn._pairs import ALL, Bound, Index, Positions, integers, is_bias, is_bindable
+from npattn._sums import heads_first
 
 
 def bind_bias(op: str, bias: object, shape: Shape, dtype: np.dtype[Any], computing: np.dtype[Any]) -> Any:

@@ -45,8 +45,9 @@ from npattn._blocks import (
     within,
 )
 from npattn._checks import Array, Dims, Shape, check_class, check_cotangent, check_dtype, check_other_dtype
-from npattn._pairs import Bound, Index, Pairs, quiet, select, slices, swap
+from npattn._pairs import Bound, Index, Pairs, slices
 from npattn._parallel import Turns, share
+from npattn._sums import quiet, select, swap
 from npattn.attention import (
     AttentionCache,
     AttentionGrads,

@@ -30,7 +30,8 @@ from npattn._checks import (
     check_other_dtype,
     computing_dtype,
 )
-from npattn._pairs import Pairs, is_bias, quiet, swap, weight_gradient
+from npattn._pairs import Pairs, is_bias
+from npattn._sums import quiet, swap, weight_gradient
 from npattn.attention import AttentionCache, attention_backward, attention_forward
 from npattn.blockwise import blockwise_backward, blockwise_forward
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npattn._checks import Array, Dims, check_class, check_cotangent, check_dtype, check_one_of, check_other_dtype
-from npattn._pairs import integers, quiet, select, swap, weight_gradient
+from npattn._pairs import integers
+from npattn._sums import quiet, select, swap, weight_gradient
 
 
 class RNNParams(NamedTuple):

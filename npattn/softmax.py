@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npattn._checks import Array, Dims, check_array, check_class, check_cotangent, check_dtype, check_one_of
-from npattn._pairs import quiet, select
+from npattn._sums import quiet, select
 from npattn.masks import bind_mask
 
 

@@ -16,7 +16,7 @@ from helpers import abs_finite
 from oracles import attention_loops
 
 from npattn import attention_backward, attention_forward
-from npattn._pairs import quiet
+from npattn._sums import quiet
 from npattn.masks import as_mask
 from npattn.verify import CASES, PRECISIONS, Candidate, Convention, Settings, diagnose, examine, mutant_attention
 from npattn.verify.candidates import canonical

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import IMPLEMENTATIONS
 
-from npattn._pairs import quiet, swap
+from npattn._sums import quiet, swap
 from npattn.masks import as_mask
 from npattn.tolerances import TIGHT_MAX, TIGHT_RMS
 from npattn.verify.cases import FAMILIES, LONG, MEDIUM, Case, Problem, draw

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from npattn import _blocks, attention_backward, attention_forward, blockwise_backward, blockwise_forward, gradcheck
-from npattn._pairs import ALL, swap
+from npattn._pairs import ALL
+from npattn._sums import swap
 from npattn.masks import as_mask
 from npattn.tolerances import TERMS_EPS
 from npattn.verify.cases import BIAS_FORMS, EXCLUSIONS, OPTIONS, SMALL, compatible, draw

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from oracles import attention_loops
 
-from npattn._pairs import quiet
+from npattn._sums import quiet
 from npattn.masks import as_mask
 from npattn.tolerances import GOOD_MAX, GOOD_RMS
 from npattn.verify.cases import FAMILIES, MEDIUM, SMALL, better, draw

@@ -17,7 +17,7 @@ import numpy as np
 
 from npattn import masks
 from npattn._checks import Array
-from npattn._pairs import quiet
+from npattn._sums import quiet
 from npattn.attention import attention_backward, attention_forward
 from npattn.biases import Alibi, RelativeTable
 from npattn.verify.errors import predict

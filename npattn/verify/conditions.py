@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from npattn._checks import Array
-from npattn._pairs import quiet
+from npattn._sums import quiet
 from npattn.masks import as_mask, key_lengths
 from npattn.verify.candidates import Candidate
 from npattn.verify.cases import Part, Problem, Truth

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npattn._checks import Array
-from npattn._pairs import each_head, heads_first, quiet, select, swap
+from npattn._sums import each_head, heads_first, quiet, select, swap
 from npattn.attention import AttentionCache, AttentionGrads, live, visible
 from npattn.tolerances import DELTA_ROUNDING, EXP_ULPS, ROUNDING_STD
 from npattn.verify.precision import Precision, of_dtype, round_to

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from npattn._checks import Array, kind
-from npattn._pairs import quiet
+from npattn._sums import quiet
 from npattn.tolerances import GOOD_MAX, GOOD_RMS, PLANTED, TIGHT_MAX, TIGHT_RMS
 from npattn.verify import layer_mistakes
 from npattn.verify.candidates import Candidate, canonical

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from npattn._checks import Array
-from npattn._pairs import swap
+from npattn._sums import swap
 from npattn.multihead import merge_heads
 from npattn.verify.cases import better
 from npattn.verify.layer_stages import Change, Route, Values, adjoint, run

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from npattn._checks import Array
-from npattn._pairs import quiet, swap, weight_gradient
+from npattn._sums import quiet, swap, weight_gradient
 from npattn.attention import AttentionCache, attention_backward, attention_forward
 from npattn.multihead import merge_heads, split_heads
 from npattn.tolerances import EXP_ULPS, ROUNDING_STD, TANH_ULPS

@@ -16,7 +16,7 @@ import numpy as np
 
 from npattn import convert
 from npattn._checks import Array
-from npattn._pairs import quiet
+from npattn._sums import quiet
 from npattn.multihead import MultiHeadParams, multi_head_backward, multi_head_forward
 from npattn.rnn import RNNParams, rnn_backward, rnn_forward
 from npattn.softmax import softmax_backward, softmax_forward
