@@ -107,7 +107,6 @@ def main(arguments: list[str] | None = None) -> int:
     machine.print_facts(facts)
     results: dict[str, Any] = {"environment": facts, "command": command(arguments), "results": []}
 
-
     def done(row: dict[str, Any]) -> None:  # what was measured is not lost when a run is stopped
         results["results"].append(row)
         store(given, results)
@@ -143,6 +142,7 @@ def run(verb: str, given: argparse.Namespace, results: dict[str, Any], done: Cal
             case = Case(8, 4, 1, 2, mask="causal") if size == "tiny" else Case(1024, 64, 1, 8, mask="causal")
             names = ("blockwise",) if size == "tiny" else None
             results["company"] = company.report(case, {"tiny": 1, "quick": 5, "full": 15}[size], names)
+            store(given, results)
         attention.run(size, plan, text, done)
         if given.verb and not text and size != "tiny":  # what else is aimed at
             rnn.run(size, plan, "", done)
@@ -152,8 +152,7 @@ def run(verb: str, given: argparse.Namespace, results: dict[str, Any], done: Cal
         memory.run(size, text, done)
     elif verb == "accuracy":
         print()
-        for row in accuracy.main(size != "full"):
-            done({"verb": "accuracy", "name": row["inputs"], **row})
+        accuracy.main(size != "full", lambda row: done({"verb": "accuracy", "name": row["inputs"], **row}))
     else:
         module: Any = {"multihead": multihead, "rnn": rnn, "scaling": scaling, "decode": decode}[verb]
         module.run(size, plan, text, done)
@@ -185,12 +184,12 @@ def summarize(given: argparse.Namespace, results: dict[str, Any], commands: list
     elif any(t.values for t in found):
         targets.show([t for t in found if t.values])
     written = plots.draw_all(rows, facts, given.plot) if given.plot else []
+    if given.plot and not written:
+        print(f"--plot: there is no picture of {' and '.join(sorted({row['verb'] for row in rows}))}")
     if given.write:
         written += readme.write(given.write, rows, facts, found, how(commands, given.write.name))
     for file in written:
         print(f"written: {file}")
-    if given.plot and not written:
-        print(f"--plot: there is no picture of {' and '.join(sorted({row['verb'] for row in rows}))}")
 
 
 if __name__ == "__main__":

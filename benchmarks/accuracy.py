@@ -7,11 +7,13 @@ second visit of the keys and no two more products. What that costs is the differ
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 import npattn as na
+from benchmarks.harness import nobody
 from npattn.verify.cases import FAMILIES, draw
 from npattn.verify.errors import predict
 
@@ -41,7 +43,7 @@ def errors(family: str, seed: int, sizes: dict[str, int]) -> dict[tuple[str, str
     return found
 
 
-def main(quick: bool = False) -> list[dict[str, Any]]:
+def main(quick: bool = False, done: Callable[[dict[str, Any]], None] = nobody) -> list[dict[str, Any]]:
     sizes = {**SIZES, "L": 64, "S": 128} if quick else SIZES
     columns = list(itertools.product(KERNELS, ("out", "dq", "dk", "dv")))
     print("error / sigma in float32: root mean square (largest)")
@@ -55,6 +57,7 @@ def main(quick: bool = False) -> list[dict[str, Any]]:
             row[" ".join(column)] = [float(np.sqrt(np.square(x).mean())), float(x.max())]
         rows.append(row)
         print(f"{family:12}" + "".join(f"{f'{r:.2f} ({m:.1f})':>17}" for r, m in (row[" ".join(c)] for c in columns)))
+        done(row)
     return rows
 
 

@@ -58,19 +58,19 @@ def run(size: str, plan: harness.Plan, text: str = "", done: Callable[[Row], Non
     print()
     for what, first, last, slope, error in fits:
         print(f"time of {what}: ~ L^{slope:.2f} (+- {error:.2f}), from L = {first} to {last}")
-    more = _memory(lengths, D, size, text)
-    more.append({"verb": "scaling", "name": "fits", "fits": {what: fit for what, _, _, *fit in fits}})
-    for row in more:
-        done(row)
-    return rows + more
+    rows += _memory(lengths, D, size, text, done)
+    rows.append({"verb": "scaling", "name": "fits", "fits": {what: fit for what, _, _, *fit in fits}})
+    done(rows[-1])
+    return rows
 
 
-def _memory(lengths: Sequence[int], D: int, size: str, text: str) -> list[Row]:
+def _memory(lengths: Sequence[int], D: int, size: str, text: str, done: Callable[[Row], None]) -> list[Row]:
     found = []
     for L in lengths:
         case = Case(L, D, mask="causal", backward=True)
         if harness.matches(text, case.name):
             found.append({**memory.measure(case, ("blockwise",)), "verb": "scaling"})
+            done(found[-1])
     for kind in ("tracemalloc", "process"):
         points = [(r["case"]["L"], r["bytes"]["blockwise"][kind]) for r in found if "blockwise" in r["bytes"]]
         if len(points) > 1:

@@ -165,7 +165,6 @@ def bind_dropout(op: str, mask: object, shape: Shape, dtype: np.dtype[Any], comp
     return DenseBound(view)
 
 
-
 # --- where tokens stand -----------------------------------------------------------------------------------------------
 
 

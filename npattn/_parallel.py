@@ -43,14 +43,20 @@ class _Blas:
                 if not self.users:
                     self.limit(self.threads)
 
+    def own(self) -> None:
+        """One thread for this thread of ours, where BLAS counts for each thread by itself: OpenBLAS does if it has OpenMP."""
+        for x in self.libraries or ():
+            if getattr(x, "threading_layer", "") == "openmp":
+                x.set_num_threads(1)
+
     def limit(self, threads: list[int]) -> None:
-        """So many threads for each library. For OpenBLAS threadpoolctl 3.8 lets one thread of a process do that, and calls of
-        others do nothing: but it may be any thread that calls us, and another one that is last."""
+        """So many threads for each library.
+
+        For OpenBLAS threadpoolctl 3.8 lets one thread of a process set them, and what others call does nothing. But any thread
+        may call us, and another one be the last: so it is gone around, and whoever is in charge stays so.
+        """
         for x, n in zip(self.libraries or (), threads, strict=True):
-            anybody = getattr(x, "clear_controlling_thread", lambda **_: None)
-            anybody(force=True)
-            x.set_num_threads(n)
-            anybody(force=True)
+            getattr(x, "_real_set_num_threads", x.set_num_threads)(n)
 
 
 def libraries() -> list[Any]:
@@ -95,6 +101,7 @@ def share(
 
     def assist(running: threading.Lock) -> None:
         try:
+            BLAS.own()
             run()
         finally:
             running.release()

@@ -47,7 +47,8 @@ class AttentionCache(NamedTuple):
 
 
 class AttentionGrads(NamedTuple):
-    """The gradients of `attention`, in the shapes and dtypes of its inputs; None where there was no such input."""
+    """The gradients of `attention`, as its inputs were given. That of scale is always there, the others if the input was."""
+
     q: Array
     k: Array
     v: Array

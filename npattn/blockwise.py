@@ -10,7 +10,7 @@ score m seen so far, and e_j = exp(s_j - m'):
 It is tried with m = 0, where (5a) is nothing: z shows in the end whether exp has left its range. The backward visits each tile
 once, with p_j = exp(s_j - lse) / total: total, the sum of exp(s_j - lse), is 1 but for the rounding of lse, and is kept beside
 it, so that p is as good as the dense weights. sum_j p_j dp_j is dout . out; that it is subtracted from dp is one more column of
-the product: [do, -off] [v, 1]^T = do v^T - off.
+the product: [do, -off] [v, 1]^T = do v^T - off (both over total).
 
 (1) to (4), (6) and (7) are those of `npattn.attention`. What sees NaN, inf or numbers that overflow is left to it: forwards a
 tile of queries, backwards all heads that read the same keys. docs/blockwise.md derives all of it. Milakov and Gimelshein 2018;
@@ -69,9 +69,9 @@ def blockwise_forward(
 ) -> tuple[Any, AttentionCache]:  # fmt: skip
     """`npattn.attention_forward` without an array of L x S elements; ``cache.weights`` is None.
 
-    Beyond inputs and outputs it needs a copy of out, a few numbers a query, and some tiles a thread. Masks, biases and dropout
-    masks are asked for their tiles, and tiles without an allowed pair are skipped. The result does not depend on the number of
-    threads.
+    Beyond inputs and outputs it needs a copy of out, a few numbers a query, some tiles a thread, and a copy of a k that does
+    not lie by rows. Masks, biases and dropout masks are asked for their tiles, and tiles without an allowed pair are skipped.
+    The result does not depend on the number of threads.
     """
     c = bind("blockwise", q, k, v, mask, bias, scale, softcap, sink, dropout_mask)
     out, cache = attend_all(c, keep=True)
@@ -114,8 +114,10 @@ def attend(
     """
     given = c.q[heads.index][..., rows, :].astype(c.computing, copy=False)
     q = np.multiply(c.scale, given, out=tiles.take(0, *given.shape))
-    if abs(c.scale) > 1 and (np.isfinite(given) & ~np.isfinite(q)).any():
-        return None  # where scale (q . k) may be a number
+    if abs(c.scale) > 1:  # scale q may overflow where scale (q . k) is a number
+        over = (np.isfinite(given) & ~np.isfinite(q)).any(-1)
+        if over.any() and (over & who_sees(c, heads, rows, blocks, tiles.hidden)).any():
+            return None
     n, E = q.shape[:-2], c.v.shape[-1]
     k, v = c.k[heads.group], c.v[heads.group]
     sink = sink_of(c, heads)
@@ -373,7 +375,7 @@ class Tiles:
 
 
 def by_rows(x: Array) -> Array:
-    """x, or a copy where BLAS cannot read it row by row."""
+    """x, or a copy where BLAS cannot read it row by row: NumPy would make one for each product, or do without BLAS."""
     row, one = x.strides[-2:]
     fits = x.flags.aligned and one == x.itemsize and row % one == 0 and row >= x.shape[-1] * one
     return x if fits else np.ascontiguousarray(x)

@@ -154,7 +154,7 @@ def _chosen(given: argparse.Namespace, op: str) -> list[Any]:
         from npattn.verify.cases import random_cases
 
         table += random_cases(given.seed, 150)
-    check_features("--require", given.require, [f for case in table for f in case.features])
+    check_features("--require", given.require, op, [f for case in table for f in case.features])
     if given.case is not None:
         named = [case for case in table if case.name == given.case]
         if not named:
@@ -380,5 +380,3 @@ def env_command(given: argparse.Namespace) -> int:
     for name, value in environment.describe().items():
         print(f"{name:12} {value}")
     return OK
-
-

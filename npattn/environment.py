@@ -52,7 +52,8 @@ def describe() -> dict[str, str]:
 def _has_avx512() -> bool:
     """Whether NumPy has found it here; NumPy 2.4 calls it by the level of the architecture that has it."""
     config: Any = np.show_config("dicts")
-    return bool({"AVX512_SKX", "X86_V4"} & set(config.get("SIMD Extensions", {}).get("found", ())))
+    found = config.get("SIMD Extensions", {})
+    return bool({"AVX512_SKX", "X86_V4"} & {*found.get("baseline", ()), *found.get("found", ())})
 
 
 def _kernel_advice(kernels: str) -> dict[str, str]:

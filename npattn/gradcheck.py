@@ -144,19 +144,26 @@ class _Pair:
     def outputs(self, values: Sequence[Array]) -> list[Array]:
         return self.run(values)[0]
 
+    def in_order(self, grads: Sequence[Any]) -> dict[str, Any]:
+        """Gradients without names: one for each input, where those that are None may be left out."""
+        pairs = list(_children(self.inputs) or ())
+        some = [name for name, x in pairs if x is not None]
+        names = some if len(grads) == len(some) else [name for name, _ in pairs]
+        if len(grads) != len(names):
+            got, expected = len(grads), len(names)
+            raise GradcheckError(f"gradcheck: backward returns {got} gradients, expected one for each of {expected} inputs")
+        return dict(zip(names, grads, strict=True))
+
     def gradients(self, dout: list[Array], out: Any, cache: Any) -> list[Array]:
         shaped: Any = dout[0] if not isinstance(out, (tuple, list)) else tuple(dout)
         if hasattr(out, "_fields"):
             shaped = type(out)(*dout)
         grads = self.backward(shaped, cache)
-        if not hasattr(self.inputs, "_fields") and isinstance(self.inputs, (tuple, list)) and hasattr(grads, "_fields"):
-            grads = tuple(grads)  # gradients in the order of the inputs
         plain = isinstance(grads, (tuple, list)) and not hasattr(grads, "_fields")
-        if plain and not hasattr(self.inputs, "_fields") and len(grads) != len(self.inputs):
-            got, expected = len(grads), len(self.inputs)
-            raise GradcheckError(f"gradcheck: backward returns {got} gradients, expected one for each of {expected} inputs")
-        if plain and isinstance(self.inputs, Mapping):
-            grads = dict(zip(self.inputs, grads, strict=True))
+        if plain and not hasattr(self.inputs, "_fields"):
+            grads = self.in_order(grads)
+        elif hasattr(grads, "_fields") and isinstance(self.inputs, (tuple, list)) and not hasattr(self.inputs, "_fields"):
+            grads = tuple(grads)  # gradients in the order of the inputs, and perhaps of more
         elif not isinstance(grads, (tuple, list, Mapping)):
             grads = (grads,) if not isinstance(self.inputs, Mapping) else {next(iter(self.inputs)): grads}
         found = [_find(grads, name) for name in self.names]

@@ -34,6 +34,7 @@ from npattn import (
     merge_backward,
     merge_forward,
     packed,
+    query_lengths,
     segments,
     where,
     window,
@@ -239,6 +240,9 @@ def threads(monkeypatch, n):
         def alone(self):
             yield n
 
+        def own(self):
+            pass
+
     with monkeypatch.context() as m:
         m.setattr(parallel, "BLAS", Blas())
         m.setattr(_blocks, "SMALL", 0)
@@ -321,6 +325,11 @@ def call(seconds):
 
 first = call(0)
 print(set(seen[2:]), end=" ")  # at first it is only bound
+with threadpoolctl.threadpool_limits(2), ThreadPoolExecutor(1) as pool:  # this thread is in charge, and stays so
+    print(pool.submit(call, 0).result() == first, set(seen[2:]), end=" ")
+    blas.set_num_threads(1)
+    print(blas.num_threads, end=" ")
+blas.set_num_threads(2)
 with ThreadPoolExecutor(3) as pool:
     print(pool.submit(call, 0).result() == first, set(seen[2:]), end=" ")  # one thread called before, and is alive
     list(pool.map(call, (0, 0.01, 0.02)))  # who begins does not end
@@ -335,7 +344,37 @@ def test_blas_is_limited_and_freed_whoever_calls():
         [sys.executable, "-c", FROM_OTHER_THREADS], capture_output=True, text=True, timeout=60, check=False,
         env={**os.environ, "OPENBLAS_NUM_THREADS": "2"},
     )  # fmt: skip
-    assert done.stdout.split() == ["{1}", "True", "{1}", "2", "True", "{1}", "2"], done.stdout + done.stderr
+    assert done.stdout.split() == ["{1}", "True", "{1}", "1", "True", "{1}", "2", "True", "{1}", "2"], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("layer", ["openmp", "pthreads"])
+def test_blas_has_one_thread_in_each_of_ours(layer, monkeypatch):
+    """Also where it counts for each thread by itself, and new threads begin with all."""
+
+    class Library:
+        threading_layer, numbers = layer, dict[int, int]()
+
+        def key(self):
+            return threading.get_ident() if layer == "openmp" else 0
+
+        @property
+        def num_threads(self):
+            return self.numbers.get(self.key(), 3)
+
+        def set_num_threads(self, n):
+            self.numbers[self.key()] = n
+
+    library, seen, turns = Library(), set(), threading.Barrier(3)
+    monkeypatch.setattr(parallel, "libraries", lambda: [library])
+    monkeypatch.setattr(parallel, "BLAS", parallel._Blas())
+
+    def work(task, own):
+        turns.wait(10)
+        seen.add((threading.get_ident(), library.num_threads))
+
+    parallel.share(work, range(3), list)
+    assert [n for _, n in seen] == [1, 1, 1]
+    assert library.num_threads == 3
 
 
 def test_without_threadpoolctl_there_is_one_thread_of_ours(monkeypatch):
@@ -401,6 +440,9 @@ class Blas:
     def alone(self):
         yield 3
         print("BLAS has its threads back")
+
+    def own(self):
+        pass
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where this was started in the background it is ignored
 parallel.BLAS, main, done, busy, turns = Blas(), threading.main_thread(), [], [], parallel.Turns()
@@ -854,6 +896,15 @@ def test_scale_q_may_overflow_where_the_scores_do_not(q, k, scale, options):
     grads, expected = blockwise_backward(dout, cache), attention_backward(dout, reference)
     for got, true in zip((out, lse, *grads[:3]), (want, want_lse, *expected[:3]), strict=True):
         assert np.allclose(got, true, 64 * np.finfo(np.float32).eps, 0, equal_nan=True)
+
+
+def test_scale_q_may_overflow_where_nobody_sees_it(monkeypatch):
+    monkeypatch.setattr(tiled, "attend_by_rows", None)  # which is slow
+    q, k, v, _ = inputs(L=40)
+    q[:, 30:] = 3e38
+    out, lse = blockwise(q, k, v, mask=query_lengths(30), scale=4.0, return_lse=True)
+    assert np.isfinite(out).all()
+    assert (lse[:, 30:] == -np.inf).all()
 
 
 def test_a_bias_and_a_dropout_mask_are_not_copied():

@@ -1,6 +1,6 @@
 """Diagnosis: the stages agree with the reference, each change changes something, and what a candidate does is named.
 
-The candidates here are written by hand: a dense implementation of `npattn.verify.rounded` or `npattn.verify.mutants`, given
+The candidates here are written by hand: a dense implementation of `npattn.verify.rounded` or of `mutant_attention`, given
 other arguments than those it was called with, or with its results changed.
 """
 

@@ -217,6 +217,15 @@ def test_a_fast_oscillation_is_right_or_refused_but_not_called_wrong():
             )  # fmt: skip
 
 
+@pytest.mark.parametrize("inputs", [{"x": np.ones(2), "none": None}, [np.ones(2), None]])
+@pytest.mark.parametrize("grads", [lambda d, c: (d,), lambda d, c: [d, None]])
+def test_gradients_in_the_order_of_the_inputs(inputs, grads):
+    """Those that are None have none, or None; a NamedTuple may have more of them."""
+    gradcheck(lambda x, none: (1 * x, None), grads, inputs)
+    x = [np.random.default_rng(n).standard_normal((3, 2)) for n in range(3)]
+    assert [c.name for c in gradcheck(attention_forward, attention_backward, x)] == ["0", "1", "2"]
+
+
 @pytest.mark.parametrize("grads", [lambda d, c: (d, d, d), lambda d, c: [d]])
 @pytest.mark.parametrize("inputs", [{"x": np.ones(2), "y": np.ones(2)}, [np.ones(2), np.ones(2)]])
 def test_one_gradient_for_each_input(inputs, grads):

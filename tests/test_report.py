@@ -17,7 +17,19 @@ from oracles import attention_loops
 import npattn
 from npattn import attention, attention_forward, cli
 from npattn.tolerances import GOOD_MAX, GOOD_RMS, TIGHT_MAX, TIGHT_RMS
-from npattn.verify import CASES, PRECISIONS, Candidate, CandidateError, Case, Check, Result, diagnose, load, mutant_attention
+from npattn.verify import (
+    CASES,
+    PRECISIONS,
+    Candidate,
+    CandidateError,
+    Case,
+    Check,
+    Result,
+    diagnose,
+    load,
+    mutant_attention,
+    mutants,
+)
 from npattn.verify.cases import BY_NAME, SMALL
 from npattn.verify.conditions import CONDITIONED
 from npattn.verify.conventions import FIELDS, PRESETS
@@ -201,7 +213,7 @@ def naive(q, k, v):
 def test_who_cannot_be_called_is_told_how():
     with pytest.raises(AssertionError, match=r"(?s)G < H: out: raises ValueError.*let it raise NotImplementedError"):
         check(naive, cases=[BY_NAME["plain"], BY_NAME["G < H"]])
-    with pytest.raises(AssertionError, match=r"(?s)plain, E != D: dq: the backward raises TypeE.*\nThe backward is called"):
+    with pytest.raises(AssertionError, match=r"(?s)plain, E != D: dq: the backward raises TypeE.*\nverify calls forward\("):
         check(naive, lambda dout, cache: dout, cases=[BY_NAME["plain"], BY_NAME["E != D"]])
 
     def with_names_of_torch(q, k, v, attn_mask=None):
@@ -213,7 +225,50 @@ def test_who_cannot_be_called_is_told_how():
     def with_more(q, k, v, mask=None, block_size=64):
         return attention(q, k, v, mask=mask)
 
-    check(with_more, cases=[BY_NAME["plain"], BY_NAME["mask array"]])
+    check(with_more, cases=[BY_NAME["plain"], BY_NAME["mask array"]])  # a warning would be an error here
+    check(with_more, cases=[BY_NAME["plain"]])
+    assert verify(attention, cases=[BY_NAME["plain"]]).strangers == ()
+
+
+def test_who_raises_for_a_reason_of_its_own_is_not_told_how_to_be_called():
+    def forward(q, k, v):
+        raise TypeError("unsupported argument type")
+
+    with pytest.raises(AssertionError, match="NotImplementedError") as found:
+        check(forward, cases=[BY_NAME["plain"]])
+    assert "verify calls" not in str(found.value)
+    rnn = next(case for case in CASES_OF["rnn"] if case.name == "plain")
+    with pytest.raises(AssertionError, match=r"verify calls forward\(x, h0, params, .* and backward\(dh, x, h0, params,"):
+        check(npattn.rnn, lambda dh: dh, op="rnn", cases=[rnn])
+
+
+def test_a_feature_that_does_not_exist_is_said_before_anything_runs():
+    with pytest.raises(CandidateError, match="require telepathy: no such feature"):
+        check(lambda q, k, v: 1 / 0, require=["telepathy"])
+
+
+def test_no_softmax_at_all_is_named_of_a_backward_that_keeps_its_weights():
+    """Made again from lse, they would be others."""
+    def scores(q, k):
+        return q @ k.swapaxes(-1, -2) * np.float32(q.shape[-1] ** -0.5)
+
+    def backward(dout, q, k, v):
+        p, dp = scores(q, k), dout @ v.swapaxes(-1, -2)
+        ds = p * (dp - (p * dp).sum(-1, keepdims=True)) * np.float32(q.shape[-1] ** -0.5)
+        return ds @ k, ds.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ dout
+
+    report = verify(lambda q, k, v: scores(q, k) @ v, backward, cases=[BY_NAME["plain"]])
+    texts = [e.text for r in report.results for e in r.explanations]
+    assert [t.partition(" to ")[0] for t in texts] == [
+        "out: matches no softmax at all", "dq, dk, dv: matches no softmax at all in the backward too",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", ["mean of the group in dv", "softcap not multiplied back", "backward anchored at key 0"])
+def test_a_bug_has_its_name_in_half_precision_too(bug):
+    mutant = mutants.MUTANTS[bug]
+    report = verify(mutants.make(bug), precision="float16-M1", cases=[BY_NAME[name] for name in mutant.cases])
+    assert mutant.says in {name.partition(" in the backward")[0] for name in report.diagnosis}
 
 
 @pytest.mark.parametrize("case", ["plain", "G < H", "softcap"])

@@ -69,7 +69,7 @@ class Candidate:
     @property
     def strangers(self) -> list[str]:
         """Optional parameters of the forward that verify gives no value: perhaps a keyword by another name."""
-        known = {*CANONICAL, *OWN_KEYWORDS, "args", "kwargs", "options"}
+        known = {*CANONICAL, *OWN_KEYWORDS, "return_lse", "args", "kwargs", "options"}
         return (
             sorted(keywords(self.forward) - known - {"q", "k", "v", "query", "key", "value"}) if self.op == "attention" else []
         )

@@ -86,7 +86,7 @@ def near(apart: tuple[float, float], before: float) -> bool:
     return matches or (rms <= ROUGH_RMS and most <= ROUGH_MAX and rms < before / ROUGH_NEARER)
 
 
-KEPT = Change("the weights of the forward are kept", "p", lambda x: x.weights)  # they are not made again from lse
+KEPT_WEIGHTS = Change("the backward keeps the weights, and does not make them again from lse", "p", lambda x: x.weights)
 UNKNOWN = "nothing that is known"
 
 
@@ -526,7 +526,7 @@ class _Search:
         if forward:
             tried = (
                 (self.values(forward), "in the backward too"),
-                (self.values(forward, backward=[*self.base, *forward, KEPT]), "in the backward too"),
+                (self.values(forward, backward=[*self.base, *forward, KEPT_WEIGHTS]), "in the backward too"),
                 (self.values(forward, backward=self.base), "by way of its out and lse"),  # a right backward, of what is wrong
             )
             for values, where in tried:
@@ -588,8 +588,8 @@ def _differ_in_nan(got: Array, right: Array, sigma: Array) -> bool:
 
 
 def _median(sigma: Array, dtype: Any) -> float:
-    """Of the elements that have an error: it is not one that exp of something below the smallest normal number is lost."""
-    tiny = float(np.finfo(dtype if np.dtype(dtype).kind == "f" else np.float32).smallest_normal)
+    """The median over elements with an error of their own: near the smallest normal number is only what exp loses there."""
+    tiny = float(np.finfo(np.float64 if np.dtype(dtype) == np.float64 else np.float32).smallest_normal)  # low ones: in float32
     known = sigma[np.isfinite(sigma) & (sigma > 1e6 * tiny)]
     return float(np.median(known)) if known.size else 0.0
 

@@ -25,6 +25,12 @@ from npattn.verify.judge import LEVELS, RULES, Check, Result, Settings, call_for
 from npattn.verify.precision import PRECISIONS, Precision, round_to
 
 GRADIENTS = ("dq", "dk", "dv", "dbias", "dsink")
+CALLS = {
+    "attention": "forward(q, k, v, *, mask, ...) and backward(dout, q, k, v, *, mask, ..., out, lse, dlse)",
+    "multi_head": "forward(x_q, x_k, x_v, params, *, num_heads, ...) and backward(dout, x_q, x_k, x_v, params, *, ...)",
+    "rnn": "forward(x, h0, params, *, lengths, ...) and backward(dh, x, h0, params, *, lengths, ..., dh_last)",
+    "softmax": "forward(scores, *, mask) and backward(dweights, scores, *, mask)",
+}
 CASES_OF: dict[str, list[Any]] = {"attention": CASES, **layers.CASES}
 
 
@@ -101,25 +107,25 @@ class Report:
 
     def lines(self) -> list[str]:
         """What is wrong, a line each."""
-        lines = [f"{r.case}: {c.tensor}: {c.text}" for r in self.wrong for c in r.checks if c.status == "wrong"]
-        lines += [f"{r.case}: was expected to fail ({r.expected}), and holds" for r in self.unexpected]
-        return lines
+        return [f"{case}: {text}" for case, text in self._said()]
+
+    def _said(self) -> list[tuple[str, str]]:
+        said = [(r.case, f"{c.tensor}: {c.text}") for r in self.wrong for c in r.checks if c.status == "wrong"]
+        return said + [(r.case, f"was expected to fail ({r.expected}), and holds") for r in self.unexpected]
 
     def _grouped(self) -> list[str]:
         """`lines`, where the same is said of several cases in one."""
         cases: dict[str, list[str]] = {}
-        for line in self.lines():
-            case, _, text = line.partition(": ")
+        for case, text in self._said():
             cases.setdefault(text, []).append(case)
         return [f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: {text}" for text, names in cases.items()]
 
     def hints(self) -> list[str]:
         """What to do about a candidate that cannot be called as verify calls it."""
-        texts, found = [c.text for r in self.wrong for c in r.checks if c.status == "wrong"], []
-        if any(text.startswith("the backward raises TypeError") and "argument" in text for text in texts):
-            found.append("The backward is called as backward(dout, q, k, v, *, mask, ...): with the options of the forward, "
-                         "and out, lse and dlse if it takes them.")  # fmt: skip
-        elif any("raises " in text for text in texts):
+        texts, found = [c.text for r in self.wrong for c in r.checks if c.status == "wrong" and "raises " in c.text], []
+        if any("positional argument" in text or "unexpected keyword argument" in text for text in texts):
+            found.append(f"verify calls {CALLS[self.op]}, the backward with the options of the forward (docs/verifying.md).")
+        elif texts:
             found.append("Where it raises because something is not supported (grouped heads, empty arrays), let it raise "
                          "NotImplementedError: that is left out.")  # fmt: skip
         if self.strangers:
@@ -131,7 +137,7 @@ class Report:
         """Itself, or AssertionError with what is wrong, what it is taken to be, and what was not tested."""
         __tracebackhide__ = True
         features = list(features)
-        check_features("require", features, [f for case in CASES_OF[self.op] for f in case.features] + list(self.features()))
+        check_features("require", features, self.op, self.features())
         lines = self._grouped()
         if lines:
             count = len(self.wrong) + len(self.unexpected)
@@ -221,9 +227,9 @@ def examine_all(
     return dataclasses.replace(result, checks=[*result.checks, *examine_conditions(candidate, case, seed, settings)])
 
 
-def check_features(what: str, names: Iterable[str], cases: Iterable[str]) -> None:
+def check_features(what: str, names: Iterable[str], op: str, more: Iterable[str] = ()) -> None:
     """A feature that no case has is an error: nothing of it could ever be tested."""
-    known = {*cases, "lse", "backward", "dbias", "dsink", "conditions"}
+    known = {*(f for case in CASES_OF[op] for f in case.features), *more, "lse", "backward", "dbias", "dsink", "conditions"}
     for name in names:
         if name not in known:
             raise CandidateError(f"{what} {name}: no such feature, expected one of {', '.join(sorted(known))}")
@@ -311,8 +317,12 @@ def check(
     []
     """
     __tracebackhide__ = True
-    report = verify(forward, backward, **options).require(require)
-    if report.strangers and report.untested(["mask", "causal"]) == ["mask", "causal"]:
+    candidate = _candidate(forward, backward, options.pop("convention", "npattn"), options.pop("op", None))
+    require, cases = list(require), list(options.pop("cases", None) or CASES_OF[candidate.op])
+    check_features("require", require, candidate.op, [f for case in cases for f in case.features])
+    report = verify(candidate, cases=cases, **options).require(require)
+    masks = [name for name in ("mask", "causal") if name in report.features()]
+    if masks and report.strangers and report.untested(masks) == masks:
         warnings.warn(f"{report.candidate}: no mask was tested. {report.hints()[-1]}", stacklevel=2)
     return report
 

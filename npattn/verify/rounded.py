@@ -1,7 +1,8 @@
 """An honest dense implementation of each precision class: the same equations, with every rounding where the class has it.
 
 It is what a low-precision kernel should be compared with when the question is whether its roundings alone explain its errors.
-Everything that is not rounded is computed in float32 (float64 for the class of that name), as accumulators are.
+Everything that is not rounded is computed in float32 (float64 for the class of that name), as accumulators are. It shares no
+code with `npattn.verify.stages`, which is tested with it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import numpy as np
 
 from npattn._checks import Array
 from npattn.verify.precision import Precision, round_to
-from npattn.verify.stages import over_allowed, sum_to, swap
+
+
+def swap(x: Array) -> Array:
+    return np.swapaxes(x, -1, -2)
 
 
 def rounded(precision: Precision) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -60,7 +64,7 @@ def rounded(precision: Precision) -> tuple[Callable[..., Any], Callable[..., Any
             q, k, v = inputs(q, k, v)
             w, lse, allowed, *_ = weights(q, heads(k, H), mask, bias, scale, softcap, sink)
             w = w if dropout_mask is None else w * dropout_mask.astype(work)  # (6)
-            out = over_allowed(low(w, p.weights), heads(v, H), allowed)  # (7)
+            out = product(low(w, p.weights), heads(v, H), allowed)  # (7)
         return low(out, p.out).astype(given), lse
 
     def backward(
@@ -77,10 +81,10 @@ def rounded(precision: Precision) -> tuple[Callable[..., Any], Callable[..., Any
             dl = work.type(0) if dlse is None else np.where(alive, dlse.astype(work)[..., None], work.type(0))
             drop = work.type(1) if dropout_mask is None else dropout_mask.astype(work)
             stored = low(w * drop, p.weights)
-            dv = over_allowed(swap(stored), dout, swap(allowed))  # (7)
+            dv = product(swap(stored), dout, swap(allowed))  # (7)
             dp = low(np.where(allowed, dout @ swap(vh), work.type(0)) * drop, p.dweights)  # (7), (6)
             if p.delta_out:
-                delta = (dout * low(over_allowed(stored, vh, allowed), p.delta_out)).sum(-1, keepdims=True)
+                delta = (dout * low(product(stored, vh, allowed), p.delta_out)).sum(-1, keepdims=True)
             else:
                 delta = (w * dp).sum(-1, keepdims=True)
             ds = np.where(allowed, w * (dp - delta + dl), work.type(0))  # (5), (4)
@@ -89,13 +93,31 @@ def rounded(precision: Precision) -> tuple[Callable[..., Any], Callable[..., Any
                 rows = np.where(logit == -np.inf, work.type(0), np.exp(logit - lse[..., None])) * (dl - delta)
                 grads["dsink"] = low(rows.sum((0, 2, 3)), p.out).astype(sink.dtype)
             if bias is not None:
-                grads["dbias"] = low(sum_to(low(ds, p.dscores), bias), p.out).astype(bias.dtype)  # (3)
+                grads["dbias"] = low(summed_to(low(ds, p.dscores), bias), p.out).astype(bias.dtype)  # (3)
             if t is not None:
                 ds = np.where(allowed, ds * (1 - t * t), work.type(0))  # (2)
             ds = low(ds, p.dscores)
-            dq = scale * over_allowed(ds, kh, allowed)  # (1)
-            dk = scale * over_allowed(swap(ds), q, swap(allowed))  # (1)
+            dq = scale * product(ds, kh, allowed)  # (1)
+            dk = scale * product(swap(ds), q, swap(allowed))  # (1)
             dk, dv = (x.reshape(len(x), G, H // G if G else 0, *x.shape[2:]).sum(2) if G != H else x for x in (dk, dv))
         return grads | {n: low(x, p.out).astype(given) for n, x in (("dq", dq), ("dk", dk), ("dv", dv))}
 
     return forward, backward
+
+
+def product(w: Array, x: Array, allowed: Array) -> Array:
+    """w @ x, where what is not finite in x reaches only the rows that may see it."""
+    bad = ~np.isfinite(x)
+    if not bad.any():
+        return np.asarray(w @ x)
+    out = np.asarray(w @ np.where(bad, x.dtype.type(0), x))
+    for j in np.flatnonzero(bad.any(-1).reshape(-1, x.shape[-2]).any(0)):
+        one = slice(j, j + 1)
+        out += np.where(allowed[..., one] & bad[..., one, :], w[..., one] * x[..., one, :], x.dtype.type(0))
+    return out
+
+
+def summed_to(terms: Array, like: Array) -> Array:
+    full = (1,) * (terms.ndim - like.ndim) + like.shape
+    result: Array = terms.sum(tuple(a for a, n in enumerate(full) if n == 1), keepdims=True).reshape(like.shape)
+    return result

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from npattn.verify import layers, mutant_attention, mutants
@@ -38,8 +38,9 @@ class Caught:
 
     kind: str
     name: str
+    text: str  # what it is
     by: str = ""  # the case and tensor that caught it
-    said: tuple[str, ...] = ()  # what the diagnosis says; of a bug that was not caught, what it is
+    said: tuple[str, ...] = ()  # what the diagnosis says
     named: bool = False
 
 
@@ -54,28 +55,28 @@ def self_test() -> Iterator[Caught]:
             yield _layer(op, name, row)
 
 
-def _caught(kind: str, name: str, result: Result, is_named: Callable[[tuple[str, ...], list[str]], bool]) -> Caught | None:
+def _caught(bug: Caught, result: Result, is_named: Callable[[tuple[str, ...], list[str]], bool]) -> Caught | None:
     wrong = [c for c in result.checks if c.status == "wrong"]
     if not wrong:
         return None
     shown = tuple(dict.fromkeys(n for e in result.explanations for n in (*e.names, *e.others[:3])))
     named = is_named(shown, [c.text for c in wrong])
     said = tuple(dict.fromkeys(" and ".join(e.names) for e in result.explanations)) or (wrong[0].text,)
-    return Caught(kind, name, f"{result.case}: {wrong[0].tensor}", said, named)
+    return replace(bug, by=f"{result.case}: {wrong[0].tensor}", said=said, named=named)
 
 
 def _attention(mutant: Any, tested: Candidate, cases: list[Any]) -> Caught:
     """On its own cases, after a few on which most bugs do not show."""
-    diagnostician = Diagnostician(tested.align, pairs=0)
+    bug, diagnostician = Caught(mutant.kind, mutant.name, mutant.text), Diagnostician(tested.align, pairs=0)
     silent = Listener(diagnostician)
     for name in BASICS:
         if BY_NAME[name] not in cases:
             examine(tested, BY_NAME[name], 0, SETTINGS, silent)
     for case in cases:
-        found = _caught(mutant.kind, mutant.name, examine(tested, case, 0, SETTINGS, diagnostician), mutant.is_named)
+        found = _caught(bug, examine(tested, case, 0, SETTINGS, diagnostician), mutant.is_named)
         if found:
             return found
-    return Caught(mutant.kind, mutant.name, said=(mutant.text,))
+    return bug
 
 
 class Listener(Diagnostician):
@@ -97,19 +98,19 @@ def _repeat(name: str) -> Caught:
     tested = mutant_attention.candidate(**({"forward": name} if name.startswith("out") else {"backward": name}))
     for check in examine_conditions(tested, BY_NAME["plain"], 0, SETTINGS):
         if check.status == "wrong":
-            return Caught("9", name, f"plain: {check.tensor}", (check.text,), True)
-    return Caught("9", name, said=(mutants.REPEATS[name],))
+            return Caught("9", name, mutants.REPEATS[name], f"plain: {check.tensor}", (check.text,), True)
+    return Caught("9", name, mutants.REPEATS[name])
 
 
 def _layer(op: str, name: str, row: LayerMutant) -> Caught:
-    tested = layer_candidate(op, **{row.where: name})
+    bug, tested = Caught(row.kind, name, row.text), layer_candidate(op, **{row.where: name})
     for case in layers.CASES[op]:
         if case.name not in _honest(op):
             continue
-        found = _caught(row.kind, name, examine(tested, case, 0, SETTINGS, Diagnostician()), lambda said, texts: name in said)
+        found = _caught(bug, examine(tested, case, 0, SETTINGS, Diagnostician()), lambda said, texts: name in said)
         if found:
             return found
-    return Caught(row.kind, name, said=(row.text,))
+    return bug
 
 
 @functools.cache
@@ -127,7 +128,7 @@ def run_self_test(line: Callable[[str], None]) -> bool:
     for one in self_test():
         found.append(one)
         mark = "NOT CAUGHT" if not one.by else "named" if one.named else "caught"
-        line(f"  {mark:10} {one.kind:4} {one.name:52} {one.by:45} {'; '.join(one.said)[:100]}")
+        line(f"  {mark:10} {one.kind:4} {one.name:52} {one.by:45} {'; '.join(one.said or (one.text,))[:100]}")
     line(f"\n{'class':42} {'seeded':>6} {'caught':>6} {'named':>6}")
     for kind, text in CLASSES.items():
         rows = [c for c in found if c.kind == kind]
