@@ -242,6 +242,11 @@ def test_who_raises_for_a_reason_of_its_own_is_not_told_how_to_be_called():
         check(npattn.rnn, lambda dh: dh, op="rnn", cases=[rnn])
 
 
+def test_no_cases_are_none():
+    with pytest.raises(AssertionError, match="not tested: anything"):
+        check(attention, cases=[])
+
+
 def test_a_feature_that_does_not_exist_is_said_before_anything_runs():
     with pytest.raises(CandidateError, match="require telepathy: no such feature"):
         check(lambda q, k, v: 1 / 0, require=["telepathy"])

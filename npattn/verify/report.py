@@ -312,13 +312,16 @@ def check(
 ) -> Report:
     """`verify`, then raise AssertionError with what is wrong, or where nothing (of ``require``) was tested.
 
+    Raises CandidateError for a feature that no case has; warns where masks were to be tested, and it takes them by other names.
+
     >>> from npattn import attention
     >>> check(attention, require=["causal", "grouped heads"]).wrong
     []
     """
     __tracebackhide__ = True
     candidate = _candidate(forward, backward, options.pop("convention", "npattn"), options.pop("op", None))
-    require, cases = list(require), list(options.pop("cases", None) or CASES_OF[candidate.op])
+    require, given = list(require), options.pop("cases", None)
+    cases = list(CASES_OF[candidate.op] if given is None else given)
     check_features("require", require, candidate.op, [f for case in cases for f in case.features])
     report = verify(candidate, cases=cases, **options).require(require)
     masks = [name for name in ("mask", "causal") if name in report.features()]
