@@ -101,3 +101,9 @@ def test_the_readme_links_to_the_forward_and_the_backward():
 @pytest.mark.parametrize("page", ["README.md", "docs/verifying.md"])
 def test_number_of_cases(page):
     assert {int(n) for n in re.findall(r"\b(\d+) cases\b", (ROOT / page).read_text())} - {150} == {len(CASES)}  # 150: --deep
+
+
+def test_the_page_about_peers_is_of_these_cases():
+    """`npattn peers --write docs/peers.md` writes it again."""
+    found = {int(n) for n in re.findall(r"rejected in \d+ of (\d+) cases", (ROOT / "docs/peers.md").read_text())}
+    assert len(CASES) in found <= {len(cases) for cases in report.CASES_OF.values()}
