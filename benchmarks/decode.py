@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 def grid(size: str) -> list[Case]:
     if size == "tiny":
-        return [Case(1, 4, 1, 4, 2, S=16)]
+        return [Case(1, 4, 1, 4, 2, S=40)]
     if size == "quick":
         return [Case(1, 128, 1, 32, 8, S=8192), Case(4, 128, 1, 32, 8, S=8192)]
     few = [Case(L, 128, 1, 32, 8, S=S) for S in (1024, 8192, 32768) for L in (1, 4, 16)]

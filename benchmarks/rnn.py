@@ -35,8 +35,8 @@ class Shape:
         return f"B={self.B} T={self.T} N={self.N} {'both' if self.backward else 'forward'}"
 
     def flops(self) -> float:
-        """Two products a step; backwards two more for each."""
-        return (12.0 if self.backward else 4.0) * self.B * self.T * self.N**2
+        """Two products a step; backwards two more for each, but for w_h of the first step, before which the state is 0."""
+        return (12.0 * self.T - 2.0 if self.backward else 4.0 * self.T) * self.B * self.N**2
 
 
 class Arrays(NamedTuple):

@@ -115,7 +115,7 @@ def best_product(dtype: str) -> tuple[tuple[int, int, int], int, float]:
 
 
 class Listener:
-    """NumPy, except that it notes which products and exponentials are asked for, and by which thread."""
+    """NumPy, except that it notes which products and exponentials are asked for, and by which thread. It does not hear an @."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()

@@ -54,7 +54,7 @@ def weight_gradient(x: Array, dy: Array, heads: int = 1, axis: int = 1) -> Array
             return np.concatenate([weight_gradient(*part) for part in parts], axis)
         counts: Any = a.any(-1, keepdims=True) & b.any(-1, keepdims=True)
         a, b = select(counts, a), select(counts, b)
-    result: Array = swap(a) @ b
+    result: Array = np.matmul(swap(a), b)
     return result
 
 

@@ -391,7 +391,7 @@ def dots(x: Array, y: Array, out: Array) -> Array:
     """x @ y^T, for y (..., G, o, m)."""
     x, result = by_group(x, y), by_group(out, y)
     if 1 < x.shape[-2] <= FEW_ROWS < y.shape[-2]:
-        result[...] = swap(y @ swap(x))  # BLAS would copy all of y to turn it, for few rows of x
+        result[...] = swap(np.matmul(y, swap(x)))  # BLAS would copy all of y to turn it, for few rows of x
     else:
         np.matmul(x, swap(y), out=result)
     return out

@@ -124,7 +124,7 @@ def _project(x: Array, w: Array, b: Array | None, computing: np.dtype[Any]) -> A
 
 def _all_tokens(x: Array, w: Array) -> Array:
     """x w, in one product for all sequences: NumPy would start one for each."""
-    result: Array = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) @ w
+    result: Array = np.matmul(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), w)
     return result.reshape(*x.shape[:-1], w.shape[-1])
 
 

@@ -109,7 +109,7 @@ def rnn_backward(dh: Array, cache: RNNCache, dh_last: Array | None = None) -> RN
         (first + weight_gradient(h[: max(T - 1, 0)], dz[1:])).astype(params.w_h.dtype, copy=False),  # (2)
         None if params.b is None else dz.sum((0, 1)).astype(params.b.dtype, copy=False),  # (1)
     )
-    dx = (dz.reshape(T * B, N) @ swap(w_x)).reshape(T, B, w_x.shape[0])  # (1), for all steps at once
+    dx = np.matmul(dz.reshape(T * B, N), swap(w_x)).reshape(T, B, w_x.shape[0])  # (1), for all steps at once
     dx = swap_steps(dx).astype(c.x.dtype, order="C")
     return RNNGrads(dx, carry.astype(c.x.dtype), grads)
 

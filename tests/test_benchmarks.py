@@ -252,6 +252,7 @@ def test_other_verbs_without_peers(tmp_path, capsys, verb, rows):
         assert r["verb"] == verb
         assert r["name"] in text
         assert r["base"] in r["seconds"]
+        assert {"own", "best"} <= set(r["roofline"])
     assert "absent: torch is not installed" in text
 
 
