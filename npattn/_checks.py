@@ -31,11 +31,37 @@ def kind(x: object) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
+def converted(name: str, x: object) -> str:
+    """How to make an array of x, as the end of an error message; nothing where that is not known."""
+    library = type(x).__module__.partition(".")[0]
+    if isinstance(x, np.ma.MaskedArray):
+        way = f"{name}.filled(value), and what it masks belongs into mask="
+    elif isinstance(x, (list, tuple)):
+        way = f"np.array({name}, np.float32)"
+    elif library == "torch":
+        way = f"{name}.detach().cpu(){'.float()' if 'bfloat16' in str(getattr(x, 'dtype', '')) else ''}.numpy()"
+    elif library == "tensorflow":
+        way = f"{name}.numpy()"
+    elif library == "cupy":
+        way = f"{name}.get()"
+    elif library in ("jax", "jaxlib", "mlx") or hasattr(x, "__array__"):
+        way = f"np.asarray({name})"
+    else:
+        return ""
+    return f": {way}"
+
+
 def check_array(op: str, name: str, x: object) -> Array:
     # A masked array would lose its mask and a matrix would change what * means: both are refused, not converted.
     if not isinstance(x, np.ndarray) or isinstance(x, (np.ma.MaskedArray, np.matrix)):
-        raise TypeError(f"{op}: {name} is {kind(x)}, expected a numpy.ndarray")
+        raise TypeError(f"{op}: {name} is {kind(x)}, expected a numpy.ndarray{converted(name, x)}")
     return x
+
+
+def check_flag(op: str, name: str, x: object) -> bool:
+    if not isinstance(x, (bool, np.bool_)):
+        raise TypeError(f"{op}: {name} is {kind(x)}, expected True or False")
+    return bool(x)
 
 
 def as_array(op: str, name: str, x: object, expected: str) -> Array:

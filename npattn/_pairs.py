@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-from npattn._checks import Array, Shape, as_array, broadcast_pairs, check_one_of, check_other_dtype, kind
+from npattn._checks import Array, Shape, as_array, broadcast_pairs, check_one_of, check_other_dtype, converted, kind
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 Index: TypeAlias = tuple[int | slice, ...]
@@ -156,7 +156,8 @@ def bind_dropout(op: str, mask: object, shape: Shape, dtype: np.dtype[Any], comp
         return mask.bind(shape)
     expected = "expected an array that the caller drew, 0 or 1/(1-p) for each pair"
     if not isinstance(mask, np.ndarray):
-        raise TypeError(f"{op}: dropout_mask is {kind(mask)}, {expected}: (rng.random(shape) >= p) / (1 - p)")
+        way = converted("dropout_mask", mask) or ": (rng.random(shape) >= p) / (1 - p)"
+        raise TypeError(f"{op}: dropout_mask is {kind(mask)}, {expected}{way}")
     real = np.empty(0, computing).real.dtype
     mask = check_other_dtype(op, "dropout_mask", mask, real if dtype.kind == "c" else dtype, real)
     view = broadcast_pairs(op, "dropout_mask", mask, shape)

@@ -7,6 +7,7 @@ one thread of ours, and BLAS has its own.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ class _Blas:
             yield max(self.threads, default=1)
         finally:
             with self.lock:
-                self.users -= 1
+                self.users = max(self.users - 1, 0)  # 0 already in the child of a fork
                 if not self.users:
                     self.limit(self.threads)
 
@@ -68,6 +69,20 @@ def libraries() -> list[Any]:
 
 
 BLAS = _Blas()
+
+
+def _forked() -> None:
+    """In the child of a fork: the threads that kept BLAS at one thread, or held the lock, are not there any more."""
+    users, BLAS.users, BLAS.lock = BLAS.users, 0, threading.Lock()
+    if users:
+        BLAS.limit(BLAS.threads)
+
+
+if hasattr(os, "register_at_fork"):
+    # The parent forks between two calls of `alone`: a fork amid a change of the limit would leave OpenBLAS' own lock taken.
+    os.register_at_fork(
+        before=lambda: BLAS.lock.acquire(), after_in_parent=lambda: BLAS.lock.release(), after_in_child=_forked
+    )
 
 
 def share(

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npattn._checks import Array, Dims, check_class, check_cotangent, check_dtype, check_number, check_other_dtype
+from npattn._checks import Array, Dims, check_class, check_cotangent, check_dtype, check_flag, check_number, check_other_dtype
 from npattn._pairs import ALL, Pairs, bind_dropout
+from npattn._public import own_keywords, says_layout, without_cache
 from npattn._sums import each_head, group_sum, head_sum, heads_first, product, quiet, select, swap
 from npattn.biases import bind_bias
 from npattn.masks import bind_mask
@@ -57,6 +58,7 @@ class AttentionGrads(NamedTuple):
     scale: Any  # a NumPy scalar in the computing dtype
 
 
+@own_keywords
 @quiet
 def attention_forward(
     q: Array, k: Array, v: Array, *, mask: Pairs = None, bias: Pairs = None, scale: float | None = None,
@@ -78,7 +80,7 @@ def attention_forward(
     >>> out.round(4).tolist()
     [[1.5379], [2.4621]]
     """
-    c = bind("attention", q, k, v, mask, bias, scale, softcap, sink, dropout_mask)
+    c = bind("attention", q, k, v, mask, bias, scale, softcap, sink, dropout_mask, return_lse)
     heads = q.shape[-3] if q.ndim > 2 else 1
     q_, k_, v_ = (each_head(x, heads, c.computing) for x in (q, k, v))
     allowed, b = visible(c)
@@ -119,8 +121,8 @@ def attention_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     dsink = dbias = None
     if c.sink is not None:
         sink = heads_first(c.sink, dscores.shape)
-        p_sink = select(sink != -np.inf, np.exp(sink - c.lse[..., None]))
-        dsink = head_sum(p_sink * (dl - mean), heads).astype(c.sink.dtype, copy=False)  # (5)
+        terms = np.exp(sink - c.lse[..., None]) * (dl - mean)  # p_sink times the rest
+        dsink = head_sum(select(sink != -np.inf, terms), heads).astype(c.sink.dtype, copy=False)  # (5)
     dscores = select(allowed, dscores)  # (4)
     if b is not None:
         total = c.bias.new_gradient()
@@ -136,21 +138,19 @@ def attention_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     return AttentionGrads(dq, group_sum(dk, c.k), group_sum(dv, c.v), dbias, dsink, dscale)
 
 
-def attention(
-    q: Array, k: Array, v: Array, *, mask: Pairs = None, bias: Pairs = None, scale: float | None = None,
-    softcap: float | None = None, sink: Array | None = None, dropout_mask: Pairs = None, return_lse: bool = False,
-) -> Any:  # fmt: skip
-    """`attention_forward` without its cache: out, or (out, lse) with ``return_lse=True``."""
-    options: Any = {"mask": mask, "bias": bias, "softcap": softcap, "sink": sink, "dropout_mask": dropout_mask}
-    return attention_forward(q, k, v, scale=scale, return_lse=return_lse, **options)[0]
+attention = without_cache(attention_forward)
 
 
 # --- the small print: checks, masks, grouped heads, rows without keys --------------------------------------------------
 
 
-def bind(op: str, q: Any, k: Any, v: Any, mask: Any, bias: Any, scale: Any, softcap: Any, sink: Any, dropout_mask: Any
-         ) -> AttentionCache:  # fmt: skip
+@says_layout
+def bind(
+    op: str, q: Any, k: Any, v: Any, mask: Any, bias: Any, scale: Any, softcap: Any, sink: Any, dropout_mask: Any,
+    return_lse: Any,
+) -> AttentionCache:  # fmt: skip
     """All checks of one call, and its options bound to the shape of the scores."""
+    check_flag(op, "return_lse", return_lse)
     dims, computing = Dims(op), check_dtype(op, q=q, k=k, v=v)
     head, group = ("... H ", "... G ") if q.ndim > 2 else ("", "")
     dims.fit("q", q, head + "L D")

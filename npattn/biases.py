@@ -28,6 +28,7 @@ from npattn._checks import (
     check_integer,
     check_other_dtype,
     computing_dtype,
+    converted,
     kind,
 )
 from npattn._pairs import ALL, Bound, Index, Positions, integers, is_bias, is_bindable
@@ -41,7 +42,7 @@ def bind_bias(op: str, bias: object, shape: Shape, dtype: np.dtype[Any], computi
     if isinstance(bias, np.ndarray):
         return ArrayBound(op, check_other_dtype(op, "bias", bias, dtype, computing), shape)
     if not is_bindable(bias) or hasattr(bias, "__invert__"):
-        raise TypeError(f"{op}: bias is {kind(bias)}, expected an array, Alibi or RelativeTable")
+        raise TypeError(f"{op}: bias is {kind(bias)}, expected an array, Alibi or RelativeTable{converted('bias', bias)}")
     given: Any = bias
     if is_bias(given):
         check_other_dtype(op, "bias", given.parameter, dtype, computing)
@@ -118,9 +119,12 @@ def alibi_slopes(num_heads: int, dtype: Any = np.float64) -> Array:
     return np.array([2.0**-e for e in exponents[:H]], dtype)
 
 
-def _keep_positions(bias: Any) -> None:
-    """Positions are copied where a bias is made: like a mask, it is a value."""
+def _keep(bias: Any, parameter: str) -> None:
+    """The parameter and the positions are copied where a bias is made: like a mask, it is a value."""
+    object.__setattr__(bias, parameter, np.array(getattr(bias, parameter)))
     positions = Positions.make(type(bias).__name__, bias.q_pos, bias.k_pos, bias.align, bias.offset)
+    for name in ("q_pos", "k_pos", "offset"):  # `replace` makes positions from these once more
+        object.__setattr__(bias, name, getattr(positions, name))
     object.__setattr__(bias, "positions", positions)
 
 
@@ -142,7 +146,7 @@ class Alibi:
     def __post_init__(self) -> None:
         if check_array("Alibi", "slopes", self.slopes).ndim != 1:
             raise ValueError(f"Alibi: slopes has shape {self.slopes.shape}, expected (H,)")
-        _keep_positions(self)
+        _keep(self, "slopes")
 
     @property
     def parameter(self) -> Array:
@@ -202,7 +206,7 @@ class RelativeTable:
     def __post_init__(self) -> None:
         if check_array("RelativeTable", "table", self.table).ndim != 2:
             raise ValueError(f"RelativeTable: table has shape {self.table.shape}, expected (number of buckets, H)")
-        _keep_positions(self)
+        _keep(self, "table")
         if not callable(self.buckets):
             if any(x is not None for x in (self.q_pos, self.k_pos, self.align, self.offset)):
                 raise ValueError("RelativeTable: got positions, expected none where buckets is an array")

@@ -47,6 +47,7 @@ from npattn._blocks import (
 from npattn._checks import Array, Dims, Shape, check_class, check_cotangent, check_dtype, check_other_dtype
 from npattn._pairs import Bound, Index, Pairs, slices
 from npattn._parallel import Turns, share
+from npattn._public import own_keywords, without_cache
 from npattn._sums import quiet, select, swap
 from npattn.attention import (
     AttentionCache,
@@ -62,6 +63,7 @@ MANY = 1 << 20  # numbers: the gradients of a bias that are summed up apart from
 LIGHT = 1 << 20  # numbers: what is done once a query or key is not worth threads for fewer
 
 
+@own_keywords
 @quiet
 def blockwise_forward(
     q: Array, k: Array, v: Array, *, mask: Pairs = None, bias: Pairs = None, scale: float | None = None,
@@ -73,7 +75,7 @@ def blockwise_forward(
     not lie by rows. Masks, biases and dropout masks are asked for their tiles, and tiles without an allowed pair are skipped.
     The result does not depend on the number of threads.
     """
-    c = bind("blockwise", q, k, v, mask, bias, scale, softcap, sink, dropout_mask)
+    c = bind("blockwise", q, k, v, mask, bias, scale, softcap, sink, dropout_mask, return_lse)
     out, cache = attend_all(c, keep=True)
     return (out, cache.lse) if return_lse else out, cache
 
@@ -199,7 +201,8 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
         dscales[heads.number] = dscale if np.isfinite(dscale) else (x * y).sum(where=y != 0)
         y *= c.scale  # (1)
         if c.sink is not None:
-            dsinks[heads.number] = -(sink_weight(c, heads) * known.off[heads.index]).sum(-1)  # (5)
+            some = np.asarray(sink_of(c, heads) != -np.inf)  # a sink of -inf is none, also beside NaN
+            dsinks[heads.number] = -select(some, sink_weight(c, heads) * known.off[heads.index]).sum(-1)  # (5)
 
     def left(group: list[Heads], tiles: Tiles) -> None:
         found = differentiate_by_rows(c, group, dout, dlse, dq, dk, dv, dbias)
@@ -525,13 +528,14 @@ def differentiate_by_rows(
     return found
 
 
+@own_keywords
 @quiet
 def blockwise(
     q: Array, k: Array, v: Array, *, mask: Pairs = None, bias: Pairs = None, scale: float | None = None,
     softcap: float | None = None, sink: Array | None = None, dropout_mask: Pairs = None, return_lse: bool = False,
 ) -> Any:  # fmt: skip
     """`blockwise_forward` without its cache, and without the copy of out that the backward needs (float16: in float32)."""
-    c = bind("blockwise", q, k, v, mask, bias, scale, softcap, sink, dropout_mask)
+    c = bind("blockwise", q, k, v, mask, bias, scale, softcap, sink, dropout_mask, return_lse)
     out, cache = attend_all(c, keep=False)
     return (out, cache.lse) if return_lse else out
 
@@ -556,6 +560,7 @@ class MergeGrads(NamedTuple):
     lse_b: Array
 
 
+@own_keywords
 @quiet
 def merge_forward(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[tuple[Array, Array], MergeCache]:
     """Attention over two disjoint sets of keys from that over each.
@@ -609,10 +614,7 @@ def merge_backward(dout: Array, cache: MergeCache, dlse: Array | None = None) ->
     return MergeGrads(dout_a, dlse_a, dout_b, dlse_b)
 
 
-def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
-    """`merge_forward` without its cache: (out, lse)."""
-    return merge_forward(out_a, lse_a, out_b, lse_b)[0]
-
+merge = without_cache(merge_forward)
 
 __all__ = [
     "MergeCache",

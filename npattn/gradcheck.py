@@ -139,7 +139,11 @@ class _Pair:
         if not isinstance(returned, tuple) or len(returned) != 2:
             what = f"{len(returned)} values" if isinstance(returned, tuple) else kind(returned)
             raise TypeError(f"gradcheck: forward returns {what}, expected (out, cache)")
-        return _as_outputs(returned[0]), returned[1], returned[0]
+        outs = _as_outputs(returned[0])
+        for x, given in zip(outs, returned[0] if isinstance(returned[0], (tuple, list)) else (returned[0],), strict=True):
+            if x.dtype.kind not in "fc":
+                raise TypeError(f"gradcheck: forward returns an out that is {kind(given)}, expected an array of floats")
+        return outs, returned[1], returned[0]
 
     def outputs(self, values: Sequence[Array]) -> list[Array]:
         return self.run(values)[0]

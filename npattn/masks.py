@@ -15,7 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from npattn._checks import Array, Shape, as_array, broadcast_pairs, check_array, check_integer, check_one_of, kind
+from npattn._checks import (
+    Array,
+    Shape,
+    as_array,
+    broadcast_pairs,
+    check_array,
+    check_integer,
+    check_one_of,
+    converted,
+    kind,
+)
 from npattn._pairs import (
     ALL,
     EMPTY,
@@ -76,7 +86,8 @@ def as_mask(op: str, mask: object) -> Any:
                 f"given as bias, a tokenizer's 0/1 mask as keys(mask.astype(bool))"
             )
         return ArrayMask(mask, op)
-    raise TypeError(f"{op}: mask is {kind(mask)}, expected a boolean array or a mask of npattn.masks, as causal()")
+    expected = "expected a boolean array or a mask of npattn.masks, as causal()"
+    raise TypeError(f"{op}: mask is {kind(mask)}, {expected}{converted('mask', mask).replace('np.float32', 'bool')}")
 
 
 def _operand(op: str, other: object) -> Any:

@@ -31,6 +31,7 @@ from npattn._checks import (
     computing_dtype,
 )
 from npattn._pairs import Pairs, is_bias
+from npattn._public import own_keywords, without_cache
 from npattn._sums import quiet, swap, weight_gradient
 from npattn.attention import AttentionCache, attention_backward, attention_forward
 from npattn.blockwise import blockwise_backward, blockwise_forward
@@ -144,6 +145,7 @@ def _as_given(grad: Any, given: Any) -> Any:
     return grad.astype(given.dtype, copy=False) if isinstance(grad, np.ndarray) else grad
 
 
+@own_keywords
 @quiet
 def multi_head_forward(
     x_q: Array, x_k: Array, x_v: Array, params: MultiHeadParams, num_heads: int, *, num_kv_heads: int | None = None,
@@ -209,16 +211,7 @@ def _project_backward(
     return dx, dw, db
 
 
-def multi_head(
-    x_q: Array, x_k: Array, x_v: Array, params: MultiHeadParams, num_heads: int, *, num_kv_heads: int | None = None,
-    mask: Pairs = None, bias: Pairs = None, scale: float | None = None, softcap: float | None = None,
-    sink: Array | None = None, dropout_mask: Pairs = None, implementation: str = "dense",
-) -> Array:  # fmt: skip
-    """`multi_head_forward` without its cache."""
-    return multi_head_forward(
-        x_q, x_k, x_v, params, num_heads, num_kv_heads=num_kv_heads, mask=mask, bias=bias, scale=scale,
-        softcap=softcap, sink=sink, dropout_mask=dropout_mask, implementation=implementation,
-    )[0]  # fmt: skip
+multi_head = without_cache(multi_head_forward)
 
 
 __all__ = [

@@ -15,6 +15,7 @@ import numpy as np
 
 from npattn._checks import Array, Dims, check_class, check_cotangent, check_dtype, check_one_of, check_other_dtype
 from npattn._pairs import integers
+from npattn._public import own_keywords, without_cache
 from npattn._sums import quiet, select, swap, weight_gradient
 
 
@@ -46,6 +47,7 @@ class RNNGrads(NamedTuple):
     params: RNNParams
 
 
+@own_keywords
 @quiet
 def rnn_forward(
     x: Array, h0: Array | None, params: RNNParams, *, lengths: Any = None, nonlinearity: str = "tanh"
@@ -145,11 +147,7 @@ def _check(x: Any, h0: Any, params: Any, lengths: Any) -> tuple[Array | None, np
     return (np.arange(dims["T"]) < n[:, None])[..., None], computing
 
 
-def rnn(
-    x: Array, h0: Array | None, params: RNNParams, *, lengths: Any = None, nonlinearity: str = "tanh"
-) -> Array:
-    """`rnn_forward` without its cache."""
-    return rnn_forward(x, h0, params, lengths=lengths, nonlinearity=nonlinearity)[0]
+rnn = without_cache(rnn_forward)
 
 
 __all__ = ["RNNCache", "RNNGrads", "RNNParams", "rnn", "rnn_backward", "rnn_forward"]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npattn._checks import Array, Dims, check_array, check_class, check_cotangent, check_dtype, check_one_of
+from npattn._public import own_keywords, without_cache
 from npattn._sums import quiet, select
 from npattn.masks import bind_mask
 
@@ -20,6 +21,7 @@ from npattn.masks import bind_mask
 def normalize(scores: Array, allowed: Array | None = None, sink: Array | None = None) -> tuple[Array, Array]:
     """Weights and lse of scores that are -inf where not allowed; sink is one more logit a row that has no weight."""
     top = scores.real.max(-1, keepdims=True, initial=-np.inf)
+    some = top != -np.inf
     if sink is not None:
         top = np.maximum(top, sink.real)
     top = select(top != -np.inf, top)  # a row without any logit: exp(-inf - 0) = 0
@@ -29,7 +31,10 @@ def normalize(scores: Array, allowed: Array | None = None, sink: Array | None = 
     if sink is not None:
         z = z + np.exp(sink - top)
     e /= select(z != 0, z, 1.0)
-    return select(allowed, e), (top + np.log(z))[..., 0]
+    lse = top + np.log(z)
+    if sink is not None:
+        lse = np.where(some, lse, sink)  # to the last bit; log would take a complex sink back to |Im| <= pi
+    return select(allowed, e), lse[..., 0]
 
 
 def _scores(op: str, name: str, scores: object, mask: object) -> tuple[Array, Array | None]:
@@ -61,6 +66,7 @@ class SoftmaxGrads(NamedTuple):
     scores: Array  # (..., S)
 
 
+@own_keywords
 @quiet
 def softmax_forward(scores: Array, *, mask: Any = None) -> tuple[Array, SoftmaxCache]:
     """Softmax over the last axis.
@@ -91,9 +97,7 @@ def softmax_backward(dweights: Array, cache: SoftmaxCache) -> SoftmaxGrads:
     return SoftmaxGrads(select(cache.allowed, dscores).astype(cache.dtype, copy=False))  # (1)
 
 
-def softmax(scores: Array, *, mask: Any = None) -> Array:
-    """`softmax_forward` without its cache."""
-    return softmax_forward(scores, mask=mask)[0]
+softmax = without_cache(softmax_forward)
 
 
 class LogSumExpGrads(NamedTuple):
@@ -102,6 +106,7 @@ class LogSumExpGrads(NamedTuple):
     scores: Array  # (..., S)
 
 
+@own_keywords
 @quiet
 def log_sum_exp_forward(scores: Array, *, mask: Any = None) -> tuple[Array, SoftmaxCache]:
     """Log-sum-exp over the last axis.
@@ -130,9 +135,7 @@ def log_sum_exp_backward(dlse: Array, cache: SoftmaxCache) -> LogSumExpGrads:
     return LogSumExpGrads(dscores.astype(cache.dtype, copy=False))
 
 
-def log_sum_exp(scores: Array, *, mask: Any = None) -> Array:
-    """`log_sum_exp_forward` without its cache."""
-    return log_sum_exp_forward(scores, mask=mask)[0]
+log_sum_exp = without_cache(log_sum_exp_forward)
 
 
 class CrossEntropyCache(NamedTuple):
@@ -151,6 +154,7 @@ class CrossEntropyGrads(NamedTuple):
     logits: Array  # (..., V)
 
 
+@own_keywords
 @quiet
 def cross_entropy_forward(
     logits: Array, targets: Array, *, mask: Array | None = None, reduction: str = "mean"
@@ -215,9 +219,7 @@ def cross_entropy_backward(dloss: Array, cache: CrossEntropyCache) -> CrossEntro
     return CrossEntropyGrads(select(counts, dlogits).astype(cache.dtype, copy=False))
 
 
-def cross_entropy(logits: Array, targets: Array, *, mask: Array | None = None, reduction: str = "mean") -> Array:
-    """`cross_entropy_forward` without its cache."""
-    return cross_entropy_forward(logits, targets, mask=mask, reduction=reduction)[0]
+cross_entropy = without_cache(cross_entropy_forward)
 
 
 __all__ = [

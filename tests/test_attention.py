@@ -1125,3 +1125,28 @@ def test_assert_close_sees_what_it_should():
         assert_close(x[:2], x, 1)
     with pytest.raises(AssertionError, match="is"):
         assert_close(np.array([0.0, 1e-300]), np.zeros(2), 0)
+
+
+@EACH
+def test_a_sink_of_minus_infinity_has_no_gradient_beside_nan(implementation):
+    """Its weight is 0 whatever the row sees; the gradient of a sink that is finite is NaN there."""
+    x, (forward, backward) = qkv(), IMPLEMENTATIONS[implementation]
+    x["q"][0, 1, 2] = x["q"][0, 2, 2] = np.nan
+    sink = np.linspace(-1, 1, H)
+    sink[1] = -np.inf
+    out, cache = forward(x["q"], x["k"], x["v"], sink=sink)
+    dsink = backward(np.ones_like(out), cache).sink
+    assert dsink[1] == 0
+    assert np.flatnonzero(np.isnan(dsink)).tolist() == [2]
+
+
+@EACH
+@pytest.mark.parametrize("imaginary", [0.0, 2.5, 9.0, -40.0])
+def test_the_lse_of_a_dead_row_is_its_sink_also_where_it_is_complex(implementation, imaginary):
+    x, (forward, _) = qkv(), IMPLEMENTATIONS[implementation]
+    q, k, v = (a.astype(complex) for a in (x["q"], x["k"], x["v"]))
+    sink = np.linspace(-1, 1, H) + 1j * imaginary
+    allowed = np.ones((q.shape[-2], k.shape[-2]), bool)
+    allowed[1] = False
+    (_, lse), _ = forward(q, k, v, mask=allowed, sink=sink, return_lse=True)
+    assert (lse[:, :, 1] == sink).all()

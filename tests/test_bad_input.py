@@ -185,6 +185,62 @@ attention(
     k=f32(B, G, S, D).astype(ml_dtypes.bfloat16),
 )
 
+# --- attention: what people bring from other libraries ----------------------------------------------------------------
+
+
+class ForeignTensor:
+    """An array of another framework, as far as an error message looks at it."""
+
+    def __init__(self, library: str, dtype: str = "float32") -> None:
+        self.__class__ = type("Tensor", (ForeignTensor,), {"__module__": library})
+        self.dtype = dtype
+
+
+BROUGHT = {
+    "causal": "mask=npattn.causal()", "is_causal": "mask=npattn.causal()", "attn_mask": "mask= for booleans",
+    "dropout": "dropout_mask=(rng.random(", "dropout_p": "dropout_mask=(rng.random(",
+    "key_padding_mask": "mask=npattn.keys(allowed)", "window_size": "mask=npattn.window(left, right)",
+    "enable_gqa": "nothing: k and v may have fewer heads", "softmax_scale": "expected scale=", "need_weights": "in its cache",
+    "nonsense": "one of mask, bias, scale, softcap, sink, dropout_mask, return_lse",
+}
+for name, instead in BROUGHT.items():
+    attention(f"keyword {name}", TypeError, [f"{{op}}: got the keyword {name}, expected", instead], **{name: None})
+for library, way in (
+    ("torch", "q.detach().cpu().numpy()"), ("jaxlib._jax", "np.asarray(q)"), ("tensorflow.python", "q.numpy()"),
+    ("cupy", "q.get()"), ("mlx.core", "np.asarray(q)"),
+):
+    attention(f"q of {library}", TypeError, [f"{{op}}: q is a {library}.Tensor", f"{ARRAY}: {way}"], q=ForeignTensor(library))
+attention("q of torch in bfloat16", TypeError, ["q.detach().cpu().float().numpy()"],
+    q=ForeignTensor("torch", "torch.bfloat16"))
+for name in ("mask", "bias", "sink", "dropout_mask"):
+    attention(f"{name} of torch", TypeError, [f"{{op}}: {name} is a torch.Tensor", f"{name}.detach().cpu().numpy()"],
+        **{name: ForeignTensor("torch")})
+attention("a list has a way", TypeError, ["np.array(k, np.float32)"], k=[[1.0]])
+row("multi_head: keyword causal", TypeError, ["multi_head: got the keyword causal", "mask=npattn.causal()"], npattn.multi_head,
+    causal=True)
+row("multi_head: keyword num_key_value_heads", TypeError, ["expected num_kv_heads="], npattn.multi_head_forward,
+    num_key_value_heads=2)
+row("softmax: keyword axis", TypeError, ["softmax: got the keyword axis", "np.moveaxis"], npattn.softmax, axis=1)
+row("cross_entropy: keyword ignore_index", TypeError, ["mask=targets != ignore_index"], npattn.cross_entropy, ignore_index=-100)
+row("rnn: keyword hx", TypeError, ["rnn: got the keyword hx, expected h0"], npattn.rnn, hx=None)
+row("merge: keyword causal", TypeError, ["merge: got the keyword causal, expected one of "], npattn.merge, causal=True)
+row("softmax: keyword causal", TypeError, ["mask=npattn.causal()"], npattn.softmax, causal=True)
+LAYOUT = "the layout is (B, H, L, D): if yours is (B, L, H, D), give x.swapaxes(-3, -2)"
+attention("(B, L, H, D)", ValueError, ["{op}: k has G=5 heads", LAYOUT], q=f32(B, L, H, D), k=f32(B, S, G, D),
+    v=f32(B, S, G, E))
+attention("(B, L, H, D) seen by a sink", ValueError, ["{op}: sink has shape (4,), expected (H=3,)", LAYOUT],
+    q=f32(B, L, H, D), k=f32(B, L, H, D), v=f32(B, L, H, D), sink=f32(H))
+attention("(B, L, H, D) seen by a mask", ValueError, ["{op}: mask has shape (3, 3)", LAYOUT],
+    q=f32(B, L, H, D), k=f32(B, L, H, D), v=f32(B, L, H, D), mask=bits(L, L))
+for bad in ("no", 1, None, np.ones(3)):
+    attention(f"return_lse={bad}", TypeError, ["{op}: return_lse is a", "expected True or False"], return_lse=bad)
+for op, function in (("attention", npattn.attention), ("blockwise", npattn.blockwise)):
+    row(f"{op}: return_lse of the short form", TypeError, [f"{op}: return_lse is a str"], function, q=f32(L, D), k=f32(S, D),
+        v=f32(S, E), return_lse="no")
+for out in (None, (np.ones(3), None), "text", np.ones(3, int)):
+    row(f"gradcheck: a forward that returns {out}", TypeError, ["gradcheck: forward returns an out that is a", "of floats"],
+        gradcheck, forward=lambda x, out=out: (out, None), backward=lambda dout, cache: dout, inputs={"x": np.ones(3)})
+
 # --- attention: masks that are arrays ---------------------------------------------------------------------------------
 
 FORMS = "expected (L=3, S=5) or (B=2, H=4, L=3, S=5)"
@@ -309,10 +365,8 @@ for axis, letter in enumerate("BHLS"):
     shape[axis] += 1
     attention(f"{letter} of dropout_mask", ValueError, [f"{{op}}: dropout_mask has shape {tuple(shape)}", FORMS],
         dropout_mask=f32(*shape))
-attention("unknown option", TypeError, ["unexpected keyword argument 'causal'"], causal=True)
-attention("attn_mask", TypeError, ["unexpected keyword argument 'attn_mask'"], attn_mask=bits(L, S))
 for op, function in (("attention", npattn.attention), ("blockwise", npattn.blockwise)):
-    row(f"{op}: mask by position", TypeError, ["takes 3 positional arguments"], lambda q, mask, f=function: f(q, q, q, mask),
+    row(f"{op}: mask by position", TypeError, [f"{op}: got 4 arguments without a name, expected q, k, v", "as mask="], lambda q, mask, f=function: f(q, q, q, mask),
         q=f32(L, D), mask=bits(L, L))
 
 # --- masks over positions ---------------------------------------------------------------------------------------------
@@ -710,7 +764,7 @@ heads("mask of rank 3", ValueError, ["mask has shape (2, 3, 5)", FORMS, "mask.re
 heads("bias of float64", TypeError, ["bias has dtype float64", "expected float32"], bias=f64(L, S))
 heads("sink of G", ValueError, ["sink has shape (2,)", "expected (H=4,)"], sink=f32(G))
 heads("softcap of 0", ValueError, ["softcap is 0", "expected a positive finite number"], softcap=0)
-heads("unknown option", TypeError, ["unexpected keyword argument 'need_weights'"], need_weights=True)
+heads("unknown option", TypeError, ["multi_head: got the keyword need_weights", "multi_head_forward: weights are in its cache"], need_weights=True)
 weights("rows of w_q", ValueError, ["multi_head: w_q has shape (9, 24)", "expected (M=10, H*D)", "M is fixed by x_q"],
     w_q=f32(9, H * D))
 weights("columns of w_q", ValueError, ["multi_head: w_q has shape (10, 23)", "4 heads divide"], w_q=f32(M, 23))

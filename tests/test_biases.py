@@ -10,7 +10,16 @@ import pytest
 from helpers import IMPLEMENTATIONS, assert_close, check_attention, pair_shape, qkv, random, sum_to
 from oracles import add, mask_loops, position_loops
 
-from npattn import Alibi, RelativeTable, alibi_slopes, attention_forward, causal, gradcheck
+from npattn import (
+    Alibi,
+    MultiHeadParams,
+    RelativeTable,
+    alibi_slopes,
+    attention_forward,
+    causal,
+    gradcheck,
+    multi_head_forward,
+)
 from npattn.biases import bind_bias
 
 EACH = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -531,3 +540,37 @@ def test_buckets_as_a_list():
     table = random((BUCKETS, 6), 1)
     dense = RelativeTable(table, buckets.tolist()).bind(SHAPE4).dense()
     assert np.array_equal(dense, RelativeTable(table, buckets).bind(SHAPE4).dense())
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda slopes, at, table: Alibi(slopes, offset=at),
+        lambda slopes, at, table: Alibi(slopes, q_pos=at, k_pos=at),
+        lambda slopes, at, table: RelativeTable(table, lambda r: np.clip(r, -2, 2) + 2, q_pos=at, k_pos=at),
+        lambda slopes, at, table: RelativeTable(table, np.abs(at - at[:, None]).clip(0, 4)),
+    ],
+    ids=["offset", "positions", "table of positions", "table of buckets"],
+)
+def test_a_bias_is_a_value(make, implementation):
+    """What it was made of may change after that: in attention, in a layer, and where its parameter is replaced."""
+    rng = np.random.default_rng(0)
+    slopes, at, table = rng.random(4), np.arange(2), rng.standard_normal((5, 4))
+    x = rng.standard_normal((2, 2, 8))
+    q = rng.standard_normal((2, 4, 2, 2))
+    params = MultiHeadParams(*(rng.standard_normal((8, 8)) for _ in range(4)))
+    bias = make(slopes, at, table)
+
+    def results():
+        layer = multi_head_forward(x, x, x, params, 4, bias=bias, implementation=implementation)[0]
+        replaced = bias.with_parameter(bias.parameter.astype(np.float32))
+        low = attention_forward(*(q.astype(np.float32),) * 3, bias=replaced)[0]
+        return layer, attention_forward(q, q, q, bias=bias)[0], low
+
+    before = results()
+    slopes += 1
+    table += 1
+    at += 7
+    for old, new in zip(before, results(), strict=True):
+        assert np.array_equal(old, new)

@@ -1047,3 +1047,43 @@ def test_merge_dtypes(dtype):
     (out, lse), cache = merge_forward(outs[0], lses[0], outs[1], lses[1])
     grads = merge_backward(out, cache, lse)
     assert [x.dtype for x in (out, lse, *grads)] == [dtype, computing, dtype, computing, dtype, computing]
+
+
+FORKS = """
+import os, signal, threading, time
+import numpy as np
+from npattn import blockwise
+from npattn._parallel import BLAS
+
+x = np.random.default_rng(0).standard_normal((1, 4, 600, 32), np.float32)
+stop = threading.Event()
+
+def work():
+    while not stop.is_set():
+        blockwise(x, x, x)
+
+worker = threading.Thread(target=work)
+worker.start()
+while not BLAS.users:
+    time.sleep(0.001)
+wanted, failures = list(BLAS.threads), []
+for i in range(12):
+    time.sleep(0.002 * (i % 5))
+    child = os.fork()
+    if not child:
+        signal.alarm(30)  # a child that hangs is ended
+        blockwise(x, x, x)
+        os._exit([n.num_threads for n in BLAS.libraries] != wanted)
+    failures.append(os.waitpid(child, 0)[1])
+stop.set()
+worker.join()
+print(failures)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_fork_beside_a_thread_in_blockwise_has_its_threads_back():
+    pytest.importorskip("threadpoolctl", reason="without it BLAS is left alone")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKS], capture_output=True, text=True, timeout=120,
+                          check=False)  # fmt: skip
+    assert done.stdout == f"{[0] * 12}\n", done.stderr

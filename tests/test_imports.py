@@ -10,6 +10,7 @@ import npattn
 PACKAGE = Path(npattn.__file__).parent
 ORDER = [
     "_checks",
+    "_public",
     "_sums",
     "_pairs",
     "_parallel",

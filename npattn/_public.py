@@ -1,0 +1,111 @@
+"""What the public functions share: the form without a cache, and errors about what people bring from other libraries."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+# --- the form without a cache ---------------------------------------------------------------------------------------------
+
+
+def without_cache(forward: Callable[P, tuple[R, Any]]) -> Callable[P, R]:
+    """x of x_forward: the same arguments, and the output alone."""
+
+    @functools.wraps(forward)
+    def x(*args: P.args, **kwargs: P.kwargs) -> R:
+        return forward(*args, **kwargs)[0]
+
+    x.__doc__ = f"`{forward.__name__}` without its cache."
+    x.__name__ = x.__qualname__ = forward.__name__.removesuffix("_forward")
+    return x
+
+
+# --- keywords ---------------------------------------------------------------------------------------------------------------
+
+CAUSAL = 'mask=npattn.causal(), with align="top_left" or "bottom_right" where L and S differ'
+MASK = "mask= for booleans (True = may attend), bias= for what is added to the scores"
+PADDING = "mask=npattn.keys(allowed), with allowed True where a key counts (torch's mask is the inverse)"
+DROPOUT = "dropout_mask=(rng.random((B, H, L, S)) >= p) / (1 - p), drawn by you"
+WINDOW = "mask=npattn.window(left, right), both ends included"
+LENGTHS = "mask=npattn.key_lengths(n)"
+PACKED = "mask=npattn.packed(cu_seqlens_q, cu_seqlens_k)"
+SEGMENTS = "mask=npattn.segments(q_ids, k_ids)"
+WEIGHTS = "{op}_forward: weights are in its cache"
+# The keyword of another library -> ours, and what to write.
+INSTEAD: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(("causal", "is_causal", "use_causal_mask", "unidirectional"), ("mask", CAUSAL)),
+    **dict.fromkeys(("attn_mask", "attention_mask", "att_mask"), ("mask", MASK)),
+    **dict.fromkeys(("key_padding_mask", "padding_mask", "src_key_padding_mask"), ("mask", PADDING)),
+    **dict.fromkeys(("dropout", "dropout_p", "dropout_rate", "attention_dropout"), ("dropout_mask", DROPOUT)),
+    **dict.fromkeys(("window", "window_size", "sliding_window", "local_window_size"), ("mask", WINDOW)),
+    **dict.fromkeys(("key_lengths", "seqlens_k", "key_value_seq_lengths", "lengths"), ("mask", LENGTHS)),
+    **dict.fromkeys(("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k"), ("mask", PACKED)),
+    **dict.fromkeys(("segment_ids", "q_segment_ids", "kv_segment_ids"), ("mask", SEGMENTS)),
+    **dict.fromkeys(("attn_bias", "attention_bias"), ("bias", "bias=")),
+    "alibi_slopes": ("bias", "bias=npattn.Alibi(slopes)"),
+    **dict.fromkeys(("softmax_scale", "sm_scale", "scaling"), ("scale", "scale=")),
+    **dict.fromkeys(("soft_cap", "logits_soft_cap", "attn_logit_softcapping"), ("softcap", "softcap=")),
+    **dict.fromkeys(("sinks", "s_aux", "learnable_sink", "attention_sinks"), ("sink", "sink=, (H,)")),
+    **dict.fromkeys(("need_weights", "return_weights", "average_attn_weights"), ("mask", WEIGHTS)),
+    **dict.fromkeys(("return_softmax_lse", "return_residuals"), ("return_lse", "return_lse=True")),
+    "enable_gqa": ("mask", "nothing: k and v may have fewer heads than q"),
+    "num_key_value_heads": ("num_kv_heads", "num_kv_heads="),
+    "hx": ("h0", "h0, the second argument"),
+    **dict.fromkeys(("axis", "dim"), ("scores", "the axis last: np.moveaxis(scores, axis, -1)")),
+    "ignore_index": ("targets", "mask=targets != ignore_index (True = counts)"),
+}
+
+
+def own_keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """The same function; a keyword that it does not take is a TypeError that says what to write instead."""
+    parameters = inspect.signature(function).parameters.values()
+    names = [p.name for p in parameters]
+    first = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    op = function.__name__.removesuffix("_forward")
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not kwargs.keys() <= set(names):
+            unknown = next(name for name in kwargs if name not in names)
+            raise TypeError(f"{op}: got the keyword {unknown}, expected {_instead(op, unknown, names, first)}")
+        if len(args) > len(first):
+            raise TypeError(f"{op}: got {len(args)} arguments without a name, expected {', '.join(first)}: "
+                            f"options are given by name, as {names[len(first)]}=")  # fmt: skip
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _instead(op: str, name: str, names: list[str], first: list[str]) -> str:
+    ours, text = INSTEAD.get(name, ("", ""))
+    return text.format(op=op) if ours in names else f"one of {', '.join(n for n in names if n not in first)}"
+
+
+# --- layout -----------------------------------------------------------------------------------------------------------------
+
+
+def says_layout(bind: Callable[..., R]) -> Callable[..., R]:
+    """The same checks of (op, q, k, v, ...); an error of shapes that fit the layout (B, L, H, D) says so."""
+
+    @functools.wraps(bind)
+    def checked(op: str, q: Any, k: Any, v: Any, *options: Any) -> R:
+        try:
+            return bind(op, q, k, v, *options)
+        except ValueError as error:
+            try:
+                bind(op, *(x.swapaxes(-3, -2) for x in (q, k, v)), *options)
+            except (TypeError, ValueError):  # these do not fit either
+                raise error from None
+            hint = "the layout is (B, H, L, D): if yours is (B, L, H, D), give x.swapaxes(-3, -2)"
+            raise ValueError(f"{error}; {hint}") from None
+
+    return checked
+
+
+__all__ = ["own_keywords", "says_layout", "without_cache"]
