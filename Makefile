@@ -1,4 +1,4 @@
-.PHONY: test deep peers lint type bench docs
+.PHONY: test deep peers lint type bench docs power
 
 test:  ## what every change has to pass
 	python -m pytest
@@ -20,3 +20,6 @@ bench:  ## beside other libraries on this machine, an hour; --quick for a look
 
 docs:  ## every example in the documents and docstrings
 	python -m pytest tests/test_docs.py
+
+power:  ## what verify keeps of its own power, after a change of a case, a known mistake or the error model
+	python -c "from npattn.verify.power import write; write()"

@@ -4,4 +4,5 @@ import sys
 
 from npattn.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # the process of a candidate imports this, too
+    sys.exit(main())

@@ -31,13 +31,16 @@ def kind(x: object) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def converted(name: str, x: object) -> str:
+MASKED = np.ma.MaskedArray  # NumPy imports it when it is first asked for: a fork amid that would hang the child
+
+
+def converted(name: str, x: object, dtype: str = "np.float32") -> str:
     """How to make an array of x, as the end of an error message; nothing where that is not known."""
     library = type(x).__module__.partition(".")[0]
-    if isinstance(x, np.ma.MaskedArray):
+    if isinstance(x, MASKED):
         way = f"{name}.filled(value), and what it masks belongs into mask="
     elif isinstance(x, (list, tuple)):
-        way = f"np.array({name}, np.float32)"
+        way = f"np.array({name}, {dtype})"
     elif library == "torch":
         way = f"{name}.detach().cpu(){'.float()' if 'bfloat16' in str(getattr(x, 'dtype', '')) else ''}.numpy()"
     elif library == "tensorflow":
@@ -53,7 +56,7 @@ def converted(name: str, x: object) -> str:
 
 def check_array(op: str, name: str, x: object) -> Array:
     # A masked array would lose its mask and a matrix would change what * means: both are refused, not converted.
-    if not isinstance(x, np.ndarray) or isinstance(x, (np.ma.MaskedArray, np.matrix)):
+    if not isinstance(x, np.ndarray) or isinstance(x, (MASKED, np.matrix)):
         raise TypeError(f"{op}: {name} is {kind(x)}, expected a numpy.ndarray{converted(name, x)}")
     return x
 

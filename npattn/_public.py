@@ -21,8 +21,10 @@ def without_cache(forward: Callable[P, tuple[R, Any]]) -> Callable[P, R]:
     def x(*args: P.args, **kwargs: P.kwargs) -> R:
         return forward(*args, **kwargs)[0]
 
-    x.__doc__ = f"`{forward.__name__}` without its cache."
+    x.__doc__ = f"The output of `{forward.__name__}`, which has the same arguments, without its cache."
     x.__name__ = x.__qualname__ = forward.__name__.removesuffix("_forward")
+    x.__annotations__ = {name: a for name, a in forward.__annotations__.items() if name != "return"}
+    vars(x)["__signature__"] = inspect.signature(forward).replace(return_annotation=inspect.Signature.empty)
     return x
 
 
@@ -37,24 +39,24 @@ LENGTHS = "mask=npattn.key_lengths(n)"
 PACKED = "mask=npattn.packed(cu_seqlens_q, cu_seqlens_k)"
 SEGMENTS = "mask=npattn.segments(q_ids, k_ids)"
 WEIGHTS = "{op}_forward: weights are in its cache"
-# The keyword of another library -> ours, and what to write.
+# The keyword of another library -> one of ours that a function with such an option has, and what to write instead.
 INSTEAD: dict[str, tuple[str, str]] = {
-    **dict.fromkeys(("causal", "is_causal", "use_causal_mask", "unidirectional"), ("mask", CAUSAL)),
-    **dict.fromkeys(("attn_mask", "attention_mask", "att_mask"), ("mask", MASK)),
-    **dict.fromkeys(("key_padding_mask", "padding_mask", "src_key_padding_mask"), ("mask", PADDING)),
+    **dict.fromkeys(("causal", "is_causal", "use_causal_mask", "unidirectional"), ("softcap", CAUSAL)),
+    **dict.fromkeys(("attn_mask", "attention_mask", "att_mask"), ("softcap", MASK)),
+    **dict.fromkeys(("key_padding_mask", "padding_mask", "src_key_padding_mask"), ("softcap", PADDING)),
     **dict.fromkeys(("dropout", "dropout_p", "dropout_rate", "attention_dropout"), ("dropout_mask", DROPOUT)),
-    **dict.fromkeys(("window", "window_size", "sliding_window", "local_window_size"), ("mask", WINDOW)),
-    **dict.fromkeys(("key_lengths", "seqlens_k", "key_value_seq_lengths", "lengths"), ("mask", LENGTHS)),
-    **dict.fromkeys(("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k"), ("mask", PACKED)),
-    **dict.fromkeys(("segment_ids", "q_segment_ids", "kv_segment_ids"), ("mask", SEGMENTS)),
+    **dict.fromkeys(("window", "window_size", "sliding_window", "local_window_size"), ("softcap", WINDOW)),
+    **dict.fromkeys(("key_lengths", "seqlens_k", "key_value_seq_lengths", "lengths"), ("softcap", LENGTHS)),
+    **dict.fromkeys(("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k"), ("softcap", PACKED)),
+    **dict.fromkeys(("segment_ids", "q_segment_ids", "kv_segment_ids"), ("softcap", SEGMENTS)),
     **dict.fromkeys(("attn_bias", "attention_bias"), ("bias", "bias=")),
     "alibi_slopes": ("bias", "bias=npattn.Alibi(slopes)"),
     **dict.fromkeys(("softmax_scale", "sm_scale", "scaling"), ("scale", "scale=")),
     **dict.fromkeys(("soft_cap", "logits_soft_cap", "attn_logit_softcapping"), ("softcap", "softcap=")),
     **dict.fromkeys(("sinks", "s_aux", "learnable_sink", "attention_sinks"), ("sink", "sink=, (H,)")),
-    **dict.fromkeys(("need_weights", "return_weights", "average_attn_weights"), ("mask", WEIGHTS)),
+    **dict.fromkeys(("need_weights", "return_weights", "average_attn_weights"), ("softcap", WEIGHTS)),
     **dict.fromkeys(("return_softmax_lse", "return_residuals"), ("return_lse", "return_lse=True")),
-    "enable_gqa": ("mask", "nothing: k and v may have fewer heads than q"),
+    "enable_gqa": ("softcap", "nothing: k and v may have fewer heads than q"),
     "num_key_value_heads": ("num_kv_heads", "num_kv_heads="),
     "hx": ("h0", "h0, the second argument"),
     **dict.fromkeys(("axis", "dim"), ("scores", "the axis last: np.moveaxis(scores, axis, -1)")),
@@ -75,8 +77,8 @@ def own_keywords(function: Callable[P, R]) -> Callable[P, R]:
             unknown = next(name for name in kwargs if name not in names)
             raise TypeError(f"{op}: got the keyword {unknown}, expected {_instead(op, unknown, names, first)}")
         if len(args) > len(first):
-            raise TypeError(f"{op}: got {len(args)} arguments without a name, expected {', '.join(first)}: "
-                            f"options are given by name, as {names[len(first)]}=")  # fmt: skip
+            more = f": options are given by name, as {names[len(first)]}=" if len(names) > len(first) else ""
+            raise TypeError(f"{op}: got {len(args)} arguments without a name, expected {', '.join(first)}{more}")
         return function(*args, **kwargs)
 
     return call
@@ -84,7 +86,8 @@ def own_keywords(function: Callable[P, R]) -> Callable[P, R]:
 
 def _instead(op: str, name: str, names: list[str], first: list[str]) -> str:
     ours, text = INSTEAD.get(name, ("", ""))
-    return text.format(op=op) if ours in names else f"one of {', '.join(n for n in names if n not in first)}"
+    options = [n for n in names if n not in first] or first
+    return text.format(op=op) if ours in names else f"one of {', '.join(options)}"
 
 
 # --- layout -----------------------------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ attention = without_cache(attention_forward)
 @says_layout
 def bind(
     op: str, q: Any, k: Any, v: Any, mask: Any, bias: Any, scale: Any, softcap: Any, sink: Any, dropout_mask: Any,
-    return_lse: Any,
+    return_lse: Any = False,
 ) -> AttentionCache:  # fmt: skip
     """All checks of one call, and its options bound to the shape of the scores."""
     check_flag(op, "return_lse", return_lse)

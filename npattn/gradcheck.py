@@ -141,7 +141,8 @@ class _Pair:
             raise TypeError(f"gradcheck: forward returns {what}, expected (out, cache)")
         outs = _as_outputs(returned[0])
         for x, given in zip(outs, returned[0] if isinstance(returned[0], (tuple, list)) else (returned[0],), strict=True):
-            if x.dtype.kind not in "fc":
+            real = not any(np.iscomplexobj(value) for value in values)
+            if x.dtype.kind not in ("f" if real else "fc") or isinstance(given, np.ma.MaskedArray):
                 raise TypeError(f"gradcheck: forward returns an out that is {kind(given)}, expected an array of floats")
         return outs, returned[1], returned[0]
 

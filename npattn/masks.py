@@ -87,7 +87,7 @@ def as_mask(op: str, mask: object) -> Any:
             )
         return ArrayMask(mask, op)
     expected = "expected a boolean array or a mask of npattn.masks, as causal()"
-    raise TypeError(f"{op}: mask is {kind(mask)}, {expected}{converted('mask', mask).replace('np.float32', 'bool')}")
+    raise TypeError(f"{op}: mask is {kind(mask)}, {expected}{converted('mask', mask, 'bool')}")
 
 
 def _operand(op: str, other: object) -> Any:

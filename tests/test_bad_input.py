@@ -224,7 +224,15 @@ row("softmax: keyword axis", TypeError, ["softmax: got the keyword axis", "np.mo
 row("cross_entropy: keyword ignore_index", TypeError, ["mask=targets != ignore_index"], npattn.cross_entropy, ignore_index=-100)
 row("rnn: keyword hx", TypeError, ["rnn: got the keyword hx, expected h0"], npattn.rnn, hx=None)
 row("merge: keyword causal", TypeError, ["merge: got the keyword causal, expected one of "], npattn.merge, causal=True)
-row("softmax: keyword causal", TypeError, ["mask=npattn.causal()"], npattn.softmax, causal=True)
+row("softmax: keyword causal", TypeError, ["got the keyword causal, expected one of mask"], npattn.softmax, causal=True)
+row("merge: keyword with nothing to say", TypeError, ["expected one of out_a, lse_a, out_b, lse_b"], npattn.merge, causal=True)
+row("merge: one too many", TypeError, ["merge: got 5 arguments without a name, expected out_a, lse_a, out_b, lse_b"],
+    lambda x: npattn.merge(x, x, x, x, x), x=f32(L, E))
+row("cross_entropy: keyword attention_mask", TypeError, ["expected one of mask, reduction"], npattn.cross_entropy,
+    attention_mask=None)
+for name, out in (("complex", np.ones(3, complex)), ("masked", np.ma.masked_array(np.ones(3)))):
+    row(f"gradcheck: an out that is {name}", TypeError, ["gradcheck: forward returns an out that is"],
+        gradcheck, forward=lambda x, out=out: (out, None), backward=lambda dout, cache: dout, inputs={"x": np.ones(3)})
 LAYOUT = "the layout is (B, H, L, D): if yours is (B, L, H, D), give x.swapaxes(-3, -2)"
 attention("(B, L, H, D)", ValueError, ["{op}: k has G=5 heads", LAYOUT], q=f32(B, L, H, D), k=f32(B, S, G, D),
     v=f32(B, S, G, E))
@@ -366,7 +374,8 @@ for axis, letter in enumerate("BHLS"):
     attention(f"{letter} of dropout_mask", ValueError, [f"{{op}}: dropout_mask has shape {tuple(shape)}", FORMS],
         dropout_mask=f32(*shape))
 for op, function in (("attention", npattn.attention), ("blockwise", npattn.blockwise)):
-    row(f"{op}: mask by position", TypeError, [f"{op}: got 4 arguments without a name, expected q, k, v", "as mask="], lambda q, mask, f=function: f(q, q, q, mask),
+    row(f"{op}: mask by position", TypeError, [f"{op}: got 4 arguments without a name, expected q, k, v"],
+        lambda q, mask, f=function: f(q, q, q, mask),
         q=f32(L, D), mask=bits(L, L))
 
 # --- masks over positions ---------------------------------------------------------------------------------------------
@@ -764,7 +773,8 @@ heads("mask of rank 3", ValueError, ["mask has shape (2, 3, 5)", FORMS, "mask.re
 heads("bias of float64", TypeError, ["bias has dtype float64", "expected float32"], bias=f64(L, S))
 heads("sink of G", ValueError, ["sink has shape (2,)", "expected (H=4,)"], sink=f32(G))
 heads("softcap of 0", ValueError, ["softcap is 0", "expected a positive finite number"], softcap=0)
-heads("unknown option", TypeError, ["multi_head: got the keyword need_weights", "multi_head_forward: weights are in its cache"], need_weights=True)
+heads("unknown option", TypeError, ["multi_head: got the keyword need_weights", "weights are in its cache"],
+    need_weights=True)
 weights("rows of w_q", ValueError, ["multi_head: w_q has shape (9, 24)", "expected (M=10, H*D)", "M is fixed by x_q"],
     w_q=f32(9, H * D))
 weights("columns of w_q", ValueError, ["multi_head: w_q has shape (10, 23)", "4 heads divide"], w_q=f32(M, 23))

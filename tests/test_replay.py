@@ -475,7 +475,7 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
-        status = cli.main(["verify", *arguments])
+        status = cli.main(["verify", *([] if any(a.startswith("--list") for a in arguments) else ["-v"]), *arguments])
         return status, capsys.readouterr().out
 
     return run

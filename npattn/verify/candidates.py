@@ -1,8 +1,9 @@
 """What is verified: a function of yours, or a built-in adapter to a library.
 
 A candidate is a plain function ``(q, k, v, *, mask, bias, scale, softcap, sink, dropout_mask)`` on NumPy arrays of shape
-(B, H, L, D) that returns out or (out, lse). What it supports is read off its signature: a keyword that it does not take, or
-a NotImplementedError, is "not supported"; any other exception is a failure. Its convention says in which words it is spoken to.
+(B, H, L, D) that returns out or (out, lse). What it supports is read off its signature: a
+keyword that it does not take is "not supported", and a NotImplementedError is "refused". Any other exception is a failure. Its
+convention says in which words it is spoken to.
 """
 
 from __future__ import annotations
@@ -40,6 +41,15 @@ class CandidateError(Exception):
     """There is nothing that could be verified: a usage error."""
 
 
+def said(error: BaseException) -> str:
+    """The first line of what an exception says, if its str can be had."""
+    try:
+        lines = str(error).strip().splitlines()
+    except BaseException as worse:
+        return f"(its str raises {type(worse).__name__})"
+    return lines[0] if lines else ""
+
+
 def keywords(function: Callable[..., Any]) -> frozenset[str]:
     """The keyword arguments that a function takes; **options stand for all canonical ones."""
     try:
@@ -50,6 +60,15 @@ def keywords(function: Callable[..., Any]) -> frozenset[str]:
     if any(p.kind == p.VAR_KEYWORD for p in parameters):
         names |= set(CANONICAL)
     return frozenset(names)
+
+
+def library_of(function: Callable[..., Any]) -> str:
+    """The library of tensors that a function, or the module it stands in, knows of; or nothing."""
+    inner = inspect.unwrap(function) if callable(function) else function
+    homes = [str(getattr(inner, "__module__", ""))]
+    homes += [x.__name__ for x in getattr(inner, "__globals__", {}).values() if inspect.ismodule(x)]
+    found = (name for home in homes for name in ("torch", "jax", "tensorflow", "mlx", "cupy") if home.split(".")[0] == name)
+    return next(found, "")
 
 
 @dataclass(frozen=True)
@@ -244,15 +263,24 @@ def _dense_mask(problem: Problem, parts: list[Any]) -> Array:
     return np.asarray(np.logical_and.reduce(dense))
 
 
+def op_of(name: str, op: str | None) -> str:
+    """The op of a candidate by that name; raises CandidateError where it is a built-in one of another."""
+    own_op = BUILT_IN[name][0] if name in BUILT_IN else PEERS[name].op if name in PEERS else None
+    if own_op is not None and op not in (None, own_op):
+        raise CandidateError(f"the built-in candidate {name} is for --op {own_op}, not {op}")
+    return own_op or op or "attention"
+
+
 def load(name: str, backward: str | None = None, convention: Convention | None = None, op: str | None = None) -> Candidate:
     """The candidate of that name: a built-in one, ``package.module:function`` or ``path/to/file.py:function``."""
     convention = convention or OWN
+    for what, given in (("candidate", name), ("backward", backward)):
+        if given is not None and not given.strip():
+            raise CandidateError(f"the {what} has an empty name: is a variable of the shell unset?")
     if name in BUILT_IN or name in PEERS:
         if backward is not None:
             raise CandidateError(f"the built-in candidate {name} has a backward of its own")
-        own_op, loader = BUILT_IN[name] if name in BUILT_IN else (PEERS[name].op, PEERS[name].load)
-        if op not in (None, own_op):
-            raise CandidateError(f"the built-in candidate {name} is for --op {own_op}, not {op}")
+        own_op, loader = op_of(name, op), BUILT_IN[name][1] if name in BUILT_IN else PEERS[name].load
         try:
             forward, own_backward = loader()
         except ImportError as error:
@@ -277,8 +305,10 @@ def _function(name: str, like: str | None = None) -> Callable[..., Any]:
         raise CandidateError(f"{name!r} is no candidate{near(name, [*BUILT_IN, *PEERS])}; {expected}")
     try:
         module = _module(where)
-    except (Exception, SystemExit) as error:
-        raise CandidateError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise CandidateError(f"{where} cannot be imported: {type(error).__name__}: {said(error)}") from error
     for part in attribute.split("."):
         if not hasattr(module, part):
             raise CandidateError(f"{where} has no {attribute}")

@@ -736,6 +736,46 @@ def _sized(**changes: int) -> dict[str, int]:
     return {**MEDIUM, **changes}
 
 
+def _self_attention() -> list[Case]:
+    """As many queries as keys, mostly causal: the commonest call there is. And what follows with a cache: a token, a few."""
+    square = _sized(L=53)
+    together = ((), ("G < H",), ("window",), ("key_lengths",), ("softcap",), ("sink",), ("bias HLS",), ("dropout_mask",),
+                ("dlse",), ("G < H", "window", "softcap", "sink"))  # fmt: skip
+    cases = [Case("L = S", sizes=square, feature="self-attention")]
+    cases += [Case(f"{name}, L = S", (name,), sizes=square, feature="self-attention")
+              for name in ("key_lengths", "segments", "dropout_mask")]  # fmt: skip
+    cases += [Case(" + ".join(["causal, L = S", *more]), ("causal top_left", *more), sizes=square, feature="self-attention")
+              for more in together]  # fmt: skip
+    for n, heads, width, more in ((64, 2, 64, ()), (128, 2, 64, ("G < H",)), (256, 1, 128, ()), (1024, 1, 64, ())):
+        sizes = {"H": heads, "G": heads, "L": n, "S": n, "D": width, "E": width}
+        title = " + ".join([f"causal, L = S = {n}, D = {width}", *more])
+        cases.append(Case(title, ("causal top_left", *more), sizes=sizes, lead=(1,), feature="self-attention"))
+    for L in (1, 4):
+        both = ("causal bottom_right", "G < H")
+        cases.append(Case(f"L = {L} + {' + '.join(both)}", both, sizes=_sized(L=L), feature="decoding"))
+    cases.append(Case("causal bottom_right + L < S + G < H", ("causal bottom_right", "L < S", "G < H"), feature="decoding"))
+    return cases
+
+
+def _head_widths() -> list[Case]:
+    """Widths between the powers of two, which kernels round up, each for its own buffers."""
+    cases = [Case(f"D = {n}", sizes=_sized(D=n, E=n), feature="head widths") for n in (8, 40, 72, 80, 96, 104, 112)]
+    cases.append(Case("D = 192, E = 128", sizes=_sized(D=192, E=128), feature="head widths"))
+    for n, more in ((72, ()), (96, ("G < H",)), (104, ("sink",))):
+        title = " + ".join([f"D = {n}, causal, L = S", *more])
+        cases.append(Case(title, ("causal top_left", *more), sizes=_sized(L=53, D=n, E=n), feature="head widths"))
+    return cases
+
+
+def _whole_tiles() -> list[Case]:
+    """What kernels ask for that take nothing else: D = 64, and lengths that 64 divides. Each option on it."""
+    sizes = {"H": 2, "G": 2, "L": 64, "S": 128, "D": 64, "E": 64}
+    together = ((), ("mask array",), ("causal bottom_right",), ("window",), ("key_lengths",), ("bias BHLS",), ("softcap",),
+                ("sink",), ("dropout_mask",), ("dlse",), ("G < H",),
+                ("G < H", "causal bottom_right", "key_lengths"))  # fmt: skip
+    return [Case(" + ".join(["whole tiles, D = 64", *more]), more, sizes=sizes, feature="whole tiles") for more in together]
+
+
 def _cases() -> list[Case]:
     cases = [Case("plain")]
     cases += [Case(name, (name,)) for name in OPTIONS if OPTIONS[name].feature != "rank"]
@@ -811,6 +851,10 @@ def _cases() -> list[Case]:
     for both in (("causal top_left", "sink"), ("key_lengths", "bias BLS", "softcap"), ("dropout_mask", "dlse")):
         cases.append(Case("long " + " + ".join(both), both, sizes=LONG, feature="long"))
     cases.append(Case("H = L", sizes=_sized(H=4, G=4, L=4), feature="small sizes"))
+    cases += _self_attention() + _head_widths() + _whole_tiles()
+    cases.append(Case("window + sink", ("window", "sink"), feature="together"))
+    for twist in ("window (0, 5)", "window (5, 0)"):
+        cases.append(Case(f"{twist} + sink", ("sink",), twist=twist, feature="together"))
     for name in ((), ("causal bottom_right",), ("mask array", "G < H"), ("bias BHLS", "softcap", "dlse"), ("window",)):
         cases.append(Case("long " + " + ".join(name) if name else "long", name, sizes=LONG, feature="long"))
     cases.append(Case("long, inputs tiny", sizes={**LONG, "L": 8, "S": 16384}, lead=(1,), family="tiny", feature="long"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from npattn._sums import quiet
 from npattn.masks import as_mask, key_lengths
 from npattn.verify.candidates import Candidate
 from npattn.verify.cases import Part, Problem, Truth
-from npattn.verify.judge import Check, Settings, accepts, as_given, call_backward, call_forward, units
+from npattn.verify.judge import Check, Settings, accepts, as_given, call_backward, call_forward, is_array, units
 from npattn.verify.precision import Precision, of_dtype
 
 CONDITIONED = ("plain", "causal top_left", "mask array", "key_lengths", "G < H", "bias BHLS", "sink", "dead rows", "dlse")
@@ -29,10 +29,17 @@ def examine_conditions(candidate: Candidate, case: Any, seed: int, settings: Set
     if case.name not in CONDITIONED or candidate.op != "attention":
         return []
     problem, precision = as_given(case, seed, settings)
-    values = _call(candidate, problem)
     truth = candidate.truth(problem, precision)
-    if truth is None or "out" not in values or values["out"].shape != truth.values["out"].shape:
+    try:
+        values = _call(candidate, problem)
+    except CallError as error:
+        return [Check("repeat", "wrong", f"{error}, when it is called again", worst=math.inf)]
+    if truth is None:
         return []
+    out = values.get("out")  # the first call gave one that holds
+    dtypes = [np.dtype(d) for d in problem.dtypes("out", precision)]
+    if "out" in truth.values and (out is None or out.shape != truth.values["out"].shape or out.dtype not in dtypes):
+        return [Check("repeat", "wrong", "out is not returned as before, when it is called again", worst=math.inf)]
     return list(conditions(candidate, problem, truth, values, settings.level, precision))
 
 
@@ -43,31 +50,45 @@ def conditions(
     """All conditions of one case; ``values`` is what the candidate returned first."""
     precision = precision or of_dtype(problem.dtype)
     level = "good" if level == "bounded" else level  # det is not cut to one sequence
-    first = {n: x for n, x in values.items() if isinstance(x, np.ndarray)}
+    first = {n: x for n, x in values.items() if is_array(x)}
     if not first:
         return
     saved = {n: x.copy() for n, x in first.items()}
-    yield _same("repeat", "a second call", saved, _call(candidate, problem))
-    yield _other(candidate, problem, first, saved, precision, level)
-    yield _threads(candidate, problem, saved)
-    yield _strided(candidate, problem, truth, level)
-    if len(problem.shape) == 4 and problem.shape[0] > 1:
-        yield _batch(candidate, problem, truth, level)
+    again = "other numbers in keys, values and queries that are masked"
     hidden = _hidden(problem)
     contained = candidate.convention.dead_out == "zero" and candidate.convention.dead_grad == "zero"
-    if hidden is not None and contained:
-        yield _same(
-            "masked places", "other numbers in keys, values and queries that are masked", saved, _call(candidate, hidden)
-        )
+    several = len(problem.shape) == 4 and problem.shape[0] > 1
+    tests: list[tuple[str, Any, Callable[[], Check]]] = [
+        ("repeat", True, lambda: _same("repeat", "a second call", saved, _call(candidate, problem))),
+        ("other calls", True, lambda: _other(candidate, problem, first, saved, precision, level)),
+        ("threads", True, lambda: _threads(candidate, problem, saved)),
+        ("strides", True, lambda: _strided(candidate, problem, truth, level)),
+        ("batch size", several, lambda: _batch(candidate, problem, truth, level)),
+        ("masked places", hidden is not None and contained,
+         lambda: _same("masked places", again, saved, _call(candidate, hidden))),
+    ]  # fmt: skip
+    for name, there, test in tests:
+        try:
+            if there:
+                yield test()
+        except CallError as error:  # inputs may be spoiled: nothing after that would mean anything
+            yield Check(name, "wrong", f"{error}, in a call for this condition", worst=math.inf)
+            return
     if "out" in first and "dropout_mask" not in problem.options:
         yield _hull(problem, truth, first["out"])
 
 
-def _call(candidate: Candidate, problem: Problem) -> dict[str, Array]:
+class CallError(Exception):
+    """A call that held before raises, or writes into its inputs."""
+
+
+def _call(candidate: Candidate, problem: Any) -> dict[str, Array]:
     forward = call_forward(candidate, problem)
     backward = call_backward(candidate, problem, forward.values) if forward.values else forward
+    if broken := [outcome.text for outcome in (forward, backward) if outcome.status == "wrong"]:
+        raise CallError(broken[0])
     both = {**forward.values, **backward.values}
-    return {n: x for n, x in both.items() if isinstance(x, np.ndarray)}
+    return {n: x for n, x in both.items() if is_array(x)}
 
 
 def _same(name: str, what: str, want: dict[str, Array], got: dict[str, Array]) -> Check:
@@ -75,6 +96,9 @@ def _same(name: str, what: str, want: dict[str, Array], got: dict[str, Array]) -
         y = got.get(tensor)
         if y is None:
             return Check(name, "wrong", f"{tensor} is not returned by {what}", worst=math.inf)
+        if (x.shape, x.dtype) != (y.shape, y.dtype):
+            text = f"{tensor} is {y.dtype} {y.shape} in {what}, and {x.dtype} {x.shape} before"
+            return Check(name, "wrong", text, worst=math.inf)
         if x.tobytes() != y.tobytes():
             differ = (x != y) & ~(np.isnan(x) & np.isnan(y))
             if not differ.any():
@@ -108,6 +132,8 @@ def _other(
         if x.tobytes() != saved[tensor].tobytes():
             return Check("other calls", "wrong", f"{tensor} is overwritten by the next call", worst=math.inf)
     backward = call_backward(candidate, problem, {n: saved[n] for n in problem.outputs if n in saved})
+    if backward.status == "wrong":
+        raise CallError(backward.text)
     got = {n: x for n, x in backward.values.items() if isinstance(x, np.ndarray)}
     want = {n: x for n, x in saved.items() if n in problem.gradients}
     check = _same("other calls", "a backward after another forward", want, got)
@@ -142,8 +168,8 @@ def _threads(candidate: Candidate, problem: Problem, want: dict[str, Array]) -> 
         for _ in range(3):
             try:
                 found.append(_same("threads", "one of two threads", expected, _call(candidate, p)))
-            except Exception as error:
-                found.append(Check("threads", "wrong", f"raises {type(error).__name__}: {error}", worst=math.inf))
+            except CallError as error:
+                found.append(Check("threads", "wrong", f"{error}, in one of two threads", worst=math.inf))
 
     threads = [threading.Thread(target=work, args=a) for a in ((problem, want), (smaller, alone))]
     for t in threads:
@@ -175,7 +201,8 @@ def _bound(mask: Any, shape: tuple[int, ...]) -> Array:
 
 def _judged(name: str, what: str, got: dict[str, Array], want: dict[str, Array], sigma: dict[str, Array], level: str) -> Check:
     for tensor, x in got.items():
-        if tensor in want and (x.shape != want[tensor].shape or not accepts(level, units(x, want[tensor], sigma[tensor]))):
+        same = tensor in want and x.dtype.kind == "f" and x.shape == want[tensor].shape
+        if tensor in want and not (same and accepts(level, units(x, want[tensor], sigma[tensor]))):
             return Check(name, "wrong", f"{tensor} is wrong {what}", worst=math.inf)
     return Check(name, "ok", level="tight")
 

@@ -24,7 +24,8 @@ from npattn.tolerances import GOOD_RMS, MATCH_MAX, MATCH_NEARER, MATCH_RMS, ROUG
 from npattn.verify import layer_mistakes
 from npattn.verify.mistakes import CHANGES, MAKES_NAN, OF_NAN, UNPROTECTED
 from npattn.verify.precision import PRECISIONS, Precision, of_dtype, round_to
-from npattn.verify.stages import FORWARD_STAGES, Change, facts, run
+from npattn.verify.stages import FORWARD as EQUATIONS
+from npattn.verify.stages import FORWARD_STAGES, Change, facts, perform, prepare, run
 
 FORWARD = ("out", "lse")
 CANNOT = (ValueError, IndexError, TypeError, AttributeError, ZeroDivisionError)  # a change that a call leaves no room for
@@ -88,6 +89,8 @@ def near(apart: tuple[float, float], before: float) -> bool:
 
 KEPT_WEIGHTS = Change("the backward keeps the weights, and does not make them again from lse", "p", lambda x: x.weights)
 UNKNOWN = "nothing that is known"
+NEVER_WRITTEN = "wrong for keys that nobody sees, and for no other: never written?"
+DETACHED = "a gradient of 0 everywhere: detached, or not computed"
 
 
 def _unknown(tensors: Iterable[str], searched: bool = True) -> Explanation:
@@ -110,6 +113,8 @@ class Diagnostician:
         self.ruled_out: dict[str, bool] = {}
         self.earlier: list[dict[str, Any]] = []  # the arguments of calls before this one
         self.last: dict[str, Any] = {}  # what the call before this one returned
+        self.sought = False  # whether a case that holds was looked for
+        self.unnamed: list[tuple[Any, dict[str, Any], dict[str, Array], dict[str, Array]]] = []  # of layers, a few cases
 
     def saw(
         self, problem: Any, given: dict[str, Any], sigma: dict[str, Array], values: dict[str, Array], got: dict[str, Any],
@@ -170,7 +175,7 @@ class Diagnostician:
         if not wrong:
             return []
         search = _Search(self, problem, given, sigma, got, base)
-        found: list[Explanation] = search.nan(wrong)
+        found: list[Explanation] = search.nan(wrong) or search.unwritten(wrong)
         poisoned = {t for e in found for t in e.tensors}
         everything, wrong = wrong, [t for t in wrong if search.before[t] > GOOD_RMS and t not in poisoned]
         forward: tuple[Change, ...] = ()
@@ -181,15 +186,39 @@ class Diagnostician:
         if gradients:
             found += search.backward(gradients, forward)
         found = [e for e in found if set(e.tensors) <= poisoned or not _only_nan(e, got)]
-        found = [_detached(e, got) for e in found]
+        flat = flat_of(everything, got, search.values([]))
+        found = [_detached(e, got) for e in found if not set(e.tensors) <= flat.keys() or self._supported(e, base)]
         explained = {t for e in found for t in e.tensors}
         found += search.roughly([t for t in wrong if t not in explained])
         explained = {t for e in found for t in e.tensors}
         found += search.rows([t for t in everything if t not in explained])
+        explained = {t for e in found for t in e.tensors}
+        found += _said_simply({t: name for t, name in flat.items() if t not in explained})
         self.known.update(name for e in found for name in e.names)
         explained = {t for e in found for t in e.tensors}
         left = [t for t in everything if t not in explained]
         return [*found, _unknown(left, self.left >= 0)] if left else found
+
+    def _supported(self, e: Explanation, base: list[Change]) -> bool:
+        """Whether a name for what is NaN, or one number, everywhere rests on more: on a case that holds, where it is silent.
+
+        Without one there is no evidence at all: many mistakes, and a function that returns nothing else, give that.
+        """
+        changes = [CHANGES[n] for n in e.names if n in CHANGES]
+        return bool(self.right) and not any(self.excluded(c, base, e.where == "in the backward") for c in changes)
+
+    def _contradicted(self, name: str, op: str) -> bool:
+        """Whether a case without a name would look otherwise: there the mistake shows, and does not give what was returned."""
+        for problem, got, truth, sigma in self.unnamed:
+            with np.errstate(all="ignore"):
+                try:
+                    values = layer_mistakes.MISTAKES[op][name](problem)
+                except CANNOT:
+                    continue
+            shows = [t for t in got if t in values and distance(truth[t].astype(got[t].dtype), values[t], sigma[t])[0] > 30]
+            if any(distance(got[t], values[t], sigma[t])[0] > ROUGH_RMS for t in shows):
+                return True
+        return False
 
     def _layer(self, problem: Any, sigma: dict[str, Array], got: dict[str, Any], wrong: list[str]) -> list[Explanation]:
         """The known mistakes of another op: one for all that is wrong, or one for each tensor."""
@@ -203,6 +232,8 @@ class Diagnostician:
         partly: dict[str, list[tuple[float, str]]] = {t: [] for t in wrong}
         names = sorted(layer_mistakes.MISTAKES[problem.op], key=lambda n: -self.known[n])
         for name in names:
+            if self._contradicted(name, problem.op):
+                continue
             try:
                 values = layer_mistakes.MISTAKES[problem.op][name](problem)
             except CANNOT:
@@ -223,9 +254,31 @@ class Diagnostician:
                 tensors = tuple(wrong) if not t else (*(found[name].tensors if name in found else ()), t)
                 found[name] = Explanation((name,), tensors, apart, others=tuple(n for _, n in ties[1:]))
         self.known.update(found.keys())
-        explained = {t for e in found.values() for t in e.tensors}
-        left = [t for t in wrong if t not in explained]
-        return [*found.values(), *([_unknown(left)] if left else [])]
+        flat = flat_of(returned, got, truth.values)
+        # What is flat is evidence of little: of a mistake only if it gives something else of what was returned, too.
+        named = [e for e in found.values() if not set(e.tensors) <= flat.keys() or (whole and set(returned) > flat.keys())]
+        explained = {t for e in named for t in e.tensors}
+        simply = _said_simply({t: name for t, name in flat.items() if t in wrong and t not in explained})
+        left = [t for t in wrong if t not in explained and t not in flat]
+        finite = all(np.isfinite(got[t]).all() for t in returned)
+        if set(left) == set(wrong) - flat.keys() and finite and len(self.unnamed) < 3:  # nothing has a name here
+            copies = {t: got[t].copy() for t in returned if t not in flat}
+            self.unnamed.append((problem, copies, truth.values, sigma))
+        return [*named, *simply, *([_unknown(left)] if left else [])]
+
+
+class Listener(Diagnostician):
+    """Remembers for another, and explains nothing."""
+
+    def __init__(self, owner: Diagnostician) -> None:
+        super().__init__(owner.align)
+        self.owner = owner
+
+    def saw(self, *what: Any) -> None:
+        self.owner.saw(*what)
+
+    def explain(self, *what: Any, **more: Any) -> list[Any]:
+        return []
 
 
 def _only_nan(e: Explanation, got: dict[str, Any]) -> bool:
@@ -240,7 +293,26 @@ def _detached(e: Explanation, got: dict[str, Any]) -> Explanation:
     sized = all(n in CHANGES and CHANGES[n].sized for n in e.names)
     if not sized or any(t in FORWARD or got[t].any() for t in e.tensors):
         return e
-    return dataclasses.replace(e, names=("a gradient of 0 everywhere: detached, or not computed",), where="", others=())
+    return dataclasses.replace(e, names=(DETACHED,), where="", distance=math.inf, others=())
+
+
+def flat_of(wrong: Iterable[str], got: dict[str, Any], right: dict[str, Array]) -> dict[str, str]:
+    """Tensors that are NaN, or one number, everywhere, where the truth is not; and what to say of each."""
+    found: dict[str, str] = {}
+    for t in wrong:
+        x, want = np.asarray(got[t], np.float64), right.get(t)
+        if want is None or x.size < 2 or np.array_equal(want, np.broadcast_to(want.flat[0], want.shape), equal_nan=True):
+            continue
+        if np.isnan(x).all():
+            found[t] = "NaN everywhere"
+        elif (x == x.flat[0]).all():
+            found[t] = DETACHED if t not in FORWARD and not x.any() else f"{x.flat[0]:.6g} everywhere"
+    return found
+
+
+def _said_simply(flat: dict[str, str]) -> list[Explanation]:
+    names = dict.fromkeys(flat.values())
+    return [Explanation((name,), tuple(t for t in flat if flat[t] == name), math.inf) for name in names]
 
 
 class _Search:
@@ -299,6 +371,22 @@ class _Search:
             self.only_nan = True
         self.returned = [t for t in self.returned if t not in found]
         return [Explanation(("masked_nan=poisons",), tuple(found), 0.0)] if found else []
+
+    def unwritten(self, wrong: list[str]) -> list[Explanation]:
+        """Whether dk or dv is wrong for keys that nobody sees, and for no other: a buffer beyond a length, as it was."""
+        if not set(wrong) <= {"dk", "dv"} or not all(np.isfinite(x).all() for x in (self.problem.k, self.problem.v)):
+            return []
+        x = perform(prepare(self.problem, self.given, self.owner.align, np.float64), EQUATIONS, self.base)
+        groups = x.allowed.reshape(x.B, x.G, x.H // x.G, *x.shape[2:]) if x.G and x.H % x.G == 0 and len(x.shape) == 4 else None
+        if groups is None or (seen := groups.any((2, 3))).all() or not seen.any():
+            return []
+        right = self.values([])
+        found = []
+        for t in wrong:
+            got, want, sigma = (np.where(seen[..., None], a, 0) for a in (self.got[t], right[t], self.sigma[t]))
+            if self.got[t].shape[:-1] == seen.shape and distance(got.astype(self.got[t].dtype), want, sigma)[0] <= MATCH_RMS:
+                found.append(t)
+        return [Explanation((NEVER_WRITTEN,), tuple(found), math.inf)] if found else []
 
     def away(self, tensors: Iterable[str], values: dict[str, Array]) -> float:
         """The largest distance of these tensors from what a change gives, inf where one does not match."""

@@ -20,8 +20,30 @@ import numpy as np
 from npattn._checks import Array
 from npattn._sums import each_head, heads_first, quiet, select, swap
 from npattn.attention import AttentionCache, AttentionGrads, live, visible
-from npattn.tolerances import DELTA_ROUNDING, EXP_ULPS, ROUNDING_STD
+from npattn.tolerances import DELTA_ROUNDING, EXP_ULPS, GOOD_MAX, GOOD_RMS, ROUNDING_STD, TIGHT_MAX, TIGHT_RMS
 from npattn.verify.precision import Precision, of_dtype, round_to
+
+LEVELS = {"tight": (TIGHT_RMS, TIGHT_MAX), "good": (GOOD_RMS, GOOD_MAX)}  # and "bounded": no element above det
+
+
+@quiet
+def units(got: Array, want: Array, sigma: Array, rest: Any = 0.0) -> Array:
+    """|error| / sigma; 0 where equal, inf where NaN and inf do not stand as they should."""
+    x, y = np.asarray(got, want.dtype), want
+    same = ((x == y) & (rest == 0)) | (np.isnan(x) & np.isnan(y)) | ((x == y) & np.isinf(x))
+    finite = np.isfinite(x) & np.isfinite(y)
+    return np.asarray(np.where(same, 0.0, np.where(finite, np.abs(x - y - rest) / sigma, np.inf)), np.float64)
+
+
+@quiet
+def accepts(level: str, off: Array) -> bool:
+    """Whether errors in sigma are good enough; for "bounded" they are errors over det."""
+    if not off.size:
+        return True
+    if level == "bounded":
+        return bool(off.max() <= 1)
+    rms, worst = LEVELS[level]
+    return bool(off.max() <= worst and np.sqrt(np.square(off).mean()) <= rms)
 
 
 class Errors(NamedTuple):

@@ -6,30 +6,25 @@ verdict counts only if the same judge rejects zeros, an error of 1e-3 and the li
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from npattn._checks import Array, kind
+from npattn._checks import Array, converted, kind
 from npattn._sums import quiet
-from npattn.tolerances import GOOD_MAX, GOOD_RMS, PLANTED, TIGHT_MAX, TIGHT_RMS
-from npattn.verify import layer_mistakes
-from npattn.verify.candidates import Candidate, canonical
-from npattn.verify.cases import Problem, Truth, dense_mask
-from npattn.verify.diagnose import CANNOT, LARGE, UNKNOWN, Diagnostician, Explanation, places
-from npattn.verify.mistakes import CHANGES
+from npattn.verify.candidates import Candidate, canonical, said
+from npattn.verify.cases import BY_NAME, Problem, Truth, dense_mask
+from npattn.verify.diagnose import UNKNOWN, Diagnostician, Explanation, Listener, flat_of, places
+from npattn.verify.errors import LEVELS, accepts, units
+from npattn.verify.power import blind_spots
 from npattn.verify.precision import PRECISIONS, Precision, of_dtype
 from npattn.verify.rounded import rounded
-from npattn.verify.stages import Change, facts, run
-
-LEVELS = {"tight": (TIGHT_RMS, TIGHT_MAX), "good": (GOOD_RMS, GOOD_MAX)}  # and "bounded": no element above det
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,7 @@ class Check:
     """One tensor of one case, or one exact condition: right, wrong, or not tested and why."""
 
     tensor: str
-    status: str  # "ok", "wrong", "no power", "not supported" or "not given"
+    status: str  # "ok", "wrong", "no power", "refused" (NotImplementedError), "lost", "not supported", "not given"
     text: str = ""
     rms: float = 0.0  # of error / sigma
     worst: float = 0.0  # largest error / sigma
@@ -66,14 +61,20 @@ class Result:
     explanations: list[Explanation] = field(default_factory=list)
     expected: str = ""  # the reason why it is expected to fail
     seed: int = 0
+    options: tuple[str, ...] = ()  # the keywords that its forward was given
 
     @property
     def status(self) -> str:
         statuses = {c.status for c in self.checks}
-        for status in ("wrong", "ok", "no power", "not given"):
+        for status in ("wrong", "ok", "no power", "refused", "lost", "not given"):
             if status in statuses:
                 return status
         return "not supported"
+
+    @property
+    def partly(self) -> bool:
+        """Whether some of it was not tested."""
+        return any(c.status in ("refused", "not supported") for c in self.checks)
 
     @property
     def tested(self) -> list[Check]:
@@ -84,33 +85,14 @@ class Result:
 
 
 @quiet
-def units(got: Array, want: Array, sigma: Array, rest: Any = 0.0) -> Array:
-    """|error| / sigma; 0 where equal, inf where NaN and inf do not stand as they should."""
-    x, y = np.asarray(got, want.dtype), want
-    same = ((x == y) & (rest == 0)) | (np.isnan(x) & np.isnan(y)) | ((x == y) & np.isinf(x))
-    finite = np.isfinite(x) & np.isfinite(y)
-    return np.asarray(np.where(same, 0.0, np.where(finite, np.abs(x - y - rest) / sigma, np.inf)), np.float64)
-
-
-@quiet
-def accepts(level: str, off: Array) -> bool:
-    """Whether errors in sigma are good enough; for "bounded" they are errors over det."""
-    if not off.size:
-        return True
-    if level == "bounded":
-        return bool(off.max() <= 1)
-    rms, worst = LEVELS[level]
-    return bool(off.max() <= worst and np.sqrt(np.square(off).mean()) <= rms)
-
-
-@quiet
 def compare(
     tensor: str, got: Any, want: Array, sigma: Array, dtypes: Iterable[Any], level: str = "good",
     det: Callable[[], Array | None] = lambda: None, letters: str = "", rest: Any = 0.0,
 ) -> Check:  # fmt: skip
     """One tensor against the truth, in units of sigma. NaN and inf have to be where the truth has them."""
-    if not isinstance(got, np.ndarray):
-        return Check(tensor, "wrong", f"is {kind(got)}, expected a numpy.ndarray: np.asarray(x)", worst=math.inf)
+    if not is_array(got):
+        way = converted(tensor, got) or f": np.asarray({tensor})"
+        return Check(tensor, "wrong", f"is {kind(got)}, expected a numpy.ndarray{way}", worst=math.inf)
     if got.shape != want.shape:
         return Check(tensor, "wrong", f"has shape {got.shape}, expected {want.shape}", worst=math.inf)
     dtypes = [np.dtype(d) for d in dtypes]
@@ -192,88 +174,6 @@ RULES: dict[str, Callable[..., bool]] = {
 """The acceptance rules of FlashAttention 2, PyTorch's attention tests, ONNX's backend tests and torch.testing.assert_close."""
 
 
-# --- power ----------------------------------------------------------------------------------------------------------------
-
-
-def neighbours(present: frozenset[str]) -> list[Change]:
-    """The likely mistakes of a call with these facts: those that need one of them, and no size of a tile."""
-    return [
-        c for c in CHANGES.values()
-        if c.needs <= present and (c.needs or c.stage in ("scale", "lse", "delta")) and not c.sized
-    ]  # fmt: skip
-
-
-def other_values(
-    problem: Any, given: dict[str, Any], align: str, truth: Truth, base: list[Change]
-) -> Iterator[tuple[str, dict[str, Array]]]:
-    """What the likely mistakes would return."""
-    if problem.op != "attention":
-        for name in LAYER_NEIGHBOURS[problem.op]:
-            with contextlib.suppress(*CANNOT):
-                yield name, layer_mistakes.MISTAKES[problem.op][name](problem)
-        return
-    large = math.prod(problem.shape) > LARGE
-    if not math.prod(problem.shape):
-        return
-    unchanged = run(problem, given, align, base)
-    least = 16 if problem.dtype == np.float64 else 0  # these runs are in float64 themselves: less is their own rounding
-    for change in neighbours(facts(problem, given))[: 6 if large else None]:
-        with contextlib.suppress(*CANNOT):
-            values = run(problem, given, align, [*base, change])
-            if any(_moved(x, unchanged.get(t), truth.sigma.get(t), least) for t, x in values.items()):
-                yield change.name, values
-
-
-def _moved(a: Array, b: Array | None, sigma: Array | None, least: float) -> bool:
-    """Whether a change has changed anything: by more than ``least`` sigma."""
-    if b is None or sigma is None or a.shape != b.shape or a.shape != sigma.shape:
-        return True
-    return bool((units(a, b, np.maximum(sigma, 1e-300)) > least).any())
-
-
-LAYER_NEIGHBOURS = {
-    "multi_head": ["merged without a transpose", "scale of the model's width", "b_q forgotten", "mask ignored"],
-    "rnn": ["initial state ignored", "w_h transposed", "lengths ignored", "not carried"],
-    "softmax": ["mask ignored", "axis -2", "Delta 0"],
-}  # fmt: skip
-
-
-@quiet
-def power(
-    others: Iterable[tuple[str, dict[str, Array]]], truth: Truth, tested: list[str], level: str, planted: float = PLANTED
-) -> dict[str, str]:
-    """For each tensor what its judge could not tell from the truth, or nothing: zeros, a small error, likely mistakes."""
-    scale = truth.det if level == "bounded" else truth.sigma
-
-    def rejects(t: str, value: Array) -> bool:
-        return value.shape != truth.values[t].shape or not accepts(level, units(value, truth.values[t], scale[t]))
-
-    blind: dict[str, str] = {}
-    for t in tested:
-        want = truth.values[t]
-        some = np.isfinite(want) & (want != 0)
-        if not some.any():
-            # Exactly 0, -inf or NaN by convention: anything else is rejected. Where rounding is allowed for, nothing is tested.
-            if want.size and (scale[t][np.isfinite(want)] > 0).any():
-                blind[t] = "the true value is 0"
-            continue
-        if not rejects(t, np.where(some, 0, want)):
-            blind[t] = "zeros would pass"
-        elif not rejects(t, np.where(some, want * (1 + planted), want)):
-            blind[t] = f"a relative error of {planted:.2g} would pass"
-    for name, values in others:
-        same = [t for t in tested if t in values and values[t].shape == truth.values[t].shape]
-        if any(t in tested and t not in same for t in values):
-            continue  # another shape: rejected
-        seen = {t: float(o.max()) for t in same if (o := units(values[t], truth.values[t], scale[t])).size}
-        if not seen or max(seen.values()) < 1:
-            continue  # the same here, within an honest rounding error
-        if not any(rejects(t, values[t]) for t in seen):
-            worst = max(seen, key=lambda t: seen[t])
-            blind.setdefault(worst, f"{name!r} would pass")
-    return blind
-
-
 # --- one case -------------------------------------------------------------------------------------------------------------
 
 
@@ -293,19 +193,13 @@ def call_forward(candidate: Candidate, problem: Problem) -> Outcome:
     given, missing = candidate.arguments(problem, candidate.forward)
     if missing:
         return Outcome(status="not supported", text=", ".join(missing))
-    before = _bytes(problem, given)
-    try:
-        returned = candidate.run_forward(problem, given)
-    except NotImplementedError as error:
-        return Outcome(status="not supported", text=str(error) or "raises NotImplementedError")
-    except (Exception, SystemExit) as error:
-        return Outcome(status="wrong", text=f"raises {_said(error)}")
-    if written := _written(before, _bytes(problem, given)):
-        return Outcome(status="wrong", text=f"an input was modified: {written}")
+    returned = _called("", lambda: candidate.run_forward(problem, given), problem, given)
+    if isinstance(returned, Outcome):
+        return returned
     if isinstance(returned, tuple) and len(returned) <= len(names):
-        values = dict(zip(names, returned, strict=False))
+        values = dict(zip(names, map(_plain, returned), strict=False))
     else:
-        values = {names[0]: returned}
+        values = {names[0]: _plain(returned)}
     return Outcome(values, missing={n: f"{n} is not returned" for n in names if values.get(n) is None and n != names[0]})
 
 
@@ -316,23 +210,47 @@ def call_backward(candidate: Candidate, problem: Problem, values: dict[str, Any]
     given, missing = candidate.arguments(problem, candidate.backward, backward=True)
     if missing:
         return Outcome(status="not supported", text=", ".join(missing))
-    before = _bytes(problem, given, values)
-    try:
-        returned = candidate.run_backward(problem, given, values)
-    except NotImplementedError as error:
-        return Outcome(status="not supported", text=str(error) or "backward")
-    except (Exception, SystemExit) as error:
-        return Outcome(status="wrong", text=f"the backward raises {_said(error)}")
-    if written := _written(before, _bytes(problem, given, values)):
-        return Outcome(status="wrong", text=f"the backward modifies an input: {written}")
+    returned = _called("the backward ", lambda: candidate.run_backward(problem, given, values), problem, given, values)
+    if isinstance(returned, Outcome):
+        return returned
     if not isinstance(returned, dict):
         return Outcome(status="wrong", text=str(returned))
     optional = ("dbias", "dsink")
     missing_text = {t: f"{t} is not returned" for t in problem.gradients if returned.get(t) is None}
-    present = {t: x for t, x in returned.items() if t in problem.gradients and x is not None}
+    present = {t: _plain(x) for t, x in returned.items() if t in problem.gradients and x is not None}
     lost = {t: text for t, text in missing_text.items() if t in optional}
     wrong = {t: None for t in missing_text if t not in optional}
     return Outcome({**present, **wrong}, missing=lost)
+
+
+def _plain(x: Any) -> Any:
+    """An array of a subclass as what it is beneath, so that nothing of the subclass runs while it is judged.
+
+    A masked array has no numbers where it masks, and a matrix multiplies otherwise: they stay, and are refused as no array.
+    """
+    return np.ndarray.view(x, np.ndarray) if is_array(x) else x
+
+
+def is_array(x: Any) -> bool:
+    return isinstance(x, np.ndarray) and not isinstance(x, (np.ma.MaskedArray, np.matrix))
+
+
+def _called(who: str, call: Callable[[], Any], problem: Any, *given: dict[str, Any]) -> Any:
+    """What a candidate returns, or an Outcome where it refuses, raises, or writes into what it was given."""
+    before = _marks(problem, *given)
+    try:
+        with np.errstate():  # what it sets ends here
+            returned = call()
+    except NotImplementedError as error:
+        return Outcome(status="refused", text=said(error) or f"{who}raises NotImplementedError")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit and GeneratorExit are answers of a candidate, too
+        return Outcome(status="wrong", text=f"{who}raises {_said(error)}")
+    if written := _written(before, _marks(problem, *given)):
+        what = "the backward modifies an input" if who else "an input was modified"
+        return Outcome(status="wrong", text=f"{what}: {written}")
+    return returned
 
 
 def as_given(case: Any, seed: int, settings: Settings) -> tuple[Any, Precision]:
@@ -350,7 +268,8 @@ def examine(
     """Run one case and judge all that the candidate returns for it."""
     settings = settings or Settings()
     problem, precision = as_given(case, seed, settings)
-    result = Result(case.name, case.features, seed=seed)
+    theirs, _ = as_given(case, seed, settings)  # the same once more: whatever becomes of it, ours stays as it is
+    result = Result(case.name, case.features, seed=seed, options=tuple(candidate.arguments(theirs, candidate.forward)[0]))
     wanted = [*problem.outputs, *problem.gradients]
 
     def all_of(status: str, text: str) -> Result:
@@ -364,17 +283,17 @@ def examine(
         return all_of("not supported", f"undefined by the convention {reason}")
     if problem.op == "attention" and problem.overflows(precision):
         return all_of("not supported", f"scores or dP overflow {precision.storage}")
-    forward = call_forward(candidate, problem)
+    forward = call_forward(candidate, theirs)
     if forward.status:
         result.checks.append(
             Check(wanted[0], forward.status, forward.text, worst=math.inf if forward.status == "wrong" else 0.0)
         )
         rest = "not given" if forward.status == "wrong" else forward.status
-        text = "the forward is wrong before" if forward.status == "wrong" else forward.text
+        text = WRONG_BEFORE if forward.status == "wrong" else forward.text
         result.checks.extend(Check(t, rest, text) for t in wanted[1:])
         return result
     returned = {n: x.copy() if isinstance(x, np.ndarray) else x for n, x in forward.values.items()}
-    backward = call_backward(candidate, problem, forward.values)
+    backward = call_backward(candidate, theirs, forward.values)
     try:
         truth = candidate.truth(problem, precision)
     except NotImplementedError as error:  # a precision class that this op has no model of
@@ -416,15 +335,16 @@ def _more(
     base = candidate.changes()
     if settings.power:
         tested = [c.tensor for c in checks if c.status == "ok" and c.text != "empty"]
-        changed = other_values(problem, given, candidate.align, truth, base)
-        blind = power(changed, truth, tested, settings.level, max(PLANTED, 16 * precision.coarsest))
+        blind = blind_spots(problem, given, candidate.align, truth, tested, settings.level, precision, base)
         checks = [
             dataclasses.replace(c, status="no power", text=blind[c.tensor]) if c.status == "ok" and c.tensor in blind else c
             for c in checks
         ]
     explanations = []
-    wrong = [c.tensor for c in checks if c.status == "wrong"]
+    judged = {t: x for t, x in judged.items() if is_array(x) and x.dtype.kind == "f"}  # of others all is said
+    wrong = [c.tensor for c in checks if c.status == "wrong" and not _only_dtype(c.tensor, problem, precision, truth, judged)]
     if diagnostician is not None and wrong:
+        _find_evidence(candidate, diagnostician, problem, truth, judged, wrong, settings)
         explanations = diagnostician.explain(problem, given, truth.sigma, judged, wrong, base)
         explanations = _or_state(candidate, problem, truth, explanations, settings.level)
     if diagnostician is not None and problem.op == "attention":
@@ -432,6 +352,38 @@ def _more(
     return dataclasses.replace(result, checks=checks, explanations=explanations)
 
 
+EVIDENCE = ("plain", "whole tiles, D = 64")
+
+
+def _find_evidence(
+    candidate: Candidate, diagnostician: Diagnostician, problem: Any, truth: Truth, judged: dict[str, Any], wrong: list[str],
+    settings: Settings,
+) -> None:  # fmt: skip
+    """For what is NaN, or one number, everywhere: a case that holds, without which it has no name."""
+    there = [t for t in wrong if t in judged and t in truth.values and judged[t].shape == truth.values[t].shape]
+    sought = problem.op != "attention" or isinstance(diagnostician, Listener) or diagnostician.sought
+    if sought or not flat_of(there, judged, truth.values):
+        return
+    diagnostician.sought, before = True, (diagnostician.earlier, diagnostician.last)
+    for name in EVIDENCE:
+        if not diagnostician.right:
+            examine(candidate, BY_NAME[name], 0, dataclasses.replace(settings, power=False, rules=()), Listener(diagnostician))
+    diagnostician.earlier, diagnostician.last = before  # the call before this one is another
+
+
+@quiet
+def _only_dtype(t: str, problem: Any, precision: Precision, truth: Truth, judged: dict[str, Any]) -> bool:
+    """Whether nothing but its dtype is wrong of a tensor, and what that dtype rounds: no other name is looked for."""
+    x, want = judged.get(t), truth.values.get(t)
+    if not isinstance(x, np.ndarray) or want is None or x.shape != want.shape or x.dtype.kind != "f":
+        return False
+    if x.dtype in [np.dtype(d) for d in problem.dtypes(t, precision)]:
+        return False
+    unit = np.finfo(x.dtype).eps * np.where(np.isfinite(want), np.abs(want), 0)
+    return accepts("good", units(x, want, np.maximum(truth.sigma[t], unit)))
+
+
+WRONG_BEFORE = "the forward is wrong before"
 KEPT = "holds when called again: state is kept between calls"
 
 
@@ -458,7 +410,8 @@ def _or_state(
 
 def _with_rules(c: Check, problem: Problem, truth: Truth, judged: dict[str, Any], settings: Settings) -> Check:
     rules = settings.rules
-    if c.status not in ("ok", "wrong") or not isinstance(judged.get(c.tensor), np.ndarray) or problem.op != "attention":
+    number = getattr(getattr(judged.get(c.tensor), "dtype", None), "kind", "") == "f"
+    if c.status not in ("ok", "wrong") or not number or problem.op != "attention":
         return c
     got, want = judged[c.tensor], truth.values[c.tensor]
     if got.shape != want.shape:
@@ -482,28 +435,37 @@ def _eager(problem: Problem, declared: Precision | None = None) -> dict[str, Arr
     return {"out": out, "lse": lse, **{n: x for n, x in grads.items() if x is not None}}
 
 
-def _bytes(problem: Any, *more: dict[str, Any]) -> dict[str, bytes]:
-    """The contents of all arrays that a function is given, by name."""
-    found: dict[str, bytes] = {}
+def _marks(problem: Any, *more: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """All that a function could change of the arrays that it is given, by name."""
+    found: dict[str, tuple[Any, ...]] = {}
     for name, x in [item for given in (problem.inputs, problem.cotangents, *more) for item in given.items()]:
         parts = x if isinstance(x, dict) else x._asdict() if hasattr(x, "_asdict") else {name: x}
-        found |= {n: y.tobytes() for n, y in parts.items() if isinstance(y, np.ndarray)}
+        found |= {n: (y.shape, y.dtype, y.flags.writeable, y.strides, y.tobytes())
+                  for n, y in parts.items() if isinstance(y, np.ndarray)}  # fmt: skip
     return found
 
 
-def _written(before: dict[str, bytes], after: dict[str, bytes]) -> str:
-    return ", ".join(name for name, x in before.items() if after[name] != x)
+MARKS = ("has another shape", "has another dtype", "can be written or not, as it could not before", "has other strides", "")
+
+
+def _written(before: dict[str, tuple[Any, ...]], after: dict[str, tuple[Any, ...]]) -> str:
+    """Which arrays are not what they were, and in what."""
+    found = []
+    for name, old in before.items():
+        what = next((text for text, a, b in zip(MARKS, old, after[name], strict=True) if a != b), None)
+        if what is not None:
+            found.append(f"{name} {what}".strip())
+    return ", ".join(found)
 
 
 def _said(error: BaseException) -> str:
     """An exception: what and where."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {_line(error)}{where}"
+    try:
+        frames = traceback.extract_tb(error.__traceback__)
+        where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+        return f"{type(error).__name__}: {said(error)}{where}"
+    except BaseException:
+        return "what cannot be described"
 
 
-def _line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else ""
-
-
-__all__ = ["LEVELS", "RULES", "Check", "Result", "Settings", "accepts", "compare", "examine", "power", "units"]
+__all__ = ["LEVELS", "RULES", "Check", "Result", "Settings", "accepts", "compare", "examine", "units"]

@@ -67,6 +67,19 @@ def _exchanged(a: str, b: str) -> Mistake:
     return {a: given(b), b: given(a), "finish": lambda x, d: d | {f"d{a}": d[f"d{b}"], f"d{b}": d[f"d{a}"]}}
 
 
+def _shared(used: str, letters: str, biases: bool) -> Mistake:
+    """The parameters of ``used`` project another input, too: theirs have no gradient, and its own have that of both."""
+    pairs = [(f"{kind}_{used}", f"{kind}_{letters}") for kind in ("wb" if biases else "w")]
+
+    def given(name: str) -> Change:
+        return lambda x, value: getattr(x.problem.inputs["params"], name).reshape(value.shape)
+
+    def finish(x: Any, d: Any) -> Any:
+        return d | {f"d{a}": d[f"d{a}"] + d[f"d{b}"] for a, b in pairs} | {f"d{b}": 0 * d[f"d{b}"] for _, b in pairs}
+
+    return {**{b: given(a) for a, b in pairs}, "finish": finish}
+
+
 # -- multi-head attention
 
 
@@ -199,6 +212,8 @@ _MULTI_HEAD: dict[str, Mistake] = {
     "w_k and w_v exchanged": _exchanged("w_k", "w_v"),
     "b_q and b_k exchanged": _exchanged("b_q", "b_k"),
     "b_k and b_v exchanged": _exchanged("b_k", "b_v"),
+    **{f"{b} is projected by w_{a}{' and b_' + a if both else ''}": _shared(a, b, both)
+       for a, b in (("k", "v"), ("q", "k"), ("q", "v"), ("v", "k"), ("k", "q"), ("v", "q")) for both in (False, True)},
     # heads
     "head's columns interleaved": {"split_q": _interleaved},
     "columns of q, k and v interleaved": {f"split_{n}": _interleaved for n in "qkv"},

@@ -541,6 +541,11 @@ SOFTMAX_CASES = [
     _softmax_case("float64 x30", "float64", dtype="float64", size=30.0),
     _softmax_case("everything", mask="mask of each head", size=5.0, shift=-100.0, put={2: -np.inf}, row=-np.inf),
 ]
+KEYWORDS = {
+    "multi_head": ("num_heads", "num_kv_heads", "mask", *(name for name in OPTIONS if " " not in name)),
+    "rnn": ("lengths", "nonlinearity"), "softmax": ("mask",),
+}  # fmt: skip
+"""The keywords of each op's forward."""
 CASES: dict[str, list[LayerCase]] = {"multi_head": MULTI_HEAD_CASES, "rnn": RNN_CASES, "softmax": SOFTMAX_CASES}
 
 __all__ = [

@@ -121,6 +121,8 @@ add("sides", {
     "window looks ahead as far as back": lambda x: (x.sides[0], x.sides[0]),
     "window has the wrong sign": lambda x: (-x.sides[0], x.sides[1]),
     "window's 0 is taken for no limit": lambda x: tuple(n or math.inf for n in x.sides),
+    "window's limit ahead is ignored": lambda x: (x.sides[0], math.inf),
+    "window's limit back is ignored": lambda x: (math.inf, x.sides[1]),
     "window is ignored": lambda x: (math.inf, math.inf),
 }, "window")  # fmt: skip
 add("by_window", {

@@ -610,7 +610,7 @@ class Peer:
     @property
     def refusals(self) -> list[str]:
         """What it does not support: keywords that it does not take, and its own words."""
-        texts = dict.fromkeys(c.text for r in self.report.results for c in r.checks if c.status == "not supported")
+        texts = dict.fromkeys(c.text for r in self.report.results for c in r.checks if c.status in ("not supported", "refused"))
         words = {*CANONICAL, *OWN_KEYWORDS, "dlse", "num_kv_heads", "lengths", "nonlinearity"}
         listed: dict[str, None] = {}
         for text in texts:

@@ -16,7 +16,7 @@ from npattn.verify import layers, mutant_attention, mutants
 from npattn.verify.candidates import Candidate
 from npattn.verify.cases import BY_NAME
 from npattn.verify.conditions import examine_conditions
-from npattn.verify.diagnose import Diagnostician
+from npattn.verify.diagnose import Diagnostician, Listener
 from npattn.verify.judge import Result, Settings, examine
 from npattn.verify.mutant_layers import MULTI_HEAD_MUTANTS, RNN_MUTANTS, LayerMutant, layer_candidate
 
@@ -77,20 +77,6 @@ def _attention(mutant: Any, tested: Candidate, cases: list[Any]) -> Caught:
         if found:
             return found
     return bug
-
-
-class Listener(Diagnostician):
-    """Remembers for another, and explains nothing."""
-
-    def __init__(self, owner: Diagnostician) -> None:
-        super().__init__(owner.align)
-        self.owner = owner
-
-    def saw(self, *what: Any) -> None:
-        self.owner.saw(*what)
-
-    def explain(self, *what: Any, **more: Any) -> list[Any]:
-        return []
 
 
 def _repeat(name: str) -> Caught:

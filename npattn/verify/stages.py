@@ -264,14 +264,79 @@ def run(
         found = {"out": x.out, "lse": x.lse}
         if not gradients:
             return found
-        out, lse = x.out, x.lse
-        if in_backward != changes or any(c.stage == "lse" for c in changes):
-            # A convention of the lse that is handed out is not one of the lse that is kept.
-            inner = [c for c in in_backward if c.stage in FORWARD_STAGES and c.stage != "lse"]
-            x = perform(prepare(problem, given, align, dtype), FORWARD, inner)
-            if not fused or in_backward == changes:
-                out, lse = x.out, x.lse
-        x.saved_out, x.saved_lse = out if returned is None or not fused else returned.astype(dtype), lse
-        x = perform(x, BACKWARD, [c for c in in_backward if c.stage not in FORWARD_STAGES or c.stage == "dropped"])
-        found |= {"dq": x.dq, "dk": x.dk, "dv": x.dv, "dbias": x.dbias, "dsink": x.dsink}
+        x = _before_backward(x, problem, given, align, changes, in_backward, dtype, fused)
+        if returned is not None and fused:
+            x.saved_out = returned.astype(dtype)
+        x = perform(x, BACKWARD, _of_backward(in_backward))
+    return _named(found, x)
+
+
+def _before_backward(
+    x: SimpleNamespace, problem: Any, given: dict[str, Any], align: str, changes: list[Change], in_backward: list[Change],
+    dtype: Any, fused: bool,
+) -> SimpleNamespace:  # fmt: skip
+    """What the backward starts from: what its own changes make of the forward, and the out and lse that were kept."""
+    out, lse = x.out, x.lse
+    if in_backward != changes or any(c.stage == "lse" for c in changes):
+        # A convention of the lse that is handed out is not one of the lse that is kept.
+        inner = [c for c in in_backward if c.stage in FORWARD_STAGES and c.stage != "lse"]
+        x = perform(prepare(problem, given, align, dtype), FORWARD, inner)
+        if not fused or in_backward == changes:
+            out, lse = x.out, x.lse
+    x.saved_out, x.saved_lse = out, lse
+    return x
+
+
+def _of_backward(changes: Iterable[Change]) -> list[Change]:
+    return [c for c in changes if c.stage not in FORWARD_STAGES or c.stage == "dropped"]
+
+
+def _named(found: dict[str, Any], x: SimpleNamespace) -> dict[str, Array]:
+    found = found | {"dq": x.dq, "dk": x.dk, "dv": x.dv, "dbias": x.dbias, "dsink": x.dsink}
     return {name: value for name, value in found.items() if value is not None}
+
+
+class Variants:
+    """What `run` returns with one change more, where only the stages from the changed one on are computed again."""
+
+    def __init__(self, problem: Any, given: dict[str, Any], align: str, base: Iterable[Change]) -> None:
+        here = facts(problem, given)
+        self.call, self.base = (problem, given, align), [c for c in base if c.needs <= here]
+        with np.errstate(all="ignore"):
+            self.forwards = perform(prepare(*self.call, np.float64), FORWARD, self.base)
+            start = SimpleNamespace(**vars(self.forwards))
+            start = _before_backward(start, *self.call, self.base, self.base, np.float64, True)
+            self.backwards = perform(start, BACKWARD, _of_backward(self.base))
+        self.unchanged = _named({"out": self.forwards.out, "lse": self.forwards.lse}, self.backwards)
+
+    def outputs(self, change: Change) -> dict[str, Array] | None:
+        """out and lse with this change; nothing where it does not reach them, None where it changes nothing at all."""
+        if change.stage not in FORWARD_STAGES:
+            return None if _same_stage(self.backwards, change) else {}
+        if _same_stage(self.forwards, change):
+            return None
+        x = _go_on(self.forwards, FORWARD, change, self.base)
+        return {"out": x.out, "lse": x.lse}
+
+    def everything(self, change: Change) -> dict[str, Array]:
+        """What `run` returns with this change."""
+        if change.stage in FORWARD_STAGES:
+            return run(*self.call, [*self.base, change])
+        x = _go_on(self.backwards, BACKWARD, change, _of_backward(self.base))
+        return _named({name: self.unchanged[name] for name in ("out", "lse")}, x)
+
+
+def _go_on(x: SimpleNamespace, stages: list[Stage], change: Change, base: list[Change]) -> SimpleNamespace:
+    """All stages from the changed one on."""
+    first = [name for name, _ in stages].index(change.stage)
+    with np.errstate(all="ignore"):
+        return perform(SimpleNamespace(**vars(x)), stages[first:], [*base, change])
+
+
+def _same_stage(x: SimpleNamespace, change: Change) -> bool:
+    """Whether the changed stage is what it was, as a mask that is ignored where it masks nothing."""
+    tried = SimpleNamespace(**vars(x))
+    with np.errstate(all="ignore"):
+        value, was = change.value(tried), getattr(x, change.stage)
+    others = all(y is getattr(x, name, None) for name, y in vars(tried).items())
+    return others and type(value) is type(was) and bool(np.array_equal(value, was, equal_nan=np.asarray(was).dtype.kind == "f"))

@@ -1,0 +1,211 @@
+"""Could the judge have failed? What it says of zeros, of an error of 1e-3, and of the likely mistakes on the same inputs.
+
+That is its power: a verdict counts only if all of them are rejected. What the likely mistakes reach does not depend on the
+candidate. For the cases and seeds that ship it is kept in power.json, by a digest of the inputs and the call; for others it is
+computed. ``make power`` writes it anew, and tests/test_power.py holds it to what is computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npattn._checks import Array
+from npattn._sums import quiet
+from npattn.tolerances import PLANTED
+from npattn.verify import layer_mistakes
+from npattn.verify.candidates import OWN_KEYWORDS, Candidate, canonical
+from npattn.verify.cases import CASES, Truth, dense_mask
+from npattn.verify.diagnose import CANNOT, LARGE
+from npattn.verify.errors import LEVELS, accepts, units
+from npattn.verify.mistakes import CHANGES
+from npattn.verify.precision import Precision, of_dtype
+from npattn.verify.stages import Change, Variants, facts
+
+Reach = dict[str, tuple[float, float]]  # by tensor: the largest error in sigma, and its rms; inf where the shape differs
+KEPT = Path(__file__).parent / "power.json"
+SEEDS = range(3)  # those of --deep
+
+
+@quiet
+def blind_spots(
+    problem: Any, given: dict[str, Any], align: str, truth: Truth, tested: list[str], level: str, precision: Precision,
+    base: list[Change],
+) -> dict[str, str]:  # fmt: skip
+    """For each tensor what its judge could not tell from the truth, or nothing: zeros, a small error, likely mistakes."""
+    scale = truth.det if level == "bounded" else truth.sigma
+    planted = max(PLANTED, 16 * precision.coarsest)
+
+    def rejects(t: str, value: Array) -> bool:
+        return value.shape != truth.values[t].shape or not accepts(level, units(value, truth.values[t], scale[t]))
+
+    blind: dict[str, str] = {}
+    for t in tested:
+        want = truth.values[t]
+        some = np.isfinite(want) & (want != 0)
+        if not some.any():
+            # Exactly 0, -inf or NaN by convention: anything else is rejected. Where rounding is allowed for, nothing is tested.
+            if want.size and (scale[t][np.isfinite(want)] > 0).any():
+                blind[t] = "the true value is 0"
+        elif not rejects(t, np.where(some, 0, want)):
+            blind[t] = "zeros would pass"
+        elif not rejects(t, np.where(some, want * (1 + planted), want)):
+            blind[t] = f"a relative error of {planted:.2g} would pass"
+    kept = None
+    if problem.op == "attention" and level != "bounded":
+        kept = _kept().get(digest(problem, given, align, precision, base))
+    others = _computed(problem, given, align, truth, scale, tested, level, base) if kept is None else kept
+    for name, reach in others.items():
+        seen = {t: reach[t] for t in tested if t in reach}
+        worst = max(seen, key=lambda t: seen[t][0], default="")
+        # Below 1 it is the same here, within an honest rounding error.
+        if worst and seen[worst][0] >= 1 and not any(_rejected(level, *seen[t]) for t in seen):
+            blind.setdefault(worst, f"{name!r} would pass")
+    return blind
+
+
+def _rejected(level: str, most: float, rms: float) -> bool:
+    limits = (1.0, math.inf) if level == "bounded" else LEVELS[level][::-1]
+    return most > limits[0] or rms > limits[1]
+
+
+def neighbours(present: frozenset[str]) -> list[Change]:
+    """The likely mistakes of a call with these facts: those that need one of them, and no size of a tile."""
+    return [
+        c for c in CHANGES.values()
+        if c.needs <= present and (c.needs or c.stage in ("scale", "lse", "delta")) and not c.sized
+    ]  # fmt: skip
+
+
+def _computed(
+    problem: Any, given: dict[str, Any], align: str, truth: Truth, scale: Mapping[str, Array], tested: Iterable[str],
+    level: str, base: list[Change],
+) -> dict[str, Reach]:  # fmt: skip
+    """How far the likely mistakes are from the truth. Where their outputs are rejected, which is cheap to know, no more."""
+    found: dict[str, Reach] = {}
+    if problem.op != "attention":
+        for name in LAYER_NEIGHBOURS[problem.op]:
+            with contextlib.suppress(*CANNOT):
+                found[name] = _reach(layer_mistakes.MISTAKES[problem.op][name](problem), truth, scale)
+        return found
+    if not math.prod(problem.shape):
+        return found
+    variants = Variants(problem, given, align, base)
+    least = 16 if problem.dtype == np.float64 else 0  # these runs are in float64 themselves: less is their own rounding
+    for change in neighbours(facts(problem, given))[: 6 if math.prod(problem.shape) > LARGE else None]:
+        with contextlib.suppress(*CANNOT):
+            outputs = variants.outputs(change)
+            reach = _reach(outputs or {}, truth, scale)
+            if outputs is None or any(_rejected(level, *reach[t]) for t in tested if t in reach):
+                continue
+            values = variants.everything(change)
+            if any(_moved(x, variants.unchanged.get(t), truth.sigma.get(t), least) for t, x in values.items()):
+                found[change.name] = _reach(values, truth, scale)
+    return found
+
+
+@quiet
+def _reach(values: Mapping[str, Array], truth: Truth, scale: Mapping[str, Array]) -> Reach:
+    found: Reach = {}
+    for t, x in values.items():
+        want = truth.values.get(t)
+        if want is None or x.shape != want.shape:
+            found[t] = (math.inf, math.inf)
+        elif (off := units(x, want, scale[t])).size:
+            found[t] = (float(off.max()), float(np.sqrt(np.square(off).mean())))
+    return found
+
+
+def _moved(a: Array, b: Array | None, sigma: Array | None, least: float) -> bool:
+    """Whether a change has changed anything: by more than ``least`` sigma."""
+    if b is None or sigma is None or a.shape != b.shape or a.shape != sigma.shape:
+        return True
+    return bool((units(a, b, np.maximum(sigma, 1e-300)) > least).any())
+
+
+LAYER_NEIGHBOURS = {
+    "multi_head": ["merged without a transpose", "scale of the model's width", "b_q forgotten", "mask ignored"],
+    "rnn": ["initial state ignored", "w_h transposed", "lengths ignored", "not carried"],
+    "softmax": ["mask ignored", "axis -2", "Delta 0"],
+}  # fmt: skip
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------------
+
+
+def digest(problem: Any, given: Mapping[str, Any], align: str, precision: Precision, base: list[Change]) -> str:
+    """All that the reach of a mistake depends on, but for the code: the call, its numbers, which mistakes, what judges them."""
+    present = facts(problem, dict(given))
+    call = (sorted(present), align, precision, [c.name for c in base], [c.name for c in neighbours(present)])
+    text = hashlib.blake2b(repr(call).encode(), digest_size=8)
+    arrays = {**problem.inputs, **problem.cotangents, **problem.options}
+    if problem.parts:
+        arrays["mask"] = dense_mask(problem)
+    for name, x in arrays.items():
+        text.update(f"{name} {getattr(x, 'shape', '')} {getattr(x, 'dtype', x)}".encode())
+        text.update(x.tobytes() if isinstance(x, np.ndarray) else b"")
+    return text.hexdigest()
+
+
+@functools.cache
+def _kept() -> dict[str, dict[str, Reach]]:
+    return dict(json.loads(KEPT.read_text())) if KEPT.exists() else {}
+
+
+def calls(seeds: Iterable[int] = SEEDS) -> Iterable[tuple[Any, dict[str, Any], Precision]]:
+    """Every case that ships, as those get it who take a mask alone, and those who take causal, window and key_lengths."""
+
+    def by_mask(q: Any, k: Any, v: Any, *, mask: Any, bias: Any, scale: Any, softcap: Any, sink: Any, dropout_mask: Any,
+                ) -> None:  # fmt: skip
+        """A signature."""
+
+    def by_words(
+        q: Any, k: Any, v: Any, *, mask: Any, bias: Any, scale: Any, softcap: Any, sink: Any, dropout_mask: Any, causal: Any,
+        window: Any, key_lengths: Any,
+    ) -> None:  # fmt: skip
+        """A signature."""
+
+    for seed, case in itertools.product(seeds, CASES):
+        problem = canonical(case.problem(seed))
+        for signature in (by_mask, by_words):
+            given, _ = Candidate("", signature).arguments(problem, signature)
+            if signature is by_mask or given.keys() & set(OWN_KEYWORDS):
+                yield problem, given, of_dtype(problem.dtype)
+
+
+def reaches(problem: Any, given: dict[str, Any], precision: Precision) -> dict[str, Reach] | None:
+    """What is kept of one call: the mistakes that some tensor is moved by and does not tell, at the level "good"."""
+    truth = problem.truth(precision)
+    if truth is None:
+        return None
+    found = _computed(problem, given, "top_left", truth, truth.sigma, (), "good", [])
+    weak = {
+        name: reach for name, reach in found.items()
+        if any(most >= 1 and not _rejected("good", most, rms) for most, rms in reach.values())
+    }  # fmt: skip
+    return {name: {t: (_short(most), _short(rms)) for t, (most, rms) in reach.items()} for name, reach in weak.items()}
+
+
+def _short(x: float) -> float:
+    return float(f"{x:.4g}")
+
+
+def write() -> None:
+    """Writes power.json anew."""
+    found = {}
+    for problem, given, precision in calls():
+        reach = reaches(problem, given, precision)
+        if reach is not None:
+            found[digest(problem, given, "top_left", precision, [])] = reach
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(found[key])}" for key in sorted(found))
+    KEPT.write_text(f"{{\n{lines}\n}}\n")
+    print(f"{len(found)} calls, {sum(map(len, found.values()))} mistakes that some tensor does not tell: {KEPT.name}")

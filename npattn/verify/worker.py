@@ -1,0 +1,374 @@
+"""A candidate in a process of its own: what it does to that process, it does not do to verify.
+
+It may end the process, crash it, hang, close its output, or start threads and processes. The process is spawned, not forked,
+because a fork hangs BLAS and torch. Everything that a case needs happens there: the calls, the judgement, the diagnosis. Here
+is what asks for it, watches the time of each call, and goes on with a new process where one is lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import faulthandler
+import functools
+import itertools
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from npattn.verify import replay
+from npattn.verify.candidates import CandidateError, load, said
+from npattn.verify.conditions import examine_conditions
+from npattn.verify.conventions import Convention
+from npattn.verify.diagnose import Diagnostician
+from npattn.verify.judge import Check, Result, Settings, examine
+from npattn.verify.report import Facts, Report, examine_all, fits
+
+TIMEOUT = 120.0  # seconds for a call: a first one may compile, and loops in Python take half a minute. Least for an import
+HANGS = 3  # after so many calls without an answer, or starts that fail, nothing more is asked
+QUIET = 600.0  # seconds between two calls: the judgement and the diagnosis take a few
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is to be loaded, and how it is judged."""
+
+    name: str
+    backward: str | None
+    convention: Convention
+    op: str | None
+    settings: Settings
+    diagnose: bool
+
+
+class LostError(Exception):
+    """The process has ended, or was ended, amid what it was asked."""
+
+    def __init__(self, text: str, who: str) -> None:
+        super().__init__(text)
+        self.who = who  # "forward" or "backward", or nothing between two calls
+
+
+class GivenUpError(LostError):
+    """Nothing more is asked."""
+
+
+class FaultError(LostError):
+    """A fault of npattn's own, with its traceback: or of a candidate that has changed what npattn stands on."""
+
+
+class Worker:
+    """The candidate's process, as seen from ours. Start it with ``with``."""
+
+    def __init__(self, spec: Spec, timeout: float = TIMEOUT) -> None:
+        self.spec, self.timeout, self.hangs = spec, timeout, 0
+        self.facts: Any = None  # `Facts`, once it is loaded
+        self.faults: list[str] = []  # of npattn's own, with their traceback
+        self.process: Any = None
+        self.connection: Any = None
+
+    def __enter__(self) -> Worker:
+        self.facts = self._start()
+        return self
+
+    def __exit__(self, *what: object) -> None:
+        self._end()
+
+    # -- what is asked
+
+    def examine(self, case: Any, seed: int) -> Result:
+        """One case and its conditions, whatever becomes of the process."""
+        try:
+            result: Result = self._ask("examine", case, seed)
+        except GivenUpError as error:
+            return _without(case, seed, "lost", str(error))
+        except FaultError as error:
+            return _without(case, seed, "lost", f"a fault of npattn's own: {str(error).strip().splitlines()[-1]}")
+        except LostError as error:
+            return _without(case, seed, "wrong", str(error), error.who)
+        if result.status != "ok":
+            return result
+        try:
+            return dataclasses.replace(result, checks=[*result.checks, *self._ask("conditions", case, seed)])
+        except (GivenUpError, FaultError) as error:
+            last = Check("repeat", "lost", str(error).strip().splitlines()[-1])
+        except LostError as error:
+            last = Check("repeat", "wrong", f"{error}, when it is called again", worst=float("inf"))
+        return dataclasses.replace(result, checks=[*result.checks, last])
+
+    def fits(self, report: Report, cases: list[Any]) -> str:
+        with contextlib.suppress(LostError):
+            return str(self._ask("fits", report, cases))
+        return ""
+
+    def shrink(self, case: Any, seed: int) -> tuple[Any, str, Result]:
+        """The smallest case that is still wrong, its shapes, and its result. Raises LostError."""
+        found: tuple[Any, str, Result] = self._ask("shrink", case, seed)
+        return found
+
+    def save(self, path: Path, case: Any, result: Result) -> str:
+        """Writes a case; returns why that could not be done, or nothing. Raises LostError."""
+        return str(self._ask("save", path, case, result))
+
+    # -- how it is asked
+
+    def _start(self) -> Facts:
+        """A new process with the candidate loaded."""
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, sys.path), name="npattn candidate")
+        with _no_interrupt():
+            self.process.start()
+        theirs.close()
+        try:
+            facts: Facts = self._ask("load", self.spec)
+            return facts
+        except (LostError, CandidateError) as error:
+            self._end()
+            if self.facts is None:
+                text = f"{self.spec.name} cannot be loaded: {error}" if isinstance(error, LostError) else str(error)
+                raise CandidateError(text) from None
+            self.hangs += 1
+            raise LostError(f"it cannot be loaded again: {error}", "") from None  # it was there when it was loaded first
+        except BaseException:
+            self._end()
+            raise
+
+    def _end(self) -> None:
+        if self.process is None:
+            return
+        self.connection.close()
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # with what it has started, also where it has ended itself
+        self.process.kill()
+        self.process.join()
+        self.process = None
+
+    def _ask(self, what: str, *given: Any) -> Any:
+        """The answer to one question. Raises LostError, and CandidateError while it is loaded."""
+        if self.hangs >= HANGS:
+            raise GivenUpError(f"given up: {HANGS} times there was no answer", "")
+        if self.process is None:
+            self._start()
+        heard = time.monotonic()
+        running: dict[int, tuple[str, float]] = {}
+        if what == "load":
+            running[-1] = ("import", time.monotonic())
+        try:
+            self.connection.send((what, given))
+            while True:
+                first = min((start for _, start in running.values()), default=None)
+                limit = max(self.timeout, TIMEOUT) if what == "load" else self.timeout
+                left = max((heard + QUIET if first is None else first + limit) - time.monotonic(), 0)
+                if not wait([self.connection], min(left, 1.0)):
+                    if not self.process.is_alive():  # and what it has forked keeps the connection open
+                        raise EOFError
+                    if left == 0:
+                        raise self._hung(next((name for name, start in running.values() if start == first), ""))
+                    continue
+                kind, *rest = self.connection.recv()
+                heard = time.monotonic()
+                if kind == "begin":
+                    running[rest[0]] = (rest[1], time.monotonic())
+                elif kind == "end":
+                    running.pop(rest[0], None)
+                elif kind == "usage":
+                    raise CandidateError(rest[0])
+                elif kind == "fault":
+                    self.faults.append(rest[0])
+                    raise FaultError(rest[0], "")
+                else:
+                    return rest[0]
+        except (EOFError, OSError, pickle.UnpicklingError):
+            who = next((name for name, _ in running.values()), "")
+            raise self._died(who) from None
+
+    def _hung(self, who: str) -> LostError:
+        self.hangs += 1
+        if hasattr(signal, "SIGUSR1") and who != "import":
+            print(f"npattn verify: no answer from the {who or 'judgement'}; it is here:", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                os.kill(self.process.pid, signal.SIGUSR1)
+                time.sleep(0.3)  # until that is written
+        self._end()
+        if not who:
+            return LostError(f"its results cannot be judged within {QUIET:g} s", who)
+        limit = max(self.timeout, TIMEOUT) if who == "import" else self.timeout
+        return LostError(f"{_the(who)}gives no answer within {limit:g} s (--timeout)", who)
+
+    def _died(self, who: str) -> LostError:
+        self.process.join(5)
+        code = self.process.exitcode
+        self._end()
+        if code is None:
+            how = "closes the connection of its process"
+        elif code < 0:
+            how = f"crashes its process ({_signal(-code)})"
+        else:
+            how = f"ends its process with exit status {code}"
+        return LostError(f"{_the(who)}{how}", who)
+
+
+def _the(who: str) -> str:
+    return f"the {who} " if who else "what the candidate has started "
+
+
+def _signal(number: int) -> str:
+    with contextlib.suppress(ValueError):
+        return signal.Signals(number).name
+    return f"signal {number}"
+
+
+def _without(case: Any, seed: int, status: str, text: str, who: str = "") -> Result:
+    """The result of a case whose values are lost."""
+    problem = case.problem(seed)
+    tensors = [*problem.outputs, *problem.gradients]
+    at = problem.gradients[0] if who == "backward" and problem.gradients else tensors[0]
+    rest = "the process is lost before" if status == "wrong" else text
+    checks = [Check(t, status, text, worst=float("inf") if status == "wrong" else 0.0) if t == at
+              else Check(t, "lost", rest) for t in tensors]  # fmt: skip
+    return Result(case.name, case.features, checks, seed=seed)
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Ctrl-C is for us: a process that is started within does not see it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+RAISED_INTERRUPT = type("KeyboardInterrupt", (Exception,), {})
+"""What a candidate raises is an answer of its own; a real one would end the run."""
+
+# --- in the process ----------------------------------------------------------------------------------------------------------
+
+
+def _serve(connection: Connection, path: list[str]) -> None:
+    """Answers one question after the other, until nobody asks any more."""
+    sys.path[:] = path
+    _settle(connection)
+    served: Any = None
+    lock = threading.Lock()
+
+    def send(*message: Any) -> None:
+        with lock:
+            connection.send(message)
+
+    while True:
+        try:
+            what, given = connection.recv()
+        except (EOFError, OSError):
+            os._exit(0)  # and not what the candidate has left to do at exit
+        try:
+            if what == "load":
+                served = _Served(given[0], send)
+                answer: Any = Facts.of(served.candidate)
+            else:
+                answer = getattr(served, what)(*given)
+        except CandidateError as error:
+            send("usage", str(error))
+        except BaseException as error:  # of verify's own: those of the candidate are caught where it is called
+            if what == "load":
+                send("usage", f"{given[0].name} cannot be loaded: {type(error).__name__}: {said(error)}")
+            else:
+                send("fault", traceback.format_exc())
+        else:
+            send("answer", answer)
+
+
+def _settle(connection: Connection) -> None:
+    """A process group of its own, no interrupts, output beside the report and not amid it, and an end with whoever asks."""
+    if hasattr(os, "setsid"):
+        os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    with contextlib.suppress(OSError):
+        os.dup2(2, 1)
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        faulthandler.enable(all_threads=False)  # a crash says where
+        faulthandler.register(signal.SIGUSR1, all_threads=False)  # and so does who hangs
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        sentinel = parent.sentinel
+
+        def watch() -> None:
+            wait([sentinel])
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
+
+
+class _Served:
+    """What is asked for, on the candidate that is loaded here."""
+
+    def __init__(self, spec: Spec, send: Callable[..., None]) -> None:
+        loaded = load(spec.name, spec.backward, spec.convention, spec.op)
+        numbers, pid = itertools.count(), os.getpid()
+
+        def watched(function: Callable[..., Any] | None, who: str) -> Any:
+            if function is None:
+                return None
+
+            @functools.wraps(function)
+            def call(*args: Any, **kwargs: Any) -> Any:
+                number = next(numbers)
+                send("begin", number, who)
+                try:
+                    return function(*args, **kwargs)
+                except KeyboardInterrupt as error:  # it raised that itself: no interrupt reaches this process
+                    raise RAISED_INTERRUPT(*error.args).with_traceback(error.__traceback__) from None
+                finally:
+                    if os.getpid() != pid:
+                        os._exit(0)  # a child of a fork that has come back: one answer is enough
+                    send("end", number)
+
+            return call
+
+        self.candidate = dataclasses.replace(
+            loaded, forward=watched(loaded.forward, "forward"), backward=watched(loaded.backward, "backward")
+        )
+        self.settings = spec.settings
+        self.diagnostician = Diagnostician(self.candidate.align) if spec.diagnose else None
+
+    def examine(self, case: Any, seed: int) -> Result:
+        return examine(self.candidate, case, seed, self.settings, self.diagnostician)
+
+    def conditions(self, case: Any, seed: int) -> list[Check]:
+        return examine_conditions(self.candidate, case, seed, self.settings)
+
+    def fits(self, report: Report, cases: list[Any]) -> str:
+        return fits(self.candidate, report, cases, self.settings)
+
+    def shrink(self, case: Any, seed: int) -> tuple[Any, str, Result]:
+        smaller = replay.shrink(self.candidate, case, seed, self.settings)
+        diagnostician = None if self.diagnostician is None else Diagnostician(self.candidate.align)
+        result = examine_all(self.candidate, smaller, seed, self.settings, diagnostician)
+        return smaller, replay.shapes(smaller, seed), result
+
+    def save(self, path: Path, case: Any, result: Result) -> str:
+        try:
+            replay.save(path, self.candidate, case, result.seed, self.settings, result)
+        except OSError as error:
+            return str(error.strerror or error)
+        return ""
+
+
+__all__ = ["TIMEOUT", "Spec", "Worker"]
