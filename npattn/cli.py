@@ -31,7 +31,7 @@ from npattn.verify.conventions import FIELDS, PRESETS, near, parse
 from npattn.verify.judge import LEVELS, RULES, WRONG_BEFORE
 from npattn.verify.precision import PRECISIONS
 from npattn.verify.report import CASES_OF, check_features, check_names, check_op, each_result, expected_reasons
-from npattn.verify.worker import TIMEOUT, FaultError, LostError, Spec, Worker
+from npattn.verify.worker import TIMEOUT, LostError, Spec, Worker
 
 OK, WRONG, USAGE, LITTLE, UNWRITTEN, INTERRUPTED = 0, 1, 2, 3, 4, 130
 STATUSES = {
@@ -71,9 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _failed(f"npattn {given.verb}: {error}", UNWRITTEN)
     except KeyboardInterrupt:
         return _failed(f"npattn {given.verb}: interrupted", INTERRUPTED)
-    except Exception as error:
-        text = str(error) if isinstance(error, FaultError) else traceback.format_exc()
-        return _failed(f"{text}npattn {given.verb}: a fault of npattn's own, and no verdict", UNWRITTEN)
+    except Exception:
+        return _failed(f"{traceback.format_exc()}npattn {given.verb}: a fault of npattn's own, and no verdict", UNWRITTEN)
 
 
 def _failed(text: str, status: int) -> int:
@@ -283,9 +282,9 @@ def _run(given: argparse.Namespace, worker: Worker, cases: list[Any], expected: 
 def _check_together(given: argparse.Namespace) -> None:
     """Options that contradict each other, or that would be ignored, are errors."""
     once = getattr(given, "once", {})
-    switches = ("deep", "shrink", "stop", "self_test", "list", "list_candidates", "list_conventions")
-    set_ = {*once, *(n for n in switches if getattr(given, n)), *(n for n in ("rule", "require", "expect_failure")
-            if getattr(given, n))}  # fmt: skip
+    others = ("deep", "shrink", "stop", "self_test", "list", "list_candidates", "list_conventions", "rule", "require",
+              "expect_failure")  # fmt: skip
+    set_ = {*once, *(name for name in others if getattr(given, name))}
     set_ |= {"candidate"} if given.candidate is not None else set()
     set_ |= {"diagnose"} if not given.diagnose else set()
 
