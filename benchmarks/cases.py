@@ -62,7 +62,7 @@ class Case:
         return ends
 
     def allowed(self, rows: slice, batch: int = 0) -> Array | None:
-        """Which pairs of these queries are allowed, from the words and not from `npattn.masks`; None: all."""
+        """Which pairs of these queries are allowed, from the words and not from `npattn.ops.masks`; None: all."""
         i: Array
         j: Array
         i, j = np.arange(self.L)[rows, None], np.arange(self.keys)

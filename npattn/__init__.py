@@ -22,12 +22,13 @@ Rules that hold everywhere:
 
 6. Tolerances are derived, in ``npattn.tolerances``. 7. A comparison raises, and refuses to pass where nothing was tested.
 
-Read on in this order: masks, biases, softmax, attention, blockwise, multihead, rnn; then gradcheck, tolerances, verify.
+Read on in this order: npattn/ops (masks, biases, softmax, attention, blockwise, multihead, rnn); then gradients, tolerances, verify.
 """
 
-from npattn.attention import AttentionCache, AttentionGrads, attention, attention_backward, attention_forward
-from npattn.biases import Alibi, RelativeTable, alibi_slopes
-from npattn.blockwise import (
+from npattn.gradients import GradcheckError, gradcheck, hessian_vector_product
+from npattn.ops.attention import AttentionCache, AttentionGrads, attention, attention_backward, attention_forward
+from npattn.ops.biases import Alibi, RelativeTable, alibi_slopes
+from npattn.ops.blockwise import (
     MergeCache,
     MergeGrads,
     blockwise,
@@ -37,8 +38,7 @@ from npattn.blockwise import (
     merge_backward,
     merge_forward,
 )
-from npattn.gradcheck import GradcheckError, gradcheck, hessian_vector_product
-from npattn.masks import (
+from npattn.ops.masks import (
     Mask,
     blocks,
     causal,
@@ -50,7 +50,7 @@ from npattn.masks import (
     where,
     window,
 )
-from npattn.multihead import (
+from npattn.ops.multihead import (
     MultiHeadCache,
     MultiHeadGrads,
     MultiHeadParams,
@@ -58,8 +58,8 @@ from npattn.multihead import (
     multi_head_backward,
     multi_head_forward,
 )
-from npattn.rnn import RNNCache, RNNGrads, RNNParams, rnn, rnn_backward, rnn_forward
-from npattn.softmax import (
+from npattn.ops.rnn import RNNCache, RNNGrads, RNNParams, rnn, rnn_backward, rnn_forward
+from npattn.ops.softmax import (
     CrossEntropyCache,
     CrossEntropyGrads,
     LogSumExpGrads,
@@ -76,7 +76,7 @@ from npattn.softmax import (
     softmax_forward,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Alibi",

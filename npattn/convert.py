@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from npattn._checks import Array, check_class, check_integer, kind
-from npattn.multihead import MultiHeadParams
-from npattn.rnn import RNNParams
+from npattn.ops.checks import Array, check_class, check_integer, kind
+from npattn.ops.multihead import MultiHeadParams
+from npattn.ops.rnn import RNNParams
 
 
 def _array(op: str, state: Mapping[str, Any], name: str, shape: tuple[int | None, ...]) -> Array:

@@ -119,7 +119,7 @@ def _in_small_tiles(function):
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        with mock.patch.object(importlib.import_module("npattn._blocks"), "TILE", (2, 3)):
+        with mock.patch.object(importlib.import_module("npattn.ops.tiles"), "TILE", (2, 3)):
             return function(*args, **kwargs)
 
     return call

@@ -196,7 +196,7 @@ def test_limits_are_those_of_the_products_that_are_made(backward):
     assert limits.known
     assert limits.made >= case.flops()
     assert sum(limits.counts.values()) >= case.exponentials()
-    assert sys.modules["npattn.blockwise"].np is np
+    assert sys.modules["npattn.ops.blockwise"].np is np
     assert {r.name for r in limits.rivals()} == {"best product", "own products", "exponentials"}
     assert all(r.call() > 0 for r in limits.rivals())
 

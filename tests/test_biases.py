@@ -20,7 +20,7 @@ from npattn import (
     gradcheck,
     multi_head_forward,
 )
-from npattn.biases import bind_bias
+from npattn.ops.biases import bind_bias
 
 EACH = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 SHAPES = {"rank2": (4, 5), "rank3": (6, 4, 5), "rank4": (2, 6, 4, 5), "rank5": (3, 2, 2, 4, 5)}

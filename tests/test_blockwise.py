@@ -21,7 +21,6 @@ import pytest
 
 from npattn import (
     Alibi,
-    _blocks,
     attention_backward,
     attention_forward,
     blockwise,
@@ -39,13 +38,14 @@ from npattn import (
     where,
     window,
 )
-from npattn import _parallel as parallel
-from npattn._pairs import Bound
+from npattn.ops import blockwise as tiled
+from npattn.ops import threads as parallel
+from npattn.ops import tiles as blocks
+from npattn.ops.pairs import Bound
 from npattn.tolerances import EXP_ULPS, TERMS_EPS
 
-tiled = sys.modules["npattn.blockwise"]  # the name npattn.blockwise is the function
 ENDS = 4096 * np.arange(9) * np.arange(1, 10) // 72  # of eight sequences, the last eight times as long as the first
-TILE_BYTES = _blocks.TILE[0] * _blocks.TILE[1] * np.dtype(np.float32).itemsize
+TILE_BYTES = blocks.TILE[0] * blocks.TILE[1] * np.dtype(np.float32).itemsize
 
 
 class NeverWhole:
@@ -62,7 +62,7 @@ class NeverWhole:
 
             @staticmethod
             def tile(index, rows, cols):
-                assert (rows.stop - rows.start) * (cols.stop - cols.start) <= math.prod(_blocks.TILE)
+                assert (rows.stop - rows.start) * (cols.stop - cols.start) <= math.prod(blocks.TILE)
                 return bound.tile(index, rows, cols)
 
         return Tiles
@@ -108,7 +108,7 @@ def test_memory_does_not_grow_with_the_length(direction, mask):
             peaks.append(peak_beyond_outputs(lambda dout=dout, cache=cache: blockwise_backward(dout, cache)[:3]))
     assert max(peaks) <= 16 * TILE_BYTES
     # A copy of out or of dout / total, a few numbers a query and a key, and the plan of the tiles: no more than that grows.
-    tiles = (8192**2 - 2048**2) // math.prod(_blocks.TILE)
+    tiles = (8192**2 - 2048**2) // math.prod(blocks.TILE)
     allowed = (8192 - 2048) * 4 * (16 + 24) + 250 * tiles
     assert peaks[1] - peaks[0] <= allowed, f"{peaks[0]} bytes at 2048, {peaks[1]} at 8192"
 
@@ -146,7 +146,7 @@ def test_tiles_without_an_allowed_pair_are_not_computed():
 
             return Tiles
 
-    x = np.random.default_rng(0).standard_normal((3 * _blocks.TILE[1], 4))
+    x = np.random.default_rng(0).standard_normal((3 * blocks.TILE[1], 4))
     blockwise_forward(x, x, x, mask=Counted(causal()))
     assert sum((r.stop - r.start) * (c.stop - c.start) for r, c in asked) < len(x) ** 2 / 2
     assert all(c.start <= r.stop - 1 for r, c in asked)
@@ -167,8 +167,8 @@ def test_the_work_is_that_of_the_pairs_that_are_allowed(mask, most):
     c = tiled.bind("blockwise", x, x, x, mask, None, None, None, None, None)
     computed = sum(
         (block.rows.stop - block.rows.start) * (block.cols.stop - block.cols.start)
-        for rows in _blocks.tiles_of(c)[0]
-        for block in itertools.chain(*_blocks.plan(c, _blocks.bundles(c)[0], rows, _blocks.tiles_of(c)[1]))
+        for rows in blocks.tiles_of(c)[0]
+        for block in itertools.chain(*blocks.plan(c, blocks.bundles(c)[0], rows, blocks.tiles_of(c)[1]))
     )
     pairs = 4096 * 4096 if mask is None else int(mask.bind((4096, 4096)).dense().sum())
     assert pairs <= computed <= most * pairs
@@ -177,16 +177,16 @@ def test_the_work_is_that_of_the_pairs_that_are_allowed(mask, most):
 def covered(mask, L, S, tile, parts, tasks=0):
     """How often each pair is computed, which are not masked, and what is allowed."""
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(_blocks, "TILE", tile)
-        m.setattr(_blocks, "PARTS", parts)
+        m.setattr(blocks, "TILE", tile)
+        m.setattr(blocks, "PARTS", parts)
         c = bound((L, 3), (S, 3), mask)
         computed, unmasked = np.zeros((L, S), int), np.zeros((L, S), bool)
         if tasks:
-            m.setattr(_blocks, "TASKS", tasks)
-            m.setattr(_blocks, "SMALL", 0)
-        of_rows, of_cols = _blocks.tiles_of(c)
+            m.setattr(blocks, "TASKS", tasks)
+            m.setattr(blocks, "SMALL", 0)
+        of_rows, of_cols = blocks.tiles_of(c)
         for rows in of_rows:
-            for block in itertools.chain(*_blocks.plan(c, _blocks.bundles(c)[0], rows, of_cols)):
+            for block in itertools.chain(*blocks.plan(c, blocks.bundles(c)[0], rows, of_cols)):
                 computed[block.rows, block.cols] += 1
                 unmasked[block.rows, block.cols] = True
                 unmasked[block.some, block.cols] = False
@@ -245,8 +245,8 @@ def threads(monkeypatch, n):
 
     with monkeypatch.context() as m:
         m.setattr(parallel, "BLAS", Blas())
-        m.setattr(_blocks, "SMALL", 0)
-        m.setattr(sys.modules["npattn.blockwise"], "LIGHT", 0)
+        m.setattr(blocks, "SMALL", 0)
+        m.setattr(tiled, "LIGHT", 0)
         yield m
 
 
@@ -433,7 +433,7 @@ def test_an_error_anywhere_ends_all_tasks(where, monkeypatch):
 INTERRUPTED = """
 import signal, threading, time
 from contextlib import contextmanager
-from npattn import _parallel as parallel
+from npattn.ops import threads as parallel, tiles as blocks
 
 class Blas:
     @contextmanager
@@ -489,8 +489,8 @@ def test_what_is_small_starts_no_thread(size, starts, monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", lambda self: (started.append(self), start(self))[1])
     x = np.random.default_rng(0).standard_normal((4, size, 8), np.float32)
     with threads(monkeypatch, 2) as m:
-        m.setattr(_blocks, "SMALL", 1 << 25)
-        m.setattr(sys.modules["npattn.blockwise"], "LIGHT", 1 << 20)
+        m.setattr(blocks, "SMALL", 1 << 25)
+        m.setattr(tiled, "LIGHT", 1 << 20)
         out, cache = blockwise_forward(x, x[:, :1300], x[:, :1300])
         forward = len(started)
         blockwise_backward(out, cache)
@@ -506,7 +506,7 @@ def test_the_caller_may_write_into_out_and_only_the_forward_of_a_backward_keeps_
     for a, b in zip(want, blockwise_backward(dout, cache), strict=True):
         assert a is b is None or np.array_equal(a, b)
     if dtype == np.float32:
-        plain, kept = sys.modules["npattn.blockwise"].attend_all(bound(q.shape, k.shape), keep=False)
+        plain, kept = tiled.attend_all(bound(q.shape, k.shape), keep=False)
         assert kept.kept.out is plain
     plain, lse = blockwise(q, k, v, return_lse=True)
     (again, same), _ = blockwise_forward(q, k, v, return_lse=True)
@@ -565,14 +565,14 @@ def test_each_head_is_in_one_bundle_and_groups_are_whole(q_shape, k_shape, mask)
     c = bound(q_shape, k_shape, mask)
     heads, groups = np.zeros(q_shape[:-2], int), np.zeros(k_shape[:-2], int)
     rank = len(q_shape) - 2
-    for bundle in _blocks.bundles(c):
+    for bundle in blocks.bundles(c):
         heads[bundle.index] += 1
         groups[bundle.group] += 1
         assert heads[bundle.index].size * groups.size == groups[bundle.group].size * heads.size or heads[bundle.index].ndim == 0
         number = np.arange(q_shape[-3] if rank else 1)
         assert np.array_equal(np.broadcast_to(number, q_shape[:-2] or (1,))[bundle.index or 0], bundle.names)
         assert [tuple(x) for x in np.ndindex(q_shape[:-2]) if np.all(mark(q_shape[:-2], x)[bundle.index].any())] == (
-            _blocks.each_index(c, bundle)
+            blocks.each_index(c, bundle)
         )
     assert (heads == 1).all()
     assert (groups >= 1).all()
@@ -585,25 +585,25 @@ def mark(shape, index):
 
 
 def test_small_heads_are_computed_together_and_large_ones_are_not():
-    assert len(_blocks.bundles(bound((64, 8, 32, 4), (64, 8, 32, 4)))) < 64
-    assert len(_blocks.bundles(bound((64, 512, 4), (64, 512, 4), causal()))) < 64
-    assert len(_blocks.bundles(bound((64, 1024, 4), (64, 1024, 4)))) == 64
-    assert len(_blocks.bundles(bound((32, 1, 4), (8, 8192, 4)))) == 8  # a group at a time
-    assert len(_blocks.bundles(bound((32, 1, 4), (32, 8192, 4)))) == 16  # few queries, but many keys
-    assert len(_blocks.bundles(bound((64, 512, 4), (64, 512, 4)))) == len(_blocks.bundles(bound((64, 512, 32), (64, 512, 32))))
-    assert len(_blocks.bundles(bound((64, 512, 64), (64, 512, 64)))) == 16
-    assert len(_blocks.bundles(bound((8, 600, 64), (2, 600, 64)))) == 8  # two would fit, and a group is not divided
+    assert len(blocks.bundles(bound((64, 8, 32, 4), (64, 8, 32, 4)))) < 64
+    assert len(blocks.bundles(bound((64, 512, 4), (64, 512, 4), causal()))) < 64
+    assert len(blocks.bundles(bound((64, 1024, 4), (64, 1024, 4)))) == 64
+    assert len(blocks.bundles(bound((32, 1, 4), (8, 8192, 4)))) == 8  # a group at a time
+    assert len(blocks.bundles(bound((32, 1, 4), (32, 8192, 4)))) == 16  # few queries, but many keys
+    assert len(blocks.bundles(bound((64, 512, 4), (64, 512, 4)))) == len(blocks.bundles(bound((64, 512, 32), (64, 512, 32))))
+    assert len(blocks.bundles(bound((64, 512, 64), (64, 512, 64)))) == 16
+    assert len(blocks.bundles(bound((8, 600, 64), (2, 600, 64)))) == 8  # two would fit, and a group is not divided
 
 
 def test_long_heads_are_computed_together_if_their_blocks_are_small_and_the_same():
     shape, ends = (8, 4096, 64), np.arange(0, 4097, 512)
-    assert len(_blocks.bundles(bound(shape, shape, packed(ends, ends)))) == 2
-    assert len(_blocks.bundles(bound(shape, shape, packed([0, 4096], [0, 4096])))) == 4
-    assert len(_blocks.bundles(bound(shape, shape, np.ones((8, 1, 4096), bool)))) == 8  # each has a mask of its own
+    assert len(blocks.bundles(bound(shape, shape, packed(ends, ends)))) == 2
+    assert len(blocks.bundles(bound(shape, shape, packed([0, 4096], [0, 4096])))) == 4
+    assert len(blocks.bundles(bound(shape, shape, np.ones((8, 1, 4096), bool)))) == 8  # each has a mask of its own
     many, long = np.arange(0, 1025, 32), (64, 1024, 64)  # not as many heads as for tiles of 32 rows: tiles are larger
-    assert len(_blocks.bundles(bound(long, long, packed(many, many)))) == 16
-    assert len(_blocks.bundles(bound(shape[1:], shape[1:], packed(ends, ends)))) == 1
-    assert len(_blocks.bundles(bound((2, 4096, 64), (2, 4096, 64), packed(ends, ends)))) == 2  # something to share
+    assert len(blocks.bundles(bound(long, long, packed(many, many)))) == 16
+    assert len(blocks.bundles(bound(shape[1:], shape[1:], packed(ends, ends)))) == 1
+    assert len(blocks.bundles(bound((2, 4096, 64), (2, 4096, 64), packed(ends, ends)))) == 2  # something to share
 
 
 @pytest.mark.parametrize(
@@ -611,7 +611,7 @@ def test_long_heads_are_computed_together_if_their_blocks_are_small_and_the_same
 )
 def test_few_heads_leave_enough_to_share(H, L, tiles):
     """Tiles of queries forwards, and of keys backwards."""
-    rows, cols = _blocks.tiles_of(bound((H, L, 64), (H, L, 64), causal()))
+    rows, cols = blocks.tiles_of(bound((H, L, 64), (H, L, 64), causal()))
     assert len(rows) == tiles
     assert len(cols) >= tiles
 
@@ -706,7 +706,7 @@ def first_rows_see_less(L, S):
 def test_what_is_kept_of_a_mask_is_used_where_it_holds(mask, monkeypatch):
     """Tiles of 16, 16 and 8 queries of one head after the other, in one thread: what was kept of one meets the next."""
     for name, value in (("TILE", (16, 8)), ("PARTS", (2, 1)), ("LONG", 16), ("BUNDLE", 0), ("TASKS", 1)):
-        monkeypatch.setattr(_blocks, name, value)
+        monkeypatch.setattr(blocks, name, value)
     q, _, _, dout = inputs(L=40, D=4)
     _, k, v, _ = inputs(L=mask.shape[-1] if isinstance(mask, np.ndarray) else 24, D=4)
     if isinstance(mask, np.ndarray):
@@ -729,11 +729,11 @@ def test_a_query_without_a_key_is_known_as_one_beside_others_with_some():
 def test_a_key_that_is_seen_and_not_finite_is_found_beside_a_hidden_one(hidden):
     q, k, v, _ = inputs(L=600)
     _, cache = blockwise_forward(q, k, v, mask=key_lengths(500))
-    of_rows, of_cols = _blocks.tiles_of(cache)
-    bundles, tiles = _blocks.bundles(cache), tiled.Tiles(cache.computing)
+    of_rows, of_cols = blocks.tiles_of(cache)
+    bundles, tiles = blocks.bundles(cache), tiled.Tiles(cache.computing)
 
     def found():
-        return [tiled.all_seen_are_finite(cache, heads, [_blocks.plan(cache, heads, rows, of_cols) for rows in of_rows], tiles)
+        return [tiled.all_seen_are_finite(cache, heads, [blocks.plan(cache, heads, rows, of_cols) for rows in of_rows], tiles)
                 for heads in bundles]  # fmt: skip
 
     assert all(found())
@@ -936,7 +936,7 @@ def test_a_mask_without_states_is_asked_for_some_pairs_at_a_time():
     mask = where(lambda i, j: (most.append(i.size * j.size), j % 3 != i % 2)[1])
     x = np.zeros((2, 6000, 4), np.float32)
     blockwise_forward(x[:, :300], x, x, mask=mask)
-    assert max(most) <= 2 * math.prod(_blocks.TILE)
+    assert max(most) <= 2 * math.prod(blocks.TILE)
 
 
 def test_the_cache_of_attention_is_refused():
@@ -1053,7 +1053,7 @@ FORKS = """
 import os, signal, threading, time
 import numpy as np
 from npattn import blockwise
-from npattn._parallel import BLAS
+from npattn.ops.threads import BLAS
 
 x = np.random.default_rng(0).standard_normal((1, 4, 600, 32), np.float32)
 stop = threading.Event()

@@ -16,8 +16,8 @@ from helpers import abs_finite
 from oracles import attention_loops
 
 from npattn import attention_backward, attention_forward
-from npattn._sums import quiet
-from npattn.masks import as_mask
+from npattn.ops.allowed import quiet
+from npattn.ops.masks import as_mask
 from npattn.verify import CASES, PRECISIONS, Candidate, Convention, Settings, diagnose, examine, mutant_attention
 from npattn.verify.candidates import canonical
 from npattn.verify.cases import BY_NAME, SMALL, Case, draw

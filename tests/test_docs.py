@@ -91,8 +91,8 @@ def test_links(page):
 
 
 def test_the_readme_links_to_the_forward_and_the_backward():
-    lines = (ROOT / "npattn/attention.py").read_text().splitlines()
-    links = re.findall(r"\[(forward|backward)\]\(npattn/attention\.py#L(\d+)\)", (ROOT / "README.md").read_text())
+    lines = (ROOT / "npattn/ops/attention.py").read_text().splitlines()
+    links = re.findall(r"\[(forward|backward)\]\(npattn/ops/attention\.py#L(\d+)\)", (ROOT / "README.md").read_text())
     assert len(links) == 2
     for name, line in links:
         assert lines[int(line) - 1].startswith(f"def attention_{name}(")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from helpers import IMPLEMENTATIONS
 
-from npattn._sums import quiet, swap
-from npattn.masks import as_mask
+from npattn.ops.allowed import quiet, swap
+from npattn.ops.masks import as_mask
 from npattn.tolerances import TIGHT_MAX, TIGHT_RMS
 from npattn.verify.cases import FAMILIES, LONG, MEDIUM, Case, Problem, draw
 from npattn.verify.errors import predict

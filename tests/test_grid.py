@@ -12,10 +12,11 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from npattn import _blocks, attention_backward, attention_forward, blockwise_backward, blockwise_forward, gradcheck
-from npattn._pairs import ALL
-from npattn._sums import swap
-from npattn.masks import as_mask
+from npattn import attention_backward, attention_forward, blockwise_backward, blockwise_forward, gradcheck
+from npattn.ops import tiles as blocks
+from npattn.ops.allowed import swap
+from npattn.ops.masks import as_mask
+from npattn.ops.pairs import ALL
 from npattn.tolerances import TERMS_EPS
 from npattn.verify.cases import BIAS_FORMS, EXCLUSIONS, OPTIONS, SMALL, compatible, draw
 
@@ -105,7 +106,7 @@ def check(options, seed, *, elements, blockwise=True, central=True):
     if not blockwise:
         return
     for way in WAYS.values():
-        with mock.patch.multiple(_blocks, **way):
+        with mock.patch.multiple(blocks, **way):
             tiles = functions(problem, blockwise_forward, blockwise_backward)
             if way is WAYS["one head at a time"]:
                 gradcheck(*tiles, inputs, terms=terms, zero=zero, elements=1)

@@ -9,22 +9,24 @@ import npattn
 
 PACKAGE = Path(npattn.__file__).parent
 ORDER = [
-    "_checks",
-    "_public",
-    "_sums",
-    "_pairs",
-    "_parallel",
-    "masks",
-    "biases",
-    "softmax",
-    "attention",
-    "_blocks",
-    "blockwise",
-    "multihead",
-    "rnn",
+    "ops.checks",
+    "ops.edge",
+    "ops.allowed",
+    "ops.heads",
+    "ops.pairs",
+    "ops.threads",
+    "ops.masks",
+    "ops.biases",
+    "ops.softmax",
+    "ops.attention",
+    "ops.tiles",
+    "ops.blockwise",
+    "ops.multihead",
+    "ops.rnn",
+    "ops",
     "convert",
     "tolerances",
-    "gradcheck",
+    "gradients",
     "environment",
     "verify.precision",
     "verify.errors",
@@ -77,8 +79,8 @@ def imported(tree):
 
 
 def test_a_module_imported_from_its_package_is_seen():
-    tree = ast.parse("from npattn.verify import layers, verify\ndef f():\n    from npattn.masks import causal\n")
-    assert list(imported(tree)) == ["verify.layers", "verify", "masks"]
+    tree = ast.parse("from npattn.verify import layers, verify\ndef f():\n    from npattn.ops.masks import causal\n")
+    assert list(imported(tree)) == ["verify.layers", "verify", "ops.masks"]
 
 
 def test_all_names_exist_and_are_documented():
@@ -89,7 +91,7 @@ def test_all_names_exist_and_are_documented():
 
 
 def test_attention_reads_as_one_page():
-    text = (PACKAGE / "attention.py").read_text()
+    text = (PACKAGE / "ops" / "attention.py").read_text()
     assert len(text.splitlines()) <= 200
     for function in ast.parse(text).body:
         if isinstance(function, ast.FunctionDef) and function.name in ("attention_forward", "attention_backward"):

@@ -22,7 +22,7 @@ from npattn import (
     where,
     window,
 )
-from npattn.masks import EMPTY, FULL, PARTIAL
+from npattn.ops.masks import EMPTY, FULL, PARTIAL
 
 SHAPES = {"rank2": (4, 5), "rank3": (6, 4, 5), "rank4": (2, 6, 4, 5), "rank5": (3, 2, 2, 4, 5)}
 SQUARE = (2, 3, 5, 5)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from oracles import attention_loops
 
-from npattn._sums import quiet
-from npattn.masks import as_mask
+from npattn.ops.allowed import quiet
+from npattn.ops.masks import as_mask
 from npattn.tolerances import GOOD_MAX, GOOD_RMS
 from npattn.verify.cases import FAMILIES, MEDIUM, SMALL, better, draw
 from npattn.verify.precision import PRECISIONS, of_dtype, round_to

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from npattn._checks import Array
-from npattn.masks import as_mask
+from npattn.ops.checks import Array
+from npattn.ops.masks import as_mask
 from npattn.verify import layers
 from npattn.verify.cases import Problem, Truth, better
 from npattn.verify.conventions import Convention, near
@@ -349,7 +349,7 @@ def _module(where: str) -> Any:
 
 
 def _blockwise() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    from npattn.blockwise import blockwise_backward, blockwise_forward
+    from npattn.ops.blockwise import blockwise_backward, blockwise_forward
 
     def forward(
         q: Array, k: Array, v: Array, *, mask: Any = None, bias: Any = None, scale: Any = None, softcap: Any = None,
@@ -371,7 +371,7 @@ def _blockwise() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def _multi_head(implementation: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    from npattn.multihead import multi_head_backward, multi_head_forward
+    from npattn.ops.multihead import multi_head_backward, multi_head_forward
 
     def run(x_q: Array, x_k: Array, x_v: Array, params: Any, *, num_heads: int, **options: Any) -> Any:
         return multi_head_forward(x_q, x_k, x_v, params, num_heads, implementation=implementation, **options)
@@ -398,7 +398,7 @@ def _multi_head(implementation: str) -> tuple[Callable[..., Any], Callable[..., 
 
 
 def _rnn() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    from npattn.rnn import rnn_backward, rnn_forward
+    from npattn.ops.rnn import rnn_backward, rnn_forward
 
     def forward(x: Array, h0: Any, params: Any, *, lengths: Any = None, nonlinearity: str = "tanh") -> tuple[Array, Array]:
         h, cache = rnn_forward(x, h0, params, lengths=lengths, nonlinearity=nonlinearity)
@@ -415,7 +415,7 @@ def _rnn() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def _softmax() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    from npattn.softmax import softmax_backward, softmax_forward
+    from npattn.ops.softmax import softmax_backward, softmax_forward
 
     def forward(scores: Array, *, mask: Any = None) -> Array:
         return softmax_forward(scores, mask=mask)[0]

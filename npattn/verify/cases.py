@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from npattn import masks
-from npattn._checks import Array
-from npattn._sums import quiet
-from npattn.attention import attention_backward, attention_forward
-from npattn.biases import Alibi, RelativeTable
+from npattn.ops import masks
+from npattn.ops.allowed import quiet
+from npattn.ops.attention import attention_backward, attention_forward
+from npattn.ops.biases import Alibi, RelativeTable
+from npattn.ops.checks import Array
 from npattn.verify.errors import predict
 from npattn.verify.precision import Precision, round_to
 from npattn.verify.stages import exact

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from npattn._checks import Array
-from npattn._sums import quiet
-from npattn.masks import as_mask, key_lengths
+from npattn.ops.allowed import quiet
+from npattn.ops.checks import Array
+from npattn.ops.masks import as_mask, key_lengths
 from npattn.verify.candidates import Candidate
 from npattn.verify.cases import Part, Problem, Truth
 from npattn.verify.judge import Check, Settings, accepts, as_given, call_backward, call_forward, is_array, units

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from npattn._checks import Array
-from npattn._sums import quiet
+from npattn.ops.allowed import quiet
+from npattn.ops.checks import Array
 from npattn.tolerances import GOOD_RMS, MATCH_MAX, MATCH_NEARER, MATCH_RMS, ROUGH_MAX, ROUGH_NEARER, ROUGH_RMS
 from npattn.verify import layer_mistakes
 from npattn.verify.mistakes import CHANGES, MAKES_NAN, OF_NAN, UNPROTECTED

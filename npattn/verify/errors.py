@@ -1,6 +1,6 @@
 """How far an honest implementation may be from the truth, element by element: sigma and det.
 
-Both follow one rounding after the other through equations (1) to (7) of `npattn.attention` and back, with the same formulas:
+Both follow every rounding through equations (1) to (7) of `npattn.ops.attention` and back, by the same formulas:
 
     sigma    one standard deviation: independent roundings of 0.43 u each are added in quadrature
     det      a bound that holds in any order of summation and any tiling: roundings of u are added up
@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npattn._checks import Array
-from npattn._sums import each_head, heads_first, quiet, select, swap
-from npattn.attention import AttentionCache, AttentionGrads, live, visible
+from npattn.ops.allowed import quiet, select, swap
+from npattn.ops.attention import AttentionCache, AttentionGrads, live, visible
+from npattn.ops.checks import Array
+from npattn.ops.heads import each_head, heads_first
 from npattn.tolerances import DELTA_ROUNDING, EXP_ULPS, GOOD_MAX, GOOD_RMS, ROUNDING_STD, TIGHT_MAX, TIGHT_RMS
 from npattn.verify.precision import Precision, of_dtype, round_to
 

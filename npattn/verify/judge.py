@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from npattn._checks import Array, converted, kind
-from npattn._sums import quiet
+from npattn.ops.allowed import quiet
+from npattn.ops.checks import Array, converted, kind
 from npattn.verify.candidates import Candidate, canonical, said
 from npattn.verify.cases import BY_NAME, Problem, Truth, dense_mask
 from npattn.verify.diagnose import UNKNOWN, Diagnostician, Explanation, Listener, flat_of, places

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from npattn._checks import Array
-from npattn._sums import swap
-from npattn.multihead import merge_heads
+from npattn.ops.allowed import swap
+from npattn.ops.checks import Array
+from npattn.ops.multihead import merge_heads
 from npattn.verify.cases import better
 from npattn.verify.layer_stages import Change, Route, Values, adjoint, run
 from npattn.verify.layers import LayerProblem

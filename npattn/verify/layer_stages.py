@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from npattn._checks import Array
-from npattn._sums import quiet, swap, weight_gradient
-from npattn.attention import AttentionCache, attention_backward, attention_forward
-from npattn.multihead import merge_heads, split_heads
+from npattn.ops.allowed import quiet, swap, weight_gradient
+from npattn.ops.attention import AttentionCache, attention_backward, attention_forward
+from npattn.ops.checks import Array
+from npattn.ops.multihead import merge_heads, split_heads
 from npattn.tolerances import EXP_ULPS, ROUNDING_STD, TANH_ULPS
 from npattn.verify.errors import Rounding, predict
 from npattn.verify.precision import Precision
@@ -124,7 +124,7 @@ def run(
 
 
 def _multi_head(x: Any) -> dict[str, Any]:
-    """Equations (1) to (6) of `npattn.multihead` and back; attention has one key and value head for each query head here."""
+    """Equations (1) to (6) of `npattn.ops.multihead` and back; here each query head has a key and value head."""
     params, options = x.problem.inputs["params"], dict(x.options)
     H = options.pop("num_heads")
     G = options.pop("num_kv_heads", None) or H
@@ -204,7 +204,7 @@ def _group_rounding(x: Any, g: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _rnn(x: Any) -> dict[str, Any]:
-    """Equations (1) to (3) of `npattn.rnn` and back through time."""
+    """Equations (1) to (3) of `npattn.ops.rnn` and back through time."""
     inputs, options = x.problem.inputs, x.options
     (B, T, _), params = inputs["x"].shape, inputs["params"]
     N, tanh = params.w_h.shape[0], x.keep("tanh", options.get("nonlinearity", "tanh") == "tanh")
@@ -272,7 +272,7 @@ def _slope_error(x: Any, h: Array) -> Array:
 
 
 def _softmax(x: Any) -> dict[str, Any]:
-    """The equations of `npattn.softmax` and back."""
+    """The equations of `npattn.ops.softmax` and back."""
     x.input("given", x.problem.inputs["scores"])
     x.keep("mask", x.options.get("mask"))
     x.keep("allowed", (x.given != -np.inf) if x.mask is None else (x.given != -np.inf) & x.mask)

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from npattn import convert
-from npattn._checks import Array
-from npattn._sums import quiet
-from npattn.multihead import MultiHeadParams, multi_head_backward, multi_head_forward
-from npattn.rnn import RNNParams, rnn_backward, rnn_forward
-from npattn.softmax import softmax_backward, softmax_forward
+from npattn.ops.allowed import quiet
+from npattn.ops.checks import Array
+from npattn.ops.multihead import MultiHeadParams, multi_head_backward, multi_head_forward
+from npattn.ops.rnn import RNNParams, rnn_backward, rnn_forward
+from npattn.ops.softmax import softmax_backward, softmax_forward
 from npattn.tolerances import ROUNDING_STD
 from npattn.verify.cases import Truth, better
 from npattn.verify.layer_stages import Values, run

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from npattn.multihead import MultiHeadParams
-from npattn.rnn import RNNParams
+from npattn.ops.multihead import MultiHeadParams
+from npattn.ops.rnn import RNNParams
 from npattn.verify.candidates import Candidate
 from npattn.verify.mutant_attention import QUIET, swap
 

@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from npattn._checks import Array
-from npattn.attention import attention
+from npattn.ops.attention import attention
+from npattn.ops.checks import Array
 from npattn.tolerances import GOOD_MAX, GOOD_RMS
 from npattn.verify.candidates import CANONICAL, OWN_KEYWORDS, CandidateError, load
 from npattn.verify.conventions import FIELDS, PRESETS, Convention

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from npattn._checks import Array
+from npattn.ops.checks import Array
 
 Function = Callable[..., Any]
 Pair = tuple[Function, Function | None]

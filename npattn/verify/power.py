@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from npattn._checks import Array
-from npattn._sums import quiet
+from npattn.ops.allowed import quiet
+from npattn.ops.checks import Array
 from npattn.tolerances import PLANTED
 from npattn.verify import layer_mistakes
 from npattn.verify.candidates import OWN_KEYWORDS, Candidate, canonical

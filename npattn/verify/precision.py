@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from npattn._checks import Array
+from npattn.ops.checks import Array
 
 
 @dataclass(frozen=True)

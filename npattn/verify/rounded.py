@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from npattn._checks import Array
+from npattn.ops.checks import Array
 from npattn.verify.precision import Precision, round_to
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from npattn._checks import Array
+from npattn.ops.checks import Array
 
 Stage = tuple[str, Callable[[Any], Any]]
 

@@ -81,7 +81,7 @@ class AttentionTerms(NamedTuple):
 
 
 def attention_terms(cache, dout, dlse=0.0, *, bias=0.0, q=None, k=None, v=None, dout_terms=None):
-    """T along the equations of npattn/attention.py.
+    """T along the equations of npattn/ops/attention.py.
 
     cache : of the dense forward; bias : dense; q, k, v, dout_terms : T of what was itself computed
     """

@@ -19,4 +19,4 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles of 2 queries and 3 keys, so that blockwise needs several at the sizes of these tests, the last one cut short."""
-    monkeypatch.setattr(importlib.import_module("npattn._blocks"), "TILE", (2, 3))
+    monkeypatch.setattr(importlib.import_module("npattn.ops.tiles"), "TILE", (2, 3))

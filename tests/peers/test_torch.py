@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import npattn as na
 from npattn.convert import multi_head_from_torch, multi_head_to_torch, rnn_from_torch, rnn_to_torch
-from npattn.multihead import IMPLEMENTATIONS as PAIRS
+from npattn.ops.multihead import IMPLEMENTATIONS as PAIRS
 
 B, H, G, L, S, D, E = 2, 6, 3, 5, 7, 4, 3
 
@@ -169,7 +169,7 @@ EQUATIONS = {
 
 
 def equations(q, k, v, *, mask, bias, scale, softcap, sink, dropout):
-    """(1) to (7) of npattn/attention.py, and lse, with nothing left out: torch differentiates them."""
+    """(1) to (7) of npattn/ops/attention.py, and lse, with nothing left out: torch differentiates them."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = scale * q @ k.mT
     if softcap is not None:

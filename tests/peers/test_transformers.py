@@ -16,7 +16,7 @@ from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.t5 import modeling_t5
 
 import npattn as na
-from npattn.multihead import IMPLEMENTATIONS as PAIRS
+from npattn.ops.multihead import IMPLEMENTATIONS as PAIRS
 
 PADDING = np.arange(9) < np.array([[9], [5]])  # (B, S), True = a token
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from npattn._checks import (
+from npattn.ops.checks import (
     Array,
     Shape,
     as_array,
@@ -26,7 +26,7 @@ from npattn._checks import (
     converted,
     kind,
 )
-from npattn._pairs import (
+from npattn.ops.pairs import (
     ALL,
     EMPTY,
     FAR,

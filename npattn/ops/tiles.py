@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npattn._checks import Array, Shape
-from npattn._pairs import ALL, EMPTY, FULL, slices
-from npattn.attention import AttentionCache, visible
+from npattn.ops.attention import AttentionCache, visible
+from npattn.ops.checks import Array, Shape
+from npattn.ops.pairs import ALL, EMPTY, FULL, slices
 
 TILE = (1024, 256)  # queries, keys; where there are fewer of one there are more of the other, up to LONG
 LONG = 8192

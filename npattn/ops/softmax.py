@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npattn._checks import Array, Dims, check_array, check_class, check_cotangent, check_dtype, check_one_of
-from npattn._public import own_keywords, without_cache
-from npattn._sums import quiet, select
-from npattn.masks import bind_mask
+from npattn.ops.allowed import quiet, select
+from npattn.ops.checks import Array, Dims, check_array, check_class, check_cotangent, check_dtype, check_one_of
+from npattn.ops.edge import own_keywords, without_cache
+from npattn.ops.masks import bind_mask
 
 
 def normalize(scores: Array, allowed: Array | None = None, sink: Array | None = None) -> tuple[Array, Array]:

@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-from npattn._checks import Array, Shape, as_array, broadcast_pairs, check_one_of, check_other_dtype, converted, kind
+from npattn.ops.checks import Array, Shape, as_array, broadcast_pairs, check_one_of, check_other_dtype, converted, kind
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 Index: TypeAlias = tuple[int | slice, ...]

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npattn._checks import Array, Dims, check_class, check_cotangent, check_dtype, check_one_of, check_other_dtype
-from npattn._pairs import integers
-from npattn._public import own_keywords, without_cache
-from npattn._sums import quiet, select, swap, weight_gradient
+from npattn.ops.allowed import quiet, select, swap, weight_gradient
+from npattn.ops.checks import Array, Dims, check_class, check_cotangent, check_dtype, check_one_of, check_other_dtype
+from npattn.ops.edge import own_keywords, without_cache
+from npattn.ops.pairs import integers
 
 
 class RNNParams(NamedTuple):

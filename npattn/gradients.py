@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npattn._checks import Array, check_one_of, kind
+from npattn.ops.checks import Array, check_one_of, kind
 from npattn.tolerances import CENTRAL_GOAL, COMPLEX_STEP, GRADCHECK_EPS, TERMS_EPS, WORST_CENTRAL_ERROR, romberg_step
 
 STREAM = int.from_bytes(b"gradcheck", "big") % 2**32

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from npattn._checks import (
+from npattn.ops.checks import (
     Array,
     Shape,
     broadcast_pairs,
@@ -31,8 +31,8 @@ from npattn._checks import (
     converted,
     kind,
 )
-from npattn._pairs import ALL, Bound, Index, Positions, integers, is_bias, is_bindable
-from npattn._sums import heads_first
+from npattn.ops.heads import heads_first
+from npattn.ops.pairs import ALL, Bound, Index, Positions, integers, is_bias, is_bindable
 
 
 def bind_bias(op: str, bias: object, shape: Shape, dtype: np.dtype[Any], computing: np.dtype[Any]) -> Any:

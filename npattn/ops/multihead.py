@@ -19,7 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npattn._checks import (
+from npattn.ops.allowed import quiet, swap, weight_gradient
+from npattn.ops.attention import AttentionCache, attention_backward, attention_forward
+from npattn.ops.blockwise import blockwise_backward, blockwise_forward
+from npattn.ops.checks import (
     Array,
     Dims,
     check_class,
@@ -30,11 +33,8 @@ from npattn._checks import (
     check_other_dtype,
     computing_dtype,
 )
-from npattn._pairs import Pairs, is_bias
-from npattn._public import own_keywords, without_cache
-from npattn._sums import quiet, swap, weight_gradient
-from npattn.attention import AttentionCache, attention_backward, attention_forward
-from npattn.blockwise import blockwise_backward, blockwise_forward
+from npattn.ops.edge import own_keywords, without_cache
+from npattn.ops.pairs import Pairs, is_bias
 
 IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
     "dense": (attention_forward, attention_backward),

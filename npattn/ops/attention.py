@@ -20,13 +20,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npattn._checks import Array, Dims, check_class, check_cotangent, check_dtype, check_flag, check_number, check_other_dtype
-from npattn._pairs import ALL, Pairs, bind_dropout
-from npattn._public import own_keywords, says_layout, without_cache
-from npattn._sums import each_head, group_sum, head_sum, heads_first, product, quiet, select, swap
-from npattn.biases import bind_bias
-from npattn.masks import bind_mask
-from npattn.softmax import normalize
+from npattn.ops.allowed import product, quiet, select, swap
+from npattn.ops.biases import bind_bias
+from npattn.ops.checks import (
+    Array,
+    Dims,
+    check_class,
+    check_cotangent,
+    check_dtype,
+    check_flag,
+    check_number,
+    check_other_dtype,
+)
+from npattn.ops.edge import own_keywords, says_layout, without_cache
+from npattn.ops.heads import each_head, group_sum, head_sum, heads_first
+from npattn.ops.masks import bind_mask
+from npattn.ops.pairs import ALL, Pairs, bind_dropout
+from npattn.ops.softmax import normalize
 
 
 class AttentionCache(NamedTuple):
@@ -44,7 +54,7 @@ class AttentionCache(NamedTuple):
     computing: np.dtype[Any]
     weights: Array | None = None  # (..., H, L, S) before dropout; None where they were never all there (blockwise)
     lse: Any = None  # (..., H, L) natural log of the sum of exp(scores) over the allowed keys, and of exp(sink)
-    kept: Any = None  # of blockwise: out and total, see `npattn.blockwise.Kept`
+    kept: Any = None  # of blockwise: out and total, see `npattn.ops.blockwise.Kept`
 
 
 class AttentionGrads(NamedTuple):
@@ -67,8 +77,8 @@ def attention_forward(
     """Scaled dot-product attention, equations (1) to (7) of this page.
 
     q : (..., H, L, D)   k : (..., G, S, D)   v : (..., G, S, E); rank 2 means one head. Head h reads group h // (H // G).
-    mask         : boolean, (L, S) or (..., H, L, S), axes may be 1, True = may attend; or a mask of `npattn.masks`
-    bias         : is added to the scores; an array of such a shape, or an object of `npattn.biases`
+    mask         : boolean, (L, S) or (..., H, L, S), axes may be 1, True = may attend; or a mask of `npattn.ops.masks`
+    bias         : is added to the scores; an array of such a shape, or an object of `npattn.ops.biases`
     scale        : a Python float, D ** -0.5 unless given; softcap : a positive float
     sink         : (H,), one more logit for every query of a head
     dropout_mask : 0 or 1/(1-p) for each pair, drawn by the caller

@@ -1,4 +1,4 @@
-"""Sums over allowed pairs, where 0 * NaN = NaN must not matter, and over heads that read the same keys."""
+"""What is not allowed is selected away, never multiplied by 0, because 0 * NaN = NaN; and sums over what is allowed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from npattn._checks import Array, Shape
+from npattn.ops.checks import Array
 
 # Inf and NaN may lie in places that are not allowed, and a row without keys has log 0: that is not the caller's error.
 quiet = np.errstate(divide="ignore", over="ignore", under="ignore", invalid="ignore")
@@ -56,30 +56,3 @@ def weight_gradient(x: Array, dy: Array, heads: int = 1, axis: int = 1) -> Array
         a, b = select(counts, a), select(counts, b)
     result: Array = np.matmul(swap(a), b)
     return result
-
-
-# --- heads ----------------------------------------------------------------------------------------------------------------
-
-
-def each_head(x: Array, heads: int, computing: np.dtype[Any]) -> Array:
-    """(..., G, S, D) -> (..., H, S, D): head h reads group h // (H // G)."""
-    x = x.astype(computing, copy=False)
-    return x if x.ndim == 2 or x.shape[-3] == heads else np.repeat(x, heads // x.shape[-3], axis=-3)
-
-
-def group_sum(dx: Array, like: Array) -> Array:
-    """(..., H, S, D) -> (..., G, S, D): every head that read a group gives to its gradient."""
-    if dx.shape != like.shape:
-        dx = dx.reshape(*like.shape[:-2], dx.shape[-3] // like.shape[-3], *like.shape[-2:]).sum(-3)
-    return dx.astype(like.dtype, copy=False)
-
-
-def heads_first(x: Array, shape: Shape) -> Array:
-    """One number a head, (H,), beside scores (..., H, L, S); H = 1 where the scores have rank 2."""
-    return x.reshape((*shape[-3:-2], 1, 1))
-
-
-def head_sum(x: Array, heads: int) -> Array:
-    """(..., H, L, S) or (L, S) -> (H,), summed over everything else."""
-    total: Array = x.sum(tuple(a for a in range(x.ndim) if a != x.ndim - 3))
-    return total.reshape(heads)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from npattn._sums import quiet
+from npattn.ops.allowed import quiet
 
 
 class _Blas:

@@ -12,9 +12,9 @@ once, with p_j = exp(s_j - lse) / total: total, the sum of exp(s_j - lse), is 1 
 it, so that p is as good as the dense weights. sum_j p_j dp_j is dout . out; that it is subtracted from dp is one more column of
 the product: [do, -off] [v, 1]^T = do v^T - off (both over total).
 
-(1) to (4), (6) and (7) are those of `npattn.attention`. What sees NaN, inf or numbers that overflow is left to it: forwards a
-tile of queries, backwards all heads that read the same keys. docs/blockwise.md derives all of it. Milakov and Gimelshein 2018;
-Dao et al. 2022. Which blocks are computed: npattn/_blocks.py.
+(1) to (4), (6) and (7) are those of `npattn.ops.attention`. What sees NaN, inf or numbers that overflow is left to it: forwards
+a tile of queries, backwards all heads that read the same keys. docs/blockwise.md derives all of it. Milakov and
+Gimelshein 2018; Dao et al. 2022. Which blocks are computed: npattn/ops/tiles.py.
 
 Two disjoint sets of keys are merged by their lse alone: `merge`.
 """
@@ -28,7 +28,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npattn._blocks import (
+from npattn.ops.allowed import quiet, select, swap
+from npattn.ops.attention import (
+    AttentionCache,
+    AttentionGrads,
+    attention_backward,
+    attention_forward,
+    bind,
+    check_cotangents,
+)
+from npattn.ops.checks import Array, Dims, Shape, check_class, check_cotangent, check_dtype, check_other_dtype
+from npattn.ops.edge import own_keywords, without_cache
+from npattn.ops.pairs import Bound, Index, Pairs, slices
+from npattn.ops.threads import Turns, share
+from npattn.ops.tiles import (
     FEW_ROWS,
     Block,
     Heads,
@@ -43,19 +56,6 @@ from npattn._blocks import (
     tiles_of,
     who_sees,
     within,
-)
-from npattn._checks import Array, Dims, Shape, check_class, check_cotangent, check_dtype, check_other_dtype
-from npattn._pairs import Bound, Index, Pairs, slices
-from npattn._parallel import Turns, share
-from npattn._public import own_keywords, without_cache
-from npattn._sums import quiet, select, swap
-from npattn.attention import (
-    AttentionCache,
-    AttentionGrads,
-    attention_backward,
-    attention_forward,
-    bind,
-    check_cotangents,
 )
 
 FEW = 1 << 20  # scores at a time of what is left to `npattn.attention`
