@@ -14,8 +14,8 @@ import numpy as np
 
 import npattn as na
 from benchmarks.harness import nobody
-from npattn.verify.cases import FAMILIES, draw
-from npattn.verify.errors import predict
+from npattn.verify.ops.attention.draw import FAMILIES, draw
+from npattn.verify.ops.attention.errors import predict
 
 KERNELS = {
     "dense": (na.attention_forward, na.attention_backward),

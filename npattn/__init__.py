@@ -22,22 +22,15 @@ Rules that hold everywhere:
 
 6. Tolerances are derived, in ``npattn.tolerances``. 7. A comparison raises, and refuses to pass where nothing was tested.
 
-Read on in this order: npattn/ops (masks, biases, softmax, attention, blockwise, multihead, rnn); then gradients, tolerances, verify.
+Read on in this order: in npattn/ops masks, biases, softmax, attention, blockwise, merge, multihead, rnn; then gradients,
+tolerances, verify.
 """
 
 from npattn.gradients import GradcheckError, gradcheck, hessian_vector_product
+from npattn.ops.activations import SiluCache, SiluGrads, silu, silu_backward, silu_forward
 from npattn.ops.attention import AttentionCache, AttentionGrads, attention, attention_backward, attention_forward
 from npattn.ops.biases import Alibi, RelativeTable, alibi_slopes
-from npattn.ops.blockwise import (
-    MergeCache,
-    MergeGrads,
-    blockwise,
-    blockwise_backward,
-    blockwise_forward,
-    merge,
-    merge_backward,
-    merge_forward,
-)
+from npattn.ops.blockwise import blockwise, blockwise_backward, blockwise_forward
 from npattn.ops.masks import (
     Mask,
     blocks,
@@ -50,6 +43,7 @@ from npattn.ops.masks import (
     where,
     window,
 )
+from npattn.ops.merge import MergeCache, MergeGrads, merge, merge_backward, merge_forward
 from npattn.ops.multihead import (
     MultiHeadCache,
     MultiHeadGrads,
@@ -96,6 +90,8 @@ __all__ = [
     "RNNGrads",
     "RNNParams",
     "RelativeTable",
+    "SiluCache",
+    "SiluGrads",
     "SoftmaxCache",
     "SoftmaxGrads",
     "alibi_slopes",
@@ -129,6 +125,9 @@ __all__ = [
     "rnn_backward",
     "rnn_forward",
     "segments",
+    "silu",
+    "silu_backward",
+    "silu_forward",
     "softmax",
     "softmax_backward",
     "softmax_forward",

@@ -1,8 +1,8 @@
-"""Parameter layouts that people have, to and fro: torch nn.MultiheadAttention and nn.RNN, ONNX RNN.
+"""Parameters from and to other layouts: torch nn.MultiheadAttention and nn.RNN, ONNX RNN.
 
-Tensors come as arrays, or as anything that NumPy can read (a CPU tensor after ``detach``). torch and ONNX hold weights as
-(out, in) and apply x W^T; npattn holds (in, out) and applies x @ w. Gradients convert as parameters do, with one exception:
-torch and ONNX hold two biases of a recurrent layer where npattn holds their sum, so that both have the gradient of b.
+Tensors are arrays, or anything that NumPy can read (a CPU tensor is detached first). torch and ONNX hold weights as (out, in)
+and apply x W^T. npattn holds (in, out) and applies x @ w. Gradients are converted as parameters are, with one exception: torch
+and ONNX hold two biases of a recurrent layer, npattn holds their sum b. The gradient of each of the two is that of b.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _has(state: Mapping[str, Any], name: str) -> bool:
 def multi_head_from_torch(state: Mapping[str, Any]) -> MultiHeadParams:
     """The ``state_dict()`` of a torch.nn.MultiheadAttention, packed (in_proj_weight) or separate (q_proj_weight ...).
 
-    torch's ``num_heads`` is our ``num_heads``; its masks are True where a key may *not* be attended to: invert them.
+    ``num_heads`` means the same in torch. Its masks are True where a query may *not* attend to a key: invert them.
     """
     op = "multi_head_from_torch"
     if _has(state, "bias_k") or _has(state, "bias_v"):
@@ -61,8 +61,8 @@ def multi_head_from_torch(state: Mapping[str, Any]) -> MultiHeadParams:
 def multi_head_to_torch(params: MultiHeadParams, *, packed: bool | None = None) -> dict[str, Array]:
     """The state dict of a torch.nn.MultiheadAttention with these parameters (or their gradients).
 
-    packed : in_proj_weight (True) or q_proj_weight, k_proj_weight and v_proj_weight (False); None: what torch itself does,
-    which is packed where x_q, x_k and x_v have one width.
+    packed : in_proj_weight (True) or q_proj_weight, k_proj_weight and v_proj_weight (False). None does what torch does: packed
+    if x_q, x_k and x_v have one width.
     """
     op = "multi_head_to_torch"
     check_class(op, "params", params, MultiHeadParams)
@@ -110,7 +110,7 @@ def rnn_from_torch(state: Mapping[str, Any], *, layer: int = 0, reverse: bool = 
 def rnn_to_torch(
     params: RNNParams, *, layer: int = 0, reverse: bool = False, gradients: bool = False
 ) -> dict[str, Array]:
-    """One layer and direction of a torch.nn.RNN's state dict: bias_hh is 0, or for gradients the same as bias_ih."""
+    """One layer and direction of a torch.nn.RNN's state dict. bias_hh is 0; for gradients it equals bias_ih."""
     check_class("rnn_to_torch", "params", params, RNNParams)
     end = _suffix("rnn_to_torch", layer, reverse)
     state = {f"weight_ih{end}": params.w_x.T, f"weight_hh{end}": params.w_h.T}
@@ -122,7 +122,7 @@ def rnn_to_torch(
 def rnn_from_onnx(W: Any, R: Any, B: Any = None, *, direction: int = 0) -> RNNParams:
     """One direction of an ONNX RNN: W (directions, N, M), R (directions, N, N), B (directions, 2 N) = [Wb, Rb].
 
-    The second direction of a bidirectional node reads time backwards: flip x before and h after.
+    The second direction of a bidirectional node runs backwards in time: flip x before the call, and h after it.
     """
     op, state = "rnn_from_onnx", {"W": W, "R": R, "B": B}
     w_x = _array(op, state, "W", (None, None, None))
@@ -136,7 +136,7 @@ def rnn_from_onnx(W: Any, R: Any, B: Any = None, *, direction: int = 0) -> RNNPa
 
 
 def rnn_to_onnx(params: RNNParams, *, gradients: bool = False) -> dict[str, Array]:
-    """W, R and B of an ONNX RNN of one direction: Rb is 0, or for gradients the same as Wb. B is left out without biases."""
+    """W, R and B of an ONNX RNN of one direction. Rb is 0; for gradients it equals Wb. There is no B without biases."""
     check_class("rnn_to_onnx", "params", params, RNNParams)
     state = {"W": params.w_x.T[None], "R": params.w_h.T[None]}
     if params.b is not None:

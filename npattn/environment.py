@@ -15,8 +15,8 @@ import scipy
 
 import npattn
 
-# The best of several square products in float32, in seconds: run in a process of its own, because OpenBLAS chooses its kernels
-# when it is loaded.
+# Prints the best time of several square products in float32, in seconds. It runs in a process of its own, because OpenBLAS
+# chooses its kernels when it is loaded.
 _PRODUCT = """
 import time, numpy as np
 x = np.ones((768, 768), np.float32)
@@ -29,7 +29,7 @@ print(min(times))
 
 
 def describe() -> dict[str, str]:
-    """One line a fact; the last ones measure what another OpenBLAS kernel set does to a matrix product here."""
+    """Facts by name; the last ones measure how fast another OpenBLAS kernel set would be here, where there is one."""
     blas = openblas()
     config: Any = np.show_config
     build = config(mode="dicts")["Build Dependencies"]["blas"]
@@ -50,7 +50,7 @@ def describe() -> dict[str, str]:
 
 
 def _has_avx512() -> bool:
-    """Whether NumPy has found it here; NumPy 2.4 calls it by the level of the architecture that has it."""
+    """Whether NumPy has found AVX-512; NumPy 2.4 names the level of the architecture instead (X86_V4)."""
     config: Any = np.show_config("dicts")
     found = config.get("SIMD Extensions", {})
     return bool({"AVX512_SKX", "X86_V4"} & {*found.get("baseline", ()), *found.get("found", ())})
@@ -72,7 +72,7 @@ def _kernel_advice(kernels: str) -> dict[str, str]:
 
 
 def _time_products(core_types: tuple[str, ...]) -> list[float | None]:
-    """The best time with each kernel set, in processes that take turns."""
+    """The best time with each kernel set. Their processes take turns, so that other load slows all alike."""
     best: list[float | None] = [None] * len(core_types)
     for _ in range(3):
         for i, core_type in enumerate(core_types):
@@ -89,12 +89,12 @@ def _time_products(core_types: tuple[str, ...]) -> list[float | None]:
 
 
 def openblas() -> dict[str, str]:
-    """The kernel set and threads of the OpenBLAS that this process has loaded; empty where there is none, or no telling."""
+    """The kernel set and threads of the OpenBLAS that this process has loaded; empty if there is none or it does not say."""
     np.ones((2, 2)) @ np.ones((2, 2))
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return _by_threadpoolctl()
-    # NumPy's own copy first: SciPy may have loaded another one.
+    # NumPy's own copy comes first: SciPy may have loaded another one.
     paths = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if "openblas" in line}
     for path in sorted(paths, key=lambda p: ("numpy" not in p, p)):
         library = ctypes.CDLL(path)

@@ -288,18 +288,7 @@ def gradcheck(
     check_one_of("gradcheck", "method", method, ("complex", "central"))
     # A stream of our own: with default_rng(seed) the cotangent could be the very numbers that the caller drew as inputs.
     rng, pair = np.random.default_rng([STREAM, seed]), _Pair(forward, backward, inputs)
-    before = [x.copy() for x in pair.values]
-    outs, cache, out = pair.run(pair.values)
-    if any(np.isnan(x).any() for x in outs):
-        raise GradcheckError("gradcheck: the forward returns NaN")
-    if not _same(outs, pair.outputs(pair.values)):
-        raise GradcheckError("gradcheck: the forward is not repeatable: two calls with the same inputs differ")
-    dout = [_random_like(rng, x) for x in outs]
-    grads = pair.gradients(dout, out, cache)
-    if not _same(grads, pair.gradients(dout, out, cache)):
-        raise GradcheckError("gradcheck: the backward is not repeatable: two calls with the same cache differ")
-    if not _same(before, pair.values):
-        raise GradcheckError("gradcheck: an input was modified")
+    dout, grads = _cotangent_and_gradients(pair, rng)
     unknown = [name for name in zero if not any(_is(name, leaf) for leaf in pair.names)]
     if unknown:
         raise ValueError(f"gradcheck: zero names {unknown}, expected names out of {pair.names}")
@@ -335,6 +324,23 @@ def gradcheck(
         _judge(name, x, rows, method, overall, None if terms is None else terms[name], any(_is(z, name) for z in zero))
         for name, x, rows in found
     ]
+
+
+def _cotangent_and_gradients(pair: _Pair, rng: np.random.Generator) -> tuple[list[Array], list[Array]]:
+    """A random cotangent, and the gradients that the backward gives for it; raises where the pair breaks the contract."""
+    before = [x.copy() for x in pair.values]
+    outs, cache, out = pair.run(pair.values)
+    if any(np.isnan(x).any() for x in outs):
+        raise GradcheckError("gradcheck: the forward returns NaN")
+    if not _same(outs, pair.outputs(pair.values)):
+        raise GradcheckError("gradcheck: the forward is not repeatable: two calls with the same inputs differ")
+    dout = [_random_like(rng, x) for x in outs]
+    grads = pair.gradients(dout, out, cache)
+    if not _same(grads, pair.gradients(dout, out, cache)):
+        raise GradcheckError("gradcheck: the backward is not repeatable: two calls with the same cache differ")
+    if not _same(before, pair.values):
+        raise GradcheckError("gradcheck: an input was modified")
+    return dout, grads
 
 
 def _judge(name: str, x: Array, rows: list[Derivative], method: str, overall: float, terms: Any, zero: bool) -> Checked:

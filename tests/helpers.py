@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import functools
-import importlib
-from unittest import mock
 
 import numpy as np
+import pytest
 from oracles import attention_loops
 
 import npattn
+from npattn.ops import blockwise as tiled
+from npattn.ops.allowed import quiet
+from npattn.ops.calls import bind
+from npattn.ops.tiles import Sizes
 from npattn.tolerances import TERMS_EPS
 
-SIZES = {
-    "B": 2,
-    "H": 6,
-    "G": 3,
-    "L": 4,
-    "S": 5,
-    "D": 7,
-    "E": 8,
-}  # every letter another size, so that no two axes can be mixed up
+SIZES = {"B": 2, "H": 6, "G": 3, "L": 4, "S": 5, "D": 7, "E": 8}  # all different: no two axes can be mixed up
+
+SHAPES = {"rank2": (4, 5), "rank3": (6, 4, 5), "rank4": (2, 6, 4, 5), "rank5": (3, 2, 2, 4, 5)}  # of scores
+SHAPE = pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
 
 
 def abs_finite(x):
@@ -114,22 +112,28 @@ def sum_to(x, shape):
 # --- the implementations under test ----------------------------------------------------------------------------------
 
 
-def _in_small_tiles(function):
-    """Tiles of 2 queries and 3 keys, so that the sizes of the tests need several, the last one cut short."""
-
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        with mock.patch.object(importlib.import_module("npattn.ops.tiles"), "TILE", (2, 3)):
-            return function(*args, **kwargs)
-
-    return call
+OPTIONS = ("mask", "bias", "scale", "softcap", "sink", "dropout_mask")
 
 
+def bound(q, k, v, **options):
+    """A call of blockwise, checked, with its options bound."""
+    return bind("blockwise", q, k, v, *map(options.get, OPTIONS))
+
+
+@quiet
+def blockwise_of(sizes, q, k, v, *, return_lse=False, **options):
+    """`npattn.blockwise_forward` in pieces of other sizes; `npattn.blockwise_backward` takes the same."""
+    out, cache = tiled.forward(bound(q, k, v, **options), sizes)
+    return (out, cache.lse) if return_lse else out, cache
+
+
+SMALL_TILES = Sizes(tile=(2, 3))  # the sizes of the tests need several, the last one cut short
 IMPLEMENTATIONS = {
     "dense": (npattn.attention_forward, npattn.attention_backward),
     "blockwise": (npattn.blockwise_forward, npattn.blockwise_backward),
-    "tiles": (_in_small_tiles(npattn.blockwise_forward), _in_small_tiles(npattn.blockwise_backward)),
+    "tiles": (functools.partial(blockwise_of, SMALL_TILES), npattn.blockwise_backward),
 }
+EACH = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
 def attention_terms(q, k, v, p, *, bias, scale, sink, dropout_mask, dout, dlse, allowed):

@@ -259,6 +259,16 @@ def softmax_loops(scores, allowed=None, dweights=None, dlse=None):
     return {"weights": weights, "lse": lse, "scores": dscores}
 
 
+def silu_loops(x, dy):
+    """x / (1 + exp(-x)), and the gradient x of sum(dy * y)."""
+    y, dx = np.zeros(np.shape(x)), np.zeros(np.shape(x))
+    for at in np.ndindex(*np.shape(x)):
+        value = float(np.asarray(x)[at])
+        s = 1 / (1 + math.exp(-value))
+        y[at], dx[at] = value * s, float(np.asarray(dy)[at]) * (s + value * s * (1 - s))
+    return {"y": y, "x": dx}
+
+
 def cross_entropy_loops(logits, targets, mask=None, reduction="mean", dloss=None):
     """loss; with dloss the gradient logits. What lies where mask is False is not looked at."""
     logits, targets = np.asarray(logits, dtype=np.float64), np.asarray(targets)

@@ -374,51 +374,7 @@ def test_plots(tmp_path, monkeypatch, capsys):
     assert "written:" in capsys.readouterr().out
 
 
-# --- against installed libraries -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def _backends():
-    yield
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        torch.backends.cuda.enable_flash_sdp(True)
-        torch.backends.cuda.enable_math_sdp(True)
-
-
-@pytest.mark.peers
-@pytest.mark.usefixtures("_backends")
-@pytest.mark.parametrize(("library", "names"), [("torch", rivals.TORCH), ("jax", ("jax",)), ("onnxruntime", ("onnxruntime",))])
-def test_adapters_of_attention_are_right(library, names):
-    pytest.importorskip(library, reason="needs the peers extra: pip install npattn[peers]")
-    backward = library != "onnxruntime"
-    masks = MASKS[2:] if library == "jax" else MASKS  # it compiles each
-    cases = [Case(72, 8, 2 if m == "lengths" else 1, 2, mask=m, width=5, backward=backward) for m in masks]
-    cases += [Case(16, 8, 2, 4, 2, mask="causal", backward=backward), Case(2, 8, 1, 4, 2, S=24)]
-    if library == "torch":  # in float64 the others take exp in float32, and are reported as wrong
-        cases.append(Case(16, 8, mask="causal", dtype="float64", backward=True))
-    for case in cases:
-        found, left_out = rivals.attention(case, draw(case), names)
-        assert [r.name for r in found] == list(names), left_out
-        for r in found:
-            error, wrong, _ = harness.examine(r, {"float32": 1e-5, "float64": 1e-13}[case.dtype])
-            assert wrong == "", (case.name, r.name, error)
-    if not backward:
-        _, left_out = rivals.attention(replace(cases[0], backward=True), draw(cases[0]), names)
-        assert left_out == {"onnxruntime": "cannot: onnxruntime has no backward of Attention"}
-
-
-@pytest.mark.peers
-@pytest.mark.usefixtures("_backends")
-def test_adapters_of_layers_are_right():
-    pytest.importorskip("torch", reason="needs the peers extra: pip install npattn[peers]")
-    for layer in multihead.grid("tiny"):
-        row = multihead.measure(layer, TINY)
-        assert {"blockwise", "dense", "torch"} <= set(row["seconds"]), row["left_out"]
-    for shape in rnn.grid("tiny"):
-        row = rnn.measure(shape, TINY)
-        assert {"npattn", "torch.nn.RNN"} <= set(row["seconds"]), row["left_out"]
-        assert not any(why.startswith("WRONG") for why in row["left_out"].values())
+# --- the command ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

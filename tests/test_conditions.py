@@ -8,10 +8,12 @@ import time
 import numpy as np
 import pytest
 
-from npattn.verify import PRECISIONS, Candidate, Settings, examine, load, mutant_attention, verify
-from npattn.verify.cases import BY_NAME
-from npattn.verify.conditions import CONDITIONED, CONDITIONS, examine_conditions
+from npattn.verify import PRECISIONS, Candidate, Settings, examine, load, verify
+from npattn.verify.conditions import CONDITIONS, examine_conditions
+from npattn.verify.ops import OPS
+from npattn.verify.ops.attention.cases import BY_NAME
 from npattn.verify.rounded import rounded
+from npattn.verify.selftest import staged
 
 honest, honest_grads = rounded(PRECISIONS["float32"])
 
@@ -34,11 +36,11 @@ def is_judged_right(candidate, case="plain"):
 # --- honest ones ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CONDITIONED)
+@pytest.mark.parametrize("case", OPS["attention"].conditioned)
 @pytest.mark.parametrize(
     "candidate",
-    [*map(mutant_attention.candidate, ("dense", "tiles")), load("blockwise"), Candidate("dense", honest, honest_grads)],
-    ids=["dense", "tiles", "blockwise", "rounded"],
+    [staged(OPS["attention"]), load("blockwise"), Candidate("dense", honest, honest_grads)],
+    ids=["stages", "blockwise", "rounded"],
 )  # fmt: skip
 def test_honest_ones_hold(candidate, case):
     wrong, made = conditions(candidate, case)
@@ -48,15 +50,15 @@ def test_honest_ones_hold(candidate, case):
 
 def test_all_conditions_are_made_somewhere():
     made = set()
-    for case in CONDITIONED:
+    for case in OPS["attention"].conditioned:
         made |= conditions(Candidate("dense", honest, honest_grads), case)[1]
     assert made == set(CONDITIONS)
-    assert {"dead rows", "key_lengths", "mask array"} <= set(CONDITIONED)
+    assert {"dead rows", "key_lengths", "mask array"} <= set(OPS["attention"].conditioned)
 
 
 def test_other_cases_have_none():
     assert conditions(Candidate("dense", honest), "everything") == ({}, set())
-    assert set(CONDITIONED) <= set(BY_NAME)
+    assert set(OPS["attention"].conditioned) <= set(BY_NAME)
 
 
 @pytest.mark.parametrize("name", ["bfloat16-M2", "float16-M1", "tf32"])
@@ -263,20 +265,20 @@ def test_an_output_outside_its_values_is_caught():
 
 def test_the_hull_counts_what_a_query_may_see():
     """0 is one of the values where there is a sink, and only there; masked values are none."""
-    from npattn.verify.conditions import _hull
     from npattn.verify.precision import of_dtype
 
+    outside = OPS["attention"].relatives.outside
     for case, inside in (("sink", True), ("plain", False)):
         problem = BY_NAME[case].problem()
-        problem.v = np.abs(problem.v) + np.float32(1)
+        problem.inputs["v"] = np.abs(problem.v) + np.float32(1)
         truth = problem.truth(of_dtype(problem.dtype))
         zeros = np.zeros((*problem.q.shape[:-1], problem.v.shape[-1]), np.float32)
-        assert (_hull(problem, truth, zeros).status == "ok") == inside
+        assert (outside(problem, truth, {"out": zeros}) == "") == inside
     problem = BY_NAME["causal top_left"].problem()
     truth = problem.truth(of_dtype(problem.dtype))
-    assert _hull(problem, truth, truth.values["out"].astype(np.float32)).status == "ok"
+    assert outside(problem, truth, {"out": truth.values["out"].astype(np.float32)}) == ""
     everyone = np.broadcast_to(problem.v.mean(-2, keepdims=True), truth.values["out"].shape)
-    assert "[0, 0, 0, " in _hull(problem, truth, everyone).text, "row 0 sees key 0 alone"
+    assert "[0, 0, 0, " in outside(problem, truth, {"out": everyone}), "row 0 sees key 0 alone"
 
 
 def test_verify_makes_them_and_counts_them():

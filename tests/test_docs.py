@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import pkgutil
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -13,21 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import npattn
-from npattn.verify import CASES, load, report, verify
+from npattn.verify import CASES, CASES_OF, load, verify
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
-MODULES = sorted(m.name for m in pkgutil.walk_packages(npattn.__path__, "npattn.") if not m.name.endswith("__main__"))
-FEW = ("plain", "causal top_left", "causal bottom_right", "G < H", "E != D")  # of the cases: all of them would take long
+SOURCES = [path for path in sorted(ROOT.glob("npattn/**/*.py")) if ">>>" in path.read_text()]
+MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES]
+FEW = ("plain", "causal top_left", "G < H", "E != D")  # of the cases: all of them would take long
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name, monkeypatch):
-    monkeypatch.setitem(report.CASES_OF, "attention", [case for case in CASES if case.name in FEW])
-    module = importlib.import_module(name)
-    module = sys.modules[name] if not isinstance(module, types.ModuleType) else module
-    assert doctest.testmod(module, extraglobs={"np": np}).failed == 0
+    monkeypatch.setitem(CASES_OF, "attention", [case for case in CASES if case.name in FEW])
+    done = doctest.testmod(importlib.import_module(name), extraglobs={"np": np})
+    assert done.failed == 0 < done.attempted
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -42,7 +41,7 @@ def test_examples_of_a_page(page):
 
 
 def test_the_readers_own_test_in_the_readme(monkeypatch):
-    monkeypatch.setitem(report.CASES_OF, "attention", [case for case in CASES if case.name in FEW])
+    monkeypatch.setitem(CASES_OF, "attention", [case for case in CASES if case.name in FEW])
     (block,) = [b for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "my_package" in b]
     assert len([line for line in block.splitlines() if line.strip()]) <= 6
     theirs = types.ModuleType("my_package")
@@ -71,8 +70,8 @@ def test_the_example_of_verifying_is_diagnosed_as_the_page_says():
     (block,) = [b for b in re.findall(r"```python\n(.*?)```", page, re.S) if "def weights(" in b]
     scope: dict = {}
     exec(block, scope)
-    cases = [case for case in CASES if case.name in (*FEW, "causal top_left + L > S", "NaN behind the mask")]
-    found = verify(scope["attention"], scope["backward"], cases=cases)
+    few = [case for case in CASES if case.name in FEW]
+    found = verify(scope["attention"], scope["backward"], cases=few)
     assert {"plain", "E != D", "causal top_left"} <= {r.case for r in found.wrong}
     assert {"Delta is missing", "causal=bottom_right"} <= set(found.diagnosis)
     assert "dq, dk: matches Delta is missing to " in page
@@ -80,8 +79,9 @@ def test_the_example_of_verifying_is_diagnosed_as_the_page_says():
     (declared,) = re.findall(r"--convention (causal=\S+)", page)
     assert "ds = p * dp *" in block
     exec(block.replace("ds = p * dp *", "ds = p * (dp - (p * dp).sum(-1, keepdims=True)) *"), scope)
+    cases = [*few, *(case for case in CASES if case.name in ("causal top_left + L > S", "NaN behind the mask"))]
     assert verify(scope["attention"], scope["backward"], cases=cases, convention=declared).passed
-    assert not verify(scope["attention"], scope["backward"], cases=cases).passed
+    assert not verify(scope["attention"], scope["backward"], cases=cases, diagnose=False).passed
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
@@ -106,4 +106,15 @@ def test_number_of_cases(page):
 def test_the_page_about_peers_is_of_these_cases():
     """`npattn peers --write docs/peers.md` writes it again."""
     found = {int(n) for n in re.findall(r"rejected in \d+ of (\d+) cases", (ROOT / "docs/peers.md").read_text())}
-    assert len(CASES) in found <= {len(cases) for cases in report.CASES_OF.values()}
+    assert len(CASES) in found <= {len(cases) for cases in CASES_OF.values()}
+
+
+@pytest.mark.slow
+def test_the_verdict_that_the_readme_shows_is_the_one_that_is_given():
+    (block,) = [b for b in re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "$ npattn verify" in b]
+    first, *shown = block.splitlines()
+    command = first.removeprefix("$ npattn ").split()
+    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "npattn", *command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1, done.stderr
+    for line in shown:
+        assert line == "..." or line in re.sub(r" \([\d.]+ s\)", "", done.stdout).splitlines(), line

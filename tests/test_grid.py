@@ -7,26 +7,27 @@ of the largest sum of |terms| that make up one of its elements, and from a centr
 from __future__ import annotations
 
 import itertools
-from unittest import mock
+from functools import partial
 
 import numpy as np
 import pytest
+from helpers import blockwise_of
 
-from npattn import attention_backward, attention_forward, blockwise_backward, blockwise_forward, gradcheck
-from npattn.ops import tiles as blocks
+from npattn import attention_backward, attention_forward, blockwise_backward, gradcheck
 from npattn.ops.allowed import swap
 from npattn.ops.masks import as_mask
 from npattn.ops.pairs import ALL
+from npattn.ops.tiles import Sizes
 from npattn.tolerances import TERMS_EPS
-from npattn.verify.cases import BIAS_FORMS, EXCLUSIONS, OPTIONS, SMALL, compatible, draw
+from npattn.verify.ops.attention.draw import BIAS_FORMS, EXCLUSIONS, OPTIONS, SMALL, compatible, draw
 
 NAMES = sorted(OPTIONS)
 GRID = [(a,) for a in NAMES] + [pair for pair in itertools.combinations(NAMES, 2) if compatible(*pair)]
 MASKS = {"mask", "causal", "window", "key_lengths", "query_lengths", "keys", "segments", "packed", "blocks", "where"}
 TRIPLES = [t for t in itertools.combinations(NAMES, 3) if all(compatible(*p) for p in itertools.combinations(t, 2))]
 WAYS = {  # several tiles of queries and keys at these sizes, and the last one cut short
-    "one head at a time": {"TILE": (3, 4)},
-    "heads together": {"TILE": (6, 4), "FEW_ROWS": 1, "FEW_FEATURES": 1, "BUNDLE": 1 << 30, "TASKS": 2},
+    "one head at a time": Sizes(tile=(3, 4)),
+    "heads together": Sizes(tile=(6, 4), few_rows=1, few_features=1, bundle=1 << 30, tasks=2),
 }
 
 
@@ -39,9 +40,9 @@ def inputs_of(problem):
 def functions(problem, forward, backward):
     rest = {n: x for n, x in problem.options.items() if n in ("softcap", "dropout_mask")}
     if problem.dlse is None:
-        return lambda **x: forward(**x, mask=problem.mask, **rest), backward
+        return lambda **x: forward(**x, mask=problem.arguments.get("mask"), **rest), backward
     return (
-        lambda **x: forward(**x, mask=problem.mask, **rest, return_lse=True),
+        lambda **x: forward(**x, mask=problem.arguments.get("mask"), **rest, return_lse=True),
         lambda douts, cache: backward(douts[0], cache, douts[1]),
     )
 
@@ -88,7 +89,7 @@ def zero_by_mathematics(problem):
     if bias is None or problem.dlse is not None or "sink" in problem.options:
         return ()
     values = np.broadcast_to(bias if isinstance(bias, np.ndarray) else bias.bind(problem.shape).dense(), problem.shape)
-    mask = problem.mask
+    mask = problem.arguments.get("mask")
     allowed = np.ones(problem.shape, bool) if mask is None else as_mask("mask", mask).bind(problem.shape).dense()
     top, least = (f(values, axis=-1, where=allowed, initial=i) for f, i in ((np.max, -np.inf), (np.min, np.inf)))
     return ("bias",) if (top <= least).all() else ()
@@ -106,15 +107,14 @@ def check(options, seed, *, elements, blockwise=True, central=True):
     if not blockwise:
         return
     for way in WAYS.values():
-        with mock.patch.multiple(blocks, **way):
-            tiles = functions(problem, blockwise_forward, blockwise_backward)
-            if way is WAYS["one head at a time"]:
-                gradcheck(*tiles, inputs, terms=terms, zero=zero, elements=1)
-                if central:
-                    gradcheck(*tiles, inputs, method="central", terms=terms, zero=zero, elements=0)
-            # element by element: where dense is right, which the complex step has shown, blockwise is
-            dout = problem.dout if problem.dlse is None else (problem.dout, problem.dlse)
-            same(tiles[1](dout, tiles[0](**inputs)[1]), backward(dout, cache), terms)
+        tiles = functions(problem, partial(blockwise_of, way), blockwise_backward)
+        if way is WAYS["one head at a time"]:
+            gradcheck(*tiles, inputs, terms=terms, zero=zero, elements=1)
+            if central:
+                gradcheck(*tiles, inputs, method="central", terms=terms, zero=zero, elements=0)
+        # element by element: where dense is right, which the complex step has shown, blockwise is
+        dout = problem.dout if problem.dlse is None else (problem.dout, problem.dlse)
+        same(tiles[1](dout, tiles[0](**inputs)[1]), backward(dout, cache), terms)
 
 
 def same(got, expected, terms):

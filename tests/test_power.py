@@ -9,8 +9,8 @@ import pytest
 from npattn import attention
 from npattn.verify import CASES, PRECISIONS, Candidate, Settings, verify
 from npattn.verify import power as kept
-from npattn.verify.cases import BY_NAME
 from npattn.verify.judge import as_given
+from npattn.verify.ops.attention.cases import BY_NAME
 from npattn.verify.power import SEEDS, blind_spots, calls, digest, reaches
 
 

@@ -14,9 +14,10 @@ import pytest
 from oracles import attention_loops
 
 from npattn.ops.allowed import quiet
-from npattn.ops.masks import as_mask
 from npattn.tolerances import GOOD_MAX, GOOD_RMS
-from npattn.verify.cases import FAMILIES, MEDIUM, SMALL, better, draw
+from npattn.verify.op import better
+from npattn.verify.ops.attention.draw import FAMILIES, MEDIUM, SMALL, Part, dense_mask, draw, parts_of
+from npattn.verify.ops.attention.truth import overflow
 from npattn.verify.precision import PRECISIONS, of_dtype, round_to
 from npattn.verify.rounded import rounded
 
@@ -122,8 +123,8 @@ def run(problem, precision):
     """Outputs and gradients of `rounded`."""
     forward, backward = rounded(precision)
     options = dict(problem.options)
-    if problem.parts:
-        options["mask"] = as_mask("mask", problem.mask).bind(problem.shape).dense()
+    if parts_of(problem):
+        options["mask"] = dense_mask(problem)
     out, lse = forward(problem.q, problem.k, problem.v, **options)
     grads = backward(problem.dout, problem.q, problem.k, problem.v, **options, dlse=problem.dlse)
     return {"out": out, "lse": lse} | grads
@@ -133,10 +134,11 @@ def run(problem, precision):
 def test_rounded_computes_attention(options):
     problem = draw(options, 0, sizes=SMALL)
     full = {n: np.broadcast_to(x, problem.shape) for n, x in problem.options.items() if n in ("bias", "dropout_mask")}
-    if problem.parts:
-        full["allowed"] = np.broadcast_to(as_mask("mask", problem.mask).bind(problem.shape).dense(), problem.shape)
+    if parts_of(problem):
+        full["allowed"] = dense_mask(problem)
     want = attention_loops(
-        problem.q, problem.k, problem.v, **problem.options | full, dout=problem.dout, dlse=problem.dlse,
+        problem.q, problem.k, problem.v, **{n: x for n, x in problem.options.items() if n != "mask"} | full,
+        dout=problem.dout, dlse=problem.dlse,
     )  # fmt: skip
     got = run(problem, PRECISIONS["float64"])
     for name, x in got.items():
@@ -158,9 +160,9 @@ def test_rounded_in_dead_rows():
 def test_rounded_contains_nan():
     """NaN in a key and value that nobody sees reaches nothing."""
     problem = draw(("mask array",), 0, dtype=np.float32)
-    mask = problem.parts[0].mask.copy()
+    mask = parts_of(problem)[0].mask.copy()
     mask[..., 2] = False
-    problem.parts[0] = problem.parts[0].__class__(mask)
+    problem.options["mask"] = [Part(mask)]
     want = run(problem, PRECISIONS["bfloat16-M2"])
     problem.k[..., 2, :] = problem.v[..., 2, :] = np.nan
     got = run(problem, PRECISIONS["bfloat16-M2"])
@@ -259,9 +261,9 @@ def test_each_rounding_alone(point):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_honest_errors_are_good_and_within_det(name, family):
     precision = PRECISIONS[name]
-    for options in ((), ("mask array", "bias BHLS", "dlse"), ("softcap", "sink", "dropout_mask", "G < H")):
+    for options in ((), ("mask array", "bias BHLS", "dlse", "softcap", "sink", "dropout_mask", "G < H")):
         problem = normal(options, name=name, family=family)
-        lost = ("dq", "dk", "dbias", "dsink") if problem.stored(precision).overflows(precision) else ()
+        lost = ("dq", "dk", "dbias", "dsink") if overflow(problem.stored(precision), precision) else ()
         for tensor, (x, bound) in off(problem, precision).items():
             if tensor in lost:
                 continue
@@ -274,7 +276,7 @@ def test_what_overflows():
     """dP beyond 65504 does not fit into float16: the only class and family in which the honest one is left alone."""
     found = set()
     for name, precision in PRECISIONS.items():
-        found |= {(name, f) for f in FAMILIES if normal(name=name, family=f).stored(precision).overflows(precision)}
+        found |= {(name, f) for f in FAMILIES if overflow(normal(name=name, family=f).stored(precision), precision)}
     assert found == {("float16-M2", "V mean"), ("float16-M3", "V mean")}
     got = run(normal(name="float16-M2", family="V mean").stored(PRECISIONS["float16-M2"]), PRECISIONS["float16-M2"])
     assert not np.isfinite(got["dq"]).all()

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-from unittest import mock
+from functools import partial
 
 import numpy as np
-from hypothesis import assume, event, given
+from helpers import IMPLEMENTATIONS, blockwise_of
+from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 from test_grid import check, leaves_two_keys
 
 import npattn
 from npattn import (
-    _blocks,
     attention,
-    attention_backward,
-    attention_forward,
     blockwise_backward,
-    blockwise_forward,
     causal,
     key_lengths,
-    masks,
     merge,
     packed,
     segments,
     window,
 )
+from npattn.ops.pairs import FULL, PARTIAL
+from npattn.ops.tiles import Sizes
 from npattn.tolerances import TERMS_EPS
-from npattn.verify.cases import OPTIONS, SMALL, compatible, draw
+from npattn.verify.ops.attention.draw import OPTIONS, SMALL, compatible, draw, parts_of
 
 EPS = np.finfo(np.float64).eps
 seeds = st.integers(0, 2**32 - 1)
-IMPLEMENTATIONS = {"dense": (attention_forward, attention_backward), "blockwise": (blockwise_forward, blockwise_backward)}
 implementations = st.sampled_from(sorted(IMPLEMENTATIONS))
 
 
@@ -65,8 +62,8 @@ def close(got, expected, size, name=""):
 
 
 def run(problem, implementation="dense", **changes):
-    """out, lse and gradients of a problem."""
-    forward, backward = IMPLEMENTATIONS[implementation]
+    """out, lse and gradients of a problem. implementation : a name, or a forward of blockwise"""
+    forward, backward = IMPLEMENTATIONS.get(implementation, (implementation, blockwise_backward))
     arguments = {**problem.arguments, **changes}
     (out, lse), cache = forward(problem.q, problem.k, problem.v, **arguments, return_lse=True)
     return out, lse, backward(problem.dout, cache, problem.dlse)
@@ -82,6 +79,7 @@ def size_of(problem):
     return ds * max(problem.shape[-2:]) * max(q, k) * problem.shape[-2] * 6
 
 
+@settings(max_examples=settings.default.max_examples // 5)  # each takes 0.25 s, and test_grid has its own, marked slow
 @given(option_sets(), seeds)
 def test_gradients_of_any_options(options, seed):
     assume(leaves_two_keys(options, seed))
@@ -93,9 +91,8 @@ def test_gradients_of_any_options(options, seed):
 def test_tiles_of_every_size_are_dense(options, seed, letters, tile, together):
     """One head at a time, or as many as fill a tile."""
     problem = draw_or_reject(options, seed, letters)
-    few = {"FEW_ROWS": 1, "FEW_FEATURES": 1, "BUNDLE": 1 << 30, "TASKS": 1} if together else {}
-    with mock.patch.multiple(_blocks, TILE=tile, **few):
-        got = run(problem, "blockwise")
+    few = {"few_rows": 1, "few_features": 1, "bundle": 1 << 30, "tasks": 1} if together else {}
+    got = run(problem, partial(blockwise_of, Sizes(tile=tile, **few)))
     expected = run(problem)
     size = size_of(problem)
     close(got[0], expected[0], size, "out")
@@ -116,7 +113,7 @@ def test_permuting_the_keys_changes_nothing(seed, letters, implementation):
     problem, moved = draw_or_reject(options, seed, letters), draw_or_reject(options, seed, letters)
     order = np.random.default_rng(seed).permutation(letters["S"])
     moved.k, moved.v = moved.k[..., order, :], moved.v[..., order, :]
-    moved.parts[0].mask = moved.parts[0].mask[..., order]
+    parts_of(moved)[0].mask = parts_of(moved)[0].mask[..., order]
     for name in ("bias", "dropout_mask"):
         moved.options[name] = moved.options[name][..., order]
     first, second, size = run(problem, implementation), run(moved, implementation), size_of(problem)
@@ -202,7 +199,7 @@ def test_zero_cotangents_give_zero_gradients(options, seed, implementation):
 @given(option_sets(most=4, without=("dropout", "sink", "dlse")), seeds, implementations)
 def test_constant_values_give_no_gradient_to_queries_and_keys(options, seed, implementation):
     problem = draw_or_reject(options, seed)
-    problem.v = np.full_like(problem.v, 0.25)  # a power of two: dp is the same for all keys, to the bit
+    problem.inputs["v"] = np.full_like(problem.v, 0.25)  # a power of two: dp is the same for all keys, to the bit
     out, _, grads = run(problem, implementation)
     live = np.abs(out).max(-1) > 0
     close(out[live], np.full_like(out[live], 0.25), 1.0)
@@ -241,7 +238,7 @@ def test_keys_that_are_split_and_merged_are_whole(seed, letters, implementation,
     cut = data.draw(st.integers(0, S))
     problem = draw_or_reject(("mask array",), seed, letters)
     forward, _ = IMPLEMENTATIONS[implementation]
-    mask = np.asarray(problem.parts[0].mask)
+    mask = np.asarray(parts_of(problem)[0].mask)
     whole, lse = forward(problem.q, problem.k, problem.v, mask=mask, return_lse=True)[0]
     halves = [
         forward(problem.q, problem.k[..., j, :], problem.v[..., j, :], mask=mask[..., j], return_lse=True)[0]
@@ -288,6 +285,7 @@ def test_concat_is_the_sum_of_projections_by_head(seed, heads, L, S, D, E, M):
 def test_laws_of_the_mask_algebra(seed, L, S):
     rng = np.random.default_rng(seed)
     shape = (2, 3, L, S)
+    nothing, everything = key_lengths(0), ~key_lengths(0)
     a = causal(offset=rng.integers(-3, 4, 2))
     b = key_lengths(rng.integers(0, S + 1, 2)) | segments(rng.integers(0, 2, L), rng.integers(0, 2, S))
     c = window(int(rng.integers(0, 4)), None, align="top_left")
@@ -307,6 +305,10 @@ def test_laws_of_the_mask_algebra(seed, L, S):
         (a & a, a),
         (a | a, a),
         (a & (a | b), a),
+        (a | (a & b), a),
+        ((a | b) | c, a | (b | c)),
+        (a & everything, a),
+        (a | nothing, a),
     ]:
         assert np.array_equal(dense(left), dense(right))
     assert not dense(a & ~a).any()
@@ -318,4 +320,4 @@ def test_laws_of_the_mask_algebra(seed, L, S):
             tile = np.broadcast_to(bound.tile(index, rows, cols), (L - rows.start, cols.stop))
             assert np.array_equal(tile, bound.dense()[index][rows, cols])
             state = bound.state(index, rows, cols)
-            assert state == masks.PARTIAL or (tile.all() if state == masks.FULL else not tile.any())
+            assert state == PARTIAL or (tile.all() if state == FULL else not tile.any())

@@ -419,102 +419,18 @@ def test_gradcheck_cross_entropy(method, reduction):
 
 X = np.zeros((4, 5))
 T = np.zeros(4, int)
-REFUSED = {
-    "list": (lambda: softmax_forward([1.0]), TypeError, "softmax: scores is a list, expected a numpy.ndarray"),
-    "integers": (lambda: softmax_forward(np.arange(3)), TypeError, "softmax: scores has dtype int64, expected float16"),
-    "rank 0": (lambda: log_sum_exp_forward(np.array(1.0)), ValueError, r"log_sum_exp: scores has shape \(\), expected"),
-    "mask dtype": (
-        lambda: softmax_forward(X, mask=np.ones((4, 5))),
-        TypeError,
-        "softmax: mask has dtype float64, expected bool",
-    ),
-    "mask rank": (
-        lambda: softmax_forward(np.zeros((2, 3, 4, 5)), mask=np.ones((2, 4, 5), bool)),
-        ValueError,
-        "softmax: mask has shape",
-    ),
-    "mask shape": (
-        lambda: log_sum_exp_forward(X, mask=np.ones((5, 4), bool)),
-        ValueError,
-        r"mask has shape \(5, 4\), expected",
-    ),
-    "mask in rank 1": (
-        lambda: softmax_forward(np.zeros(5), mask=causal()),
-        ValueError,
-        r"scores has shape \(5,\), expected \(..., L, S\)",
-    ),
-    "dweights shape": (
-        lambda: softmax_backward(np.zeros((4, 1)), softmax_forward(X)[1]),
-        ValueError,
-        r"dweights has shape \(4, 1\)",
-    ),
-    "dweights dtype": (
-        lambda: softmax_backward(X.astype("f4"), softmax_forward(X)[1]),
-        TypeError,
-        "dweights has dtype float32",
-    ),
-    "dlse shape": (
-        lambda: log_sum_exp_backward(X, log_sum_exp_forward(X)[1]),
-        ValueError,
-        r"dlse has shape \(4, 5\), expected \(4,\)",
-    ),
-    "reduction": (
-        lambda: cross_entropy_forward(X, T, reduction="avg"),
-        ValueError,
-        "reduction is 'avg', expected one of 'mean', 'sum', 'none'",
-    ),
-    "targets shape": (
-        lambda: cross_entropy_forward(X, T[:3]),
-        ValueError,
-        r"cross_entropy: targets has shape \(3,\), expected .*logits",
-    ),
-    "targets onehot": (lambda: cross_entropy_forward(X, X.astype(int)), ValueError, r"targets has shape \(4, 5\)"),
-    "targets dtype": (
-        lambda: cross_entropy_forward(X, X[:, 0]),
-        TypeError,
-        "targets has dtype float64, expected integers",
-    ),
-    "targets list": (lambda: cross_entropy_forward(X, [0] * 4), TypeError, "targets is a list"),
-    "targets beyond": (
-        lambda: cross_entropy_forward(X, T + 5),
-        ValueError,
-        "targets reaches from 5 to 5, expected 0 to V - 1 = 4",
-    ),
-    "targets ignored": (
-        lambda: cross_entropy_forward(X, T - 100),
-        ValueError,
-        "targets reaches from -100 .* False in mask",
-    ),
-    "targets counted": (
-        lambda: cross_entropy_forward(X, T - 100, mask=np.arange(4) < 1),
-        ValueError,
-        "targets reaches from -100",
-    ),
-    "mask of numbers": (
-        lambda: cross_entropy_forward(X, T, mask=np.ones(4)),
-        TypeError,
-        r"mask has dtype float64, expected bool",
-    ),
-    "counts shape": (
-        lambda: cross_entropy_forward(X, T, mask=np.ones((4, 1), bool)),
-        ValueError,
-        r"mask has shape \(4, 1\)",
-    ),
-    "dloss shape": (
-        lambda: cross_entropy_backward(np.ones(4), cross_entropy_forward(X, T)[1]),
-        ValueError,
-        r"dloss has shape \(4,\), expected \(\)",
-    ),
-    "dloss dtype": (
-        lambda: cross_entropy_backward(np.float32(1), cross_entropy_forward(X, T)[1]),
-        TypeError,
-        "dloss has dtype float32",
-    ),
-}
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused(case):
-    call, error, message = REFUSED[case]
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: softmax_forward(X, mask=np.ones((4, 5))), TypeError, "softmax: mask has dtype float64, expected bool"),
+        (lambda: softmax_backward(np.zeros((4, 1)), softmax_forward(X)[1]), ValueError, r"dweights has shape \(4, 1\)"),
+        (lambda: cross_entropy_forward(X, T, mask=np.ones(4)), TypeError, r"mask has dtype float64, expected bool"),
+        (lambda: cross_entropy_forward(X, T, mask=np.ones((4, 1), bool)), ValueError, r"mask has shape \(4, 1\)"),
+        (lambda: cross_entropy_backward(np.float32(1), cross_entropy_forward(X, T)[1]), TypeError, "dloss has dtype float32"),
+    ],
+)
+def test_what_is_refused_beside_test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()

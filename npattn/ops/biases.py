@@ -26,31 +26,12 @@ from npattn.ops.checks import (
     check_array,
     check_dtype,
     check_integer,
-    check_other_dtype,
     computing_dtype,
-    converted,
-    kind,
+    integers,
 )
 from npattn.ops.heads import heads_first
-from npattn.ops.pairs import ALL, Bound, Index, Positions, integers, is_bias, is_bindable
-
-
-def bind_bias(op: str, bias: object, shape: Shape, dtype: np.dtype[Any], computing: np.dtype[Any]) -> Any:
-    """The bias, checked against scores of this shape (None stays None)."""
-    if bias is None:
-        return None
-    if isinstance(bias, np.ndarray):
-        return ArrayBound(op, check_other_dtype(op, "bias", bias, dtype, computing), shape)
-    if not is_bindable(bias) or hasattr(bias, "__invert__"):
-        raise TypeError(f"{op}: bias is {kind(bias)}, expected an array, Alibi or RelativeTable{converted('bias', bias)}")
-    given: Any = bias
-    if is_bias(given):
-        check_other_dtype(op, "bias", given.parameter, dtype, computing)
-    bound = given.bind(shape)
-    missing = [name for name in ("tile", "new_gradient", "add_gradient", "finish") if not hasattr(bound, name)]
-    if missing:
-        raise TypeError(f"{op}: bias.bind returns {kind(bound)} without {', '.join(missing)}, expected these four methods")
-    return bound
+from npattn.ops.pairs import ALL, Bound, Index
+from npattn.ops.tokens import Positions
 
 
 class ParameterBound(Bound):

@@ -12,55 +12,49 @@ once, with p_j = exp(s_j - lse) / total: total, the sum of exp(s_j - lse), is 1 
 it, so that p is as good as the dense weights. sum_j p_j dp_j is dout . out; that it is subtracted from dp is one more column of
 the product: [do, -off] [v, 1]^T = do v^T - off (both over total).
 
-(1) to (4), (6) and (7) are those of `npattn.ops.attention`. What sees NaN, inf or numbers that overflow is left to it: forwards
-a tile of queries, backwards all heads that read the same keys. docs/blockwise.md derives all of it. Milakov and
+(1) to (4), (6) and (7) are those of `npattn.ops.attention`. What sees NaN, inf or numbers that overflow is left to them:
+forwards a tile of queries, backwards all heads that read the same keys. docs/blockwise.md derives all of it. Milakov and
 Gimelshein 2018; Dao et al. 2022. Which blocks are computed: npattn/ops/tiles.py.
-
-Two disjoint sets of keys are merged by their lse alone: `merge`.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from npattn.ops.allowed import quiet, select, swap
-from npattn.ops.attention import (
+from npattn.ops import attention as dense
+from npattn.ops.allowed import quiet, select
+from npattn.ops.calls import (
     AttentionCache,
     AttentionGrads,
-    attention_backward,
-    attention_forward,
+    Call,
+    as_given,
     bind,
     check_cotangents,
+    grads_of,
+    lifted,
+    with_heads,
 )
-from npattn.ops.checks import Array, Dims, Shape, check_class, check_cotangent, check_dtype, check_other_dtype
-from npattn.ops.edge import own_keywords, without_cache
-from npattn.ops.pairs import Bound, Index, Pairs, slices
+from npattn.ops.checks import Array, Shape
+from npattn.ops.edge import own_keywords
+from npattn.ops.pairs import Pairs, Part
+from npattn.ops.products import Buffers, by_rows, dots, finite, finite_or_not, only, sum_rows, times, total_of, with_ones
 from npattn.ops.threads import Turns, share
-from npattn.ops.tiles import (
-    FEW_ROWS,
-    Block,
-    Heads,
-    Hidden,
-    bundles,
-    by_group,
-    each_index,
-    group_of,
-    pairs_of,
-    plan,
-    small,
-    tiles_of,
-    who_sees,
-    within,
-)
+from npattn.ops.tiles import SIZES, Heads, Plan, Sizes, in_parts, within
 
-FEW = 1 << 20  # scores at a time of what is left to `npattn.attention`
-MANY = 1 << 20  # numbers: the gradients of a bias that are summed up apart from each other
-LIGHT = 1 << 20  # numbers: what is done once a query or key is not worth threads for fewer
+
+class Kept(NamedTuple):
+    """What the forward keeps for the backward beside the call and lse, of a call with heads."""
+
+    out: Array  # (..., H, L, E) in the computing dtype
+    total: Array  # (..., H, L) sum of exp(scores - lse): 1 but for rounding, 0 without a key, NaN where not all is finite
+    sizes: Sizes
+
+
+# --- the public edge -----------------------------------------------------------------------------------------------------
 
 
 @own_keywords
@@ -75,50 +69,74 @@ def blockwise_forward(
     not lie by rows. Masks, biases and dropout masks are asked for their tiles, and tiles without an allowed pair are skipped.
     The result does not depend on the number of threads.
     """
-    c = bind("blockwise", q, k, v, mask, bias, scale, softcap, sink, dropout_mask, return_lse)
-    out, cache = attend_all(c, keep=True)
+    out, cache = forward(bind("blockwise", q, k, v, mask, bias, scale, softcap, sink, dropout_mask, return_lse))
     return (out, cache.lse) if return_lse else out, cache
 
 
-def attend_all(c: AttentionCache, keep: bool) -> tuple[Array, AttentionCache]:
+@quiet
+def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = None) -> AttentionGrads:
+    """`npattn.attention_backward` without an array of L x S elements, and independent of the number of threads.
+
+    dout : (..., H, L, E), as out; dlse : (..., H, L) in the computing dtype; both are ignored in rows whose lse is -inf.
+    Raises TypeError, ValueError, as the forward does.
+    """
+    check_cotangents("blockwise", cache, dout, dlse)
+    call = cache.call
+    return grads_of(call, *Backward(with_heads(call), cache.kept, *lifted(call, cache.lse, dout, dlse)).run())
+
+
+@own_keywords
+@quiet
+def blockwise(
+    q: Array, k: Array, v: Array, *, mask: Pairs = None, bias: Pairs = None, scale: float | None = None,
+    softcap: float | None = None, sink: Array | None = None, dropout_mask: Pairs = None, return_lse: bool = False,
+) -> Any:  # fmt: skip
+    """`blockwise_forward` without its cache, and without the copy of out that the backward needs (float16: in float32)."""
+    call = bind("blockwise", q, k, v, mask, bias, scale, softcap, sink, dropout_mask, return_lse)
+    out, cache = forward(call, keep=False)
+    return (out, cache.lse) if return_lse else out
+
+
+# --- forwards ------------------------------------------------------------------------------------------------------------
+
+
+def forward(call: Call, sizes: Sizes = SIZES, keep: bool = True) -> tuple[Array, AttentionCache]:
     """out, and the cache. keep : the backward is to follow, whatever the caller writes into out"""
-    given, c = c, c._replace(k=by_rows(c.k))
+    c = with_heads(call)
+    plan = Plan(c._replace(k=by_rows(c.k)), sizes)
     kept = np.empty((*c.q.shape[:-1], c.v.shape[-1]), c.computing)
     out = np.empty(kept.shape, c.q.dtype) if keep or c.q.dtype != c.computing else kept
     lse, total = (np.empty(c.q.shape[:-1], c.computing) for _ in range(2))
-    (of_rows, of_cols), plans = tiles_of(c), dict[Any, list[list[Block]]]()
 
-    def work(task: tuple[Heads, list[slice]], tiles: Tiles) -> None:
-        heads, parts = task
-        rows = slice(parts[0].start, parts[-1].stop)
-        if (key := (heads.pattern, rows.start)) not in plans:
-            plans[key] = plan(c, heads, parts, of_cols)
-        a, blocks = kept[heads.index][..., rows, :], list(itertools.chain(*plans[key]))
+    def work(task: tuple[int, Heads], buffers: Buffers) -> None:
+        i, heads = task
+        rows = plan.rows[i]
+        a = kept[heads.index][..., rows, :]
         lse[heads.index][..., rows], total[heads.index][..., rows] = (
-            attend(c, heads, rows, blocks, tiles, a, True)
-            or attend(c, heads, rows, blocks, tiles, a, False)
-            or attend_by_rows(c, heads, rows, a)
+            attend(plan, heads, i, buffers, a, True)
+            or attend(plan, heads, i, buffers, a, False)
+            or attend_by_rows(plan, heads, i, a)
         )
         if kept is not out:
             out[heads.index][..., rows, :] = a
 
-    tasks, buffers = [(heads, parts) for parts in reversed(of_rows) for heads in bundles(c)], partial(Tiles, c.computing)
-    share(work, tasks, buffers, most=1 if small(c) else None)
-    return out, given._replace(lse=lse, kept=Kept(kept, total))
+    tasks = itertools.product(reversed(range(len(plan.rows))), plan.heads)
+    share(work, tasks, partial(Buffers, c.computing), most=1 if plan.small else None, threads=sizes.threads)
+    out, lse = as_given(call, out, lse)
+    return out, AttentionCache(call, None, lse, Kept(kept, total, sizes))
 
 
-def attend(
-    c: AttentionCache, heads: Heads, rows: slice, blocks: list[Block], tiles: Tiles, a: Array, steady: bool
-) -> tuple[Array, Array] | None:
-    """lse and total of some queries of a head (or of small heads), and their out in a; None where a number is not finite.
+def attend(plan: Plan, heads: Heads, i: int, buffers: Buffers, a: Array, steady: bool) -> tuple[Array, Array] | None:
+    """lse and total of the queries of tile i of some heads, and their out in a; None where a number is not finite.
 
     steady : m stays 0, and None is returned where that loses digits, too
     """
+    c, rows, blocks = plan.call, plan.rows[i], list(itertools.chain(*plan.blocks(heads, i)))
     given = c.q[heads.index][..., rows, :].astype(c.computing, copy=False)
-    q = np.multiply(c.scale, given, out=tiles.take(0, *given.shape))
+    q = np.multiply(c.scale, given, out=buffers.take("q", *given.shape))
     if abs(c.scale) > 1:  # scale q may overflow where scale (q . k) is a number
         over = (np.isfinite(given) & ~np.isfinite(q)).any(-1)
-        if over.any() and (over & who_sees(c, heads, rows, blocks, tiles.hidden)).any():
+        if over.any() and (over & plan.who_sees(heads, i, buffers)).any():
             return None
     n, E = q.shape[:-2], c.v.shape[-1]
     k, v = c.k[heads.group], c.v[heads.group]
@@ -129,9 +147,9 @@ def attend(
     for block in blocks:
         at, cols = within(block.rows, rows), block.cols
         high, wide = at.stop - at.start, cols.stop - cols.start
-        pairs = pairs_of(c, heads, block, tiles.hidden)
+        pairs = plan.pairs_of(heads, block, buffers)
         k_j, v_j = (x[..., cols, :].astype(c.computing, copy=False) for x in (k, v))
-        s = dots(q[..., at, :], k_j, tiles.take(1, *n, high, wide))  # (1)
+        s = dots(q[..., at, :], k_j, buffers.take("scores", *n, high, wide))  # (1)
         if c.softcap is not None:
             s /= c.softcap
             np.tanh(s, out=s)
@@ -148,16 +166,16 @@ def attend(
             a[..., at, :] *= r[..., None]
             s -= shift[..., None]
         e = np.exp(s, out=s)
-        z[..., at] += e @ tiles.ones(wide)  # (5b)
+        z[..., at] += e @ buffers.ones(wide)  # (5b)
         if c.dropout is not None:
             e *= c.dropout.tile(heads.index, block.rows, cols)  # (6)
-        a[..., at, :] += times(e, only(pairs.seen, v_j), tiles.take(2, *n, high, E))  # (7), (5b)
+        a[..., at, :] += times(e, only(pairs.seen, v_j), buffers.take("e v", *n, high, E))  # (7), (5b)
         if steady and block is blocks[0] and not np.isfinite(z).all():
             return None  # as soon as that shows
     least = np.finfo(c.computing).eps if steady else 0.0  # below it, terms that are lost as subnormal numbers would count
     seen: Any = (z != alone) & (z.real >= least)
     if not seen.all():
-        seen = who_sees(c, heads, rows, blocks, tiles.hidden)
+        seen = plan.who_sees(heads, i, buffers)
     if not (np.isfinite(z).all() and np.isfinite(a).all() and (z.real >= least).all(where=seen)):
         return None
     a /= np.where(z == 0, 1, z)[..., None]  # (5c)
@@ -166,463 +184,216 @@ def attend(
     return lse, np.where(seen, total_of(z, finite(m), lse), 0)
 
 
-@quiet
-def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = None) -> AttentionGrads:
-    """`npattn.attention_backward` without an array of L x S elements, and independent of the number of threads.
-
-    dout : (..., H, L, E), as out; dlse : (..., H, L) in the computing dtype; both are ignored in rows whose lse is -inf.
-    Raises TypeError, ValueError, as the forward does.
-    """
-    check_cotangents("blockwise", cache, dout, dlse)
-    c = cache._replace(k=by_rows(cache.k))
-    of_rows, of_cols = tiles_of(c)
-    known = Known(
-        np.empty((*dout.shape[:-1], dout.shape[-1] + 1), c.computing), *(np.empty_like(c.kept.total) for _ in range(2))
-    )
-    dq, dk, dv = (np.zeros(x.shape, dtype) for x, dtype in ((c.q, c.computing), (c.k, c.k.dtype), (c.v, c.v.dtype)))
-    plans, turns, sound = dict[Any, list[list[list[Block]]]](), Turns(), set[int]()
-    dscales, dsinks = dict[int, Any](), dict[int, Array]()
-    dbias: Any = None if c.bias is None else c.bias.new_gradient()
-
-    def before(heads: Heads, tiles: Tiles) -> None:
-        if heads.pattern not in plans:
-            plans[heads.pattern] = [plan(c, heads, parts, of_cols) for parts in of_rows]
-        spans = [slice(parts[0].start, parts[-1].stop) for parts in of_rows]
-        if prepare(c, known, heads, spans, dout, dlse, tiles) and all_seen_are_finite(c, heads, plans[heads.pattern], tiles):
-            sound.add(heads.number)
-
-    def work(task: tuple[int, int, slice, list[Heads]], tiles: Tiles) -> None:
-        number, j, cols, group = task
-        differentiate(c, known, plans, turns, j, cols, group, tiles, dq, dk, dv, dbiases[number])
-
-    def after(heads: Heads, tiles: Tiles) -> None:
-        x, y = c.q[heads.index].astype(c.computing, copy=False), dq[heads.index]
-        dscale = np.einsum("...ld,...ld->...l", x, y).sum()  # (1): sum_ij dscores_ij q_i . k_j
-        dscales[heads.number] = dscale if np.isfinite(dscale) else (x * y).sum(where=y != 0)
-        y *= c.scale  # (1)
-        if c.sink is not None:
-            some = np.asarray(sink_of(c, heads) != -np.inf)  # a sink of -inf is none, also beside NaN
-            dsinks[heads.number] = -select(some, sink_weight(c, heads) * known.off[heads.index]).sum(-1)  # (5)
-
-    def left(group: list[Heads], tiles: Tiles) -> None:
-        found = differentiate_by_rows(c, group, dout, dlse, dq, dk, dv, dbias)
-        for heads, (dscale, dsink) in zip(group, found, strict=True):
-            dscales[heads.number], dsinks[heads.number] = dscale, dsink
-
-    groups = [list(same) for _, same in itertools.groupby(bundles(c), lambda heads: heads.group)]
-    buffers, most = partial(Tiles, c.computing), 1 if small(c) else None
-    light = 1 if max(c.q.size, c.k.size, c.v.size) < LIGHT else most
-    alone = 1 if dbias is not None else most
-    share(before, itertools.chain(*groups), buffers, None, light)
-    whole = [group for group in groups if all(heads.number in sound for heads in group)]
-    rest = [group for group in groups if not all(heads.number in sound for heads in group)]
-    spans = [(j, slice(x[0].start, x[-1].stop)) for j, x in enumerate(of_cols)]
-    tasks = [(number, *span, group) for number, (span, group) in enumerate(itertools.product(spans, whole))]
-    # Each task has a total of its own if that is not much; otherwise one thread adds to the same.
-    apart = isinstance(dbias, np.ndarray) and dbias.size * len(tasks) <= MANY
-    dbiases = [c.bias.new_gradient() if apart else dbias for _ in tasks]
-    share(work, tasks, buffers, turns, most if apart else alone)
-    share(after, itertools.chain(*whole), buffers, None, light)
-    share(left, rest, buffers, None, alone)
-
-    for part in dbiases if apart else ():
-        dbias += part
-    dsink: Any = None if c.sink is None else np.zeros(c.sink.shape, c.computing)
-    for heads in itertools.chain(*groups) if dsink is not None else ():
-        np.add.at(dsink, heads.names, dsinks[heads.number])
-    return AttentionGrads(
-        dq.astype(c.q.dtype, copy=False), dk, dv,
-        None if dbias is None else c.bias.finish(dbias),
-        None if c.sink is None else dsink.astype(c.sink.dtype, copy=False),
-        sum((dscales[number] for number in sorted(dscales)), c.computing.type(0)),
-    )  # fmt: skip
-
-
-def prepare(
-    c: AttentionCache, known: Known, heads: Heads, spans: list[slice], dout: Array, dlse: Array | None, tiles: Tiles
-) -> bool:  # fmt: skip
-    """What is known of each query; True if all of it is finite."""
-    index, E = heads.index, c.v.shape[-1]
-    do, off, total, lse = (x[index] for x in (dout, known.off, c.kept.total, c.lse))
-    alive, total = total != 0, select(total != 0, total, 1.0)
-    do = only(alive, do.astype(c.computing, copy=False))
-    np.einsum("...le,...le->...l", do, c.kept.out[index], out=off)  # (7), (5): sum_j p_j dp_j = dout . out
-    if dlse is not None:
-        off -= select(lse != -np.inf, dlse[index])  # what dp is less of in (5)
-    do1 = known.do1[index]
-    np.divide(do, total[..., None], out=do1[..., :E])
-    known.lse[index], do1[..., E] = select(lse != -np.inf, lse), -off / total
-    scaled = (scaled_queries(c, heads, rows, tiles) for rows in spans)
-    return all(bool(np.isfinite(x).all()) for x in itertools.chain((total, do1), scaled))
-
-
-def scaled_queries(c: AttentionCache, heads: Heads, rows: slice, tiles: Tiles) -> Array:
-    """scale q, as in the forward, and 0 in rows without a key."""
-    q = only(c.kept.total[heads.index][..., rows] != 0, c.q[heads.index][..., rows, :].astype(c.computing, copy=False))
-    result = tiles.take(10, *q.shape)
-    np.multiply(c.scale, q, out=result)
-    return result
-
-
-def finite_or_not(x: Array) -> Array | None:
-    """Which rows of x are finite. None: all."""
-    finite = np.isfinite(x)
-    return None if finite.all() else np.asarray(finite.all(-1))
-
-
-def all_seen_are_finite(c: AttentionCache, heads: Heads, rows: list[list[list[Block]]], tiles: Tiles) -> bool:
-    """Whether nobody sees a key or value that is not finite: its score may be -inf, or capped, and nothing else shows it."""
-    good = [some for some in (finite_or_not(x[heads.group]) for x in (c.k, c.v)) if some is not None]
-    if not good:
-        return True
-    bad = ~(good[0] & good[-1])
-    for block in itertools.chain(*(itertools.chain(*row) for row in rows)):
-        if bad[..., block.cols].any():
-            pairs = pairs_of(c, heads, block, tiles.hidden)
-            if (bad[..., block.cols] & (True if pairs.seen is None else pairs.seen)).any():
-                return False
-    return True
-
-
-def differentiate(
-    c: AttentionCache, known: Known, plans: dict[Any, list[list[list[Block]]]], turns: Turns, j: int, cols: slice,
-    group: list[Heads], tiles: Tiles, dq: Array, dk: Array, dv: Array, dbias: Any,
-) -> None:  # fmt: skip
-    """dk and dv of some keys of one group (or of small heads), and what these keys give to dq and dbias."""
-    D, E = c.k.shape[-1], c.v.shape[-1]
-    k = c.k[group[0].group][..., cols, :].astype(c.computing, copy=False)
-    finite_k, v = only(finite_or_not(k), k), with_ones(c.v[group[0].group][..., cols, :], tiles)
-    sum_k, sum_v = tiles.take(2, *k.shape[:-1], D), tiles.take(3, *v.shape[:-1], E)
-    sum_k[...], sum_v[...] = 0, 0
-    for heads, i in itertools.product(group, range(len(plans[group[0].pattern]))):
-        row, do = plans[heads.pattern][i], known.do1[heads.index]
-        earlier = sum(map(bool, row[:j]))
-        for block in row[j]:
-            rows, near = block.rows, within(block.cols, cols)
-            pairs = pairs_of(c, heads, block, tiles.hidden)
-            q_i, do_i, k_j, v_j = scaled_queries(c, heads, rows, tiles), do[..., rows, :], k[..., near, :], v[..., near, :]
-            n, high, wide = q_i.shape[:-2], rows.stop - rows.start, near.stop - near.start
-            s, dp = tiles.take(4, *n, high, wide), tiles.take(5, *n, high, wide)
-            dots(q_i, k_j, s)  # (1), of the same arrays as forwards: the last bit of a large score counts
-            if c.softcap is not None:
-                s /= c.softcap
-                t = np.tanh(s, out=tiles.take(6, *n, high, wide))
-                np.multiply(t, c.softcap, out=s)  # (2)
-            if pairs.bias is not None:
-                s += pairs.bias  # (3)
-            pairs.hide(s)  # (4)
-            s -= known.lse[heads.index][..., rows, None]
-            p = np.exp(s, out=s)  # (5), times total
-            if c.dropout is None:
-                dropped = p
-                dots(do_i, v_j, dp)  # (7): dp less its mean
-            else:
-                drop = c.dropout.tile(heads.index, rows, block.cols)
-                dropped = np.multiply(p, drop, out=tiles.take(7, *n, high, wide))  # (6)
-                dots(do_i[..., :E], v_j[..., :E], dp)  # (7)
-                dp *= drop  # (6)
-                dp += do_i[..., E:]
-            sum_v[..., near, :] += sum_rows(dropped, do_i[..., :E], tiles.take(8, *k.shape[:-2], wide, E))  # (7)
-            ds = np.multiply(p, dp, out=s)  # (5)
-            pairs.select(ds, dp)  # (4)
-            if dbias is not None:
-                c.bias.add_gradient(dbias, heads.index, rows, block.cols, ds)  # (3)
-            if c.softcap is not None:
-                np.square(t, out=t)
-                ds *= np.subtract(1, t, out=t)  # (2)
-                pairs.select(ds, t)
-            sum_k[..., near, :] += sum_rows(ds, q_i, tiles.take(8, *k.shape[:-2], wide, D))  # (1)
-            of_q = times(ds, finite_k[..., near, :], tiles.take(9, *n, high, D))  # (1)
-            turns.wait((heads.number, i), earlier)
-            dq[heads.index][..., rows, :] += of_q
-        if row[j]:
-            turns.next((heads.number, i))
-    dk[group[0].group][..., cols, :], dv[group[0].group][..., cols, :] = sum_k, sum_v
-
-
-# --- the small print: buffers, products, and what is left to `npattn.attention` ------------------------------------------
-
-
-class Kept(NamedTuple):
-    """What the forward keeps for the backward beside the inputs and lse."""
-
-    out: Array  # (..., H, L, E) in the computing dtype
-    total: Array  # (..., H, L) sum of exp(scores - lse): 1 but for rounding, 0 without a key, NaN where not all is finite
-
-
-class Known(NamedTuple):
-    """What the backward knows of each query. Rows without a key are 0."""
-
-    do1: Array  # (..., H, L, E + 1) [dout, -off] / total
-    off: Array  # (..., H, L) sum_j p_j dp_j - dlse
-    lse: Array  # (..., H, L), 0 where it is -inf
-
-
-class Tiles:
-    """The arrays that one thread computes in, allocated once."""
-
-    def __init__(self, dtype: np.dtype[Any]) -> None:
-        self.dtype, self.flat, self.one = dtype, dict[int, Array](), np.empty(0, dtype)
-        self.hidden: Hidden = {}
-
-    def take(self, number: int, *shape: int) -> Array:
-        flat, size = self.flat.get(number), math.prod(shape)
-        if flat is None or flat.size < size:
-            flat = self.flat[number] = np.empty(size, self.dtype)
-        return flat[:size].reshape(shape)
-
-    def ones(self, n: int) -> Array:
-        if self.one.size < n:
-            self.one = np.ones(n, self.dtype)
-        return self.one[:n]
-
-
-def by_rows(x: Array) -> Array:
-    """x, or a copy where BLAS cannot read it row by row: NumPy would make one for each product, or do without BLAS."""
-    row, one = x.strides[-2:]
-    fits = x.flags.aligned and one == x.itemsize and row % one == 0 and row >= x.shape[-1] * one
-    return x if fits else np.ascontiguousarray(x)
-
-
-def times(x: Array, y: Array, out: Array) -> Array:
-    """x @ y for x of each head, (..., H, n, m), and y of each group, (..., G, m, o): heads of a group are more rows."""
-    np.matmul(by_group(x, y), y, out=by_group(out, y))
-    return out
-
-
-def dots(x: Array, y: Array, out: Array) -> Array:
-    """x @ y^T, for y (..., G, o, m)."""
-    x, result = by_group(x, y), by_group(out, y)
-    if 1 < x.shape[-2] <= FEW_ROWS < y.shape[-2]:
-        result[...] = swap(np.matmul(y, swap(x)))  # BLAS would copy all of y to turn it, for few rows of x
-    else:
-        np.matmul(x, swap(y), out=result)
-    return out
-
-
-def sum_rows(x: Array, y: Array, out: Array) -> Array:
-    """x^T @ y summed over the heads of each group: (..., H, n, m) and (..., H, n, o) to (..., G, m, o)."""
-    return np.matmul(swap(by_group(x, out)), by_group(y, out), out=out)
-
-
-def only(some: Array | None, x: Array) -> Array:
-    """x, and 0 in its other rows, which may be NaN: nobody sees them, or they see nobody. None: all."""
-    return x if some is None or some.all() else select(some[..., None], x)
-
-
-def finite(m: Array) -> Array:
-    """The top score, and 0 in rows without one."""
-    return select(np.asarray(m != -np.inf), m)
-
-
-def total_of(z: Array, shift: Array, lse: Array) -> Array:
-    """The sum of exp(scores - lse): 1, but for the rounding of lse."""
-    wide = np.float64 if z.dtype == np.float32 else z.dtype
-    total: Array = z.astype(wide) * np.exp(shift.astype(wide) - lse.astype(wide))
-    return total.astype(z.dtype)
-
-
-def with_ones(x: Array, tiles: Tiles) -> Array:
-    """[x, 1], and 0 in rows of x that are not finite, which nobody sees."""
-    result = tiles.take(1, *x.shape[:-1], x.shape[-1] + 1)
-    result[..., :-1], result[..., -1] = only(finite_or_not(x), x), 1
-    return result
-
-
-def sink_of(c: AttentionCache, heads: Heads) -> Array:
+def sink_of(c: Call, heads: Heads) -> Array:
     """The sink of each of these heads, beside (..., L); -inf where there is none."""
     if c.sink is None:
         return np.asarray(-np.inf, c.computing)
     return np.asarray(c.sink.astype(c.computing, copy=False)[heads.names][..., None])
 
 
-def sink_weight(c: AttentionCache, heads: Heads) -> Array:
-    """p_sink = exp(sink - lse) / total; 0 where there is no sink."""
-    sink, lse, total = sink_of(c, heads), c.lse[heads.index], c.kept.total[heads.index]
-    return select(sink != -np.inf, np.exp(sink - select(lse != -np.inf, lse)) / select(total != 0, total, 1.0))
+# --- backwards -----------------------------------------------------------------------------------------------------------
 
 
-class Part(Bound):
-    """What is known of each pair, of some rows of one head alone."""
+class Backward:
+    """The gradients of one call with heads. What is known of a query is 0 where it has no key."""
 
-    def __init__(self, whole: Any, index: Shape, rows: slice, total: Any) -> None:
-        self.whole, self.index, self.rows, self.total = whole, index, rows, total
+    def __init__(self, c: Call, kept: Kept, lse: Array, dout: Array, dlse: Array | None) -> None:
+        self.c, self.kept, self.lse, self.dout, self.dlse = c._replace(k=by_rows(c.k)), kept, lse, dout, dlse
+        self.plan, self.turns = Plan(self.c, kept.sizes), Turns()
+        self.do1 = np.empty((*dout.shape[:-1], dout.shape[-1] + 1), c.computing)  # (..., H, L, E + 1) [dout, -off] / total
+        self.off = np.empty_like(kept.total)  # (..., H, L) sum_j p_j dp_j - dlse
+        self.shift = np.empty_like(kept.total)  # (..., H, L) lse
+        self.dq, self.dk, self.dv = (
+            np.zeros(x.shape, dtype) for x, dtype in ((c.q, c.computing), (c.k, c.k.dtype), (c.v, c.v.dtype))
+        )
+        self.dbias: Any = None if c.bias is None else c.bias.new_gradient()
+        self.dscales, self.dsinks = dict[int, Any](), dict[int, Array]()  # of each of the plan's heads
+        self.sound = set[int]()  # the heads that see finite numbers alone
 
-    def bind(self, shape: Shape) -> Part:
-        self.shape = shape
-        return self
+    def run(self) -> tuple[Array, Array, Array, Any, Any, Any]:
+        """dq, dk, dv, dbias, dsink and dscale."""
+        c, plan, sizes, dbias = self.c, self.plan, self.kept.sizes, self.dbias
+        on = partial(share, buffers=partial(Buffers, c.computing), threads=sizes.threads)
+        most = 1 if plan.small else None
+        light = 1 if max(c.q.size, c.k.size, c.v.size) < sizes.light else most
+        alone = 1 if dbias is not None else most
+        on(self.prepare, plan.heads, most=light)
+        groups = [list(same) for _, same in itertools.groupby(plan.heads, lambda heads: heads.group)]
+        whole = [group for group in groups if all(heads.number in self.sound for heads in group)]
+        rest = [group for group in groups if not all(heads.number in self.sound for heads in group)]
+        tasks = list(itertools.product(range(len(plan.cols)), whole))
+        # Each task has a total of its own if that is not much; otherwise one thread adds to the same.
+        apart = isinstance(dbias, np.ndarray) and dbias.size * len(tasks) <= sizes.apart
+        totals = [c.bias.new_gradient() if apart else dbias for _ in tasks]
+        on(self.differentiate, zip(tasks, totals, strict=True), turns=self.turns, most=most if apart else alone)
+        on(self.finish, itertools.chain(*whole), most=light)
+        on(self.by_rows, rest, most=alone)
 
-    def _of_whole(self, rows: slice, cols: slice) -> tuple[Shape, slice, slice]:
-        start, stop, _ = rows.indices(self.shape[-2])
-        return self.index, slice(self.rows.start + start, self.rows.start + stop), slice(*cols.indices(self.shape[-1])[:2])
+        for total in totals if apart else ():
+            dbias += total
+        dsink: Any = None if c.sink is None else np.zeros(c.sink.shape, c.computing)
+        for heads in plan.heads if dsink is not None else ():
+            np.add.at(dsink, heads.names, self.dsinks[heads.number])
+        dscale = sum((self.dscales[number] for number in sorted(self.dscales)), c.computing.type(0))
+        return self.dq, self.dk, self.dv, dbias, dsink, dscale
 
-    def tile(self, index: Index, rows: slice, cols: slice) -> Array:
-        result: Array = self.whole.tile(*self._of_whole(rows, cols))
+    def prepare(self, heads: Heads, buffers: Buffers) -> None:
+        """What is known of each query, and whether all of it is finite."""
+        index, E = heads.index, self.c.v.shape[-1]
+        do, off, total, lse = (x[index] for x in (self.dout, self.off, self.kept.total, self.lse))
+        alive, total = total != 0, select(total != 0, total, 1.0)
+        do = only(alive, do.astype(self.c.computing, copy=False))
+        np.einsum("...le,...le->...l", do, self.kept.out[index], out=off)  # (7), (5): sum_j p_j dp_j = dout . out
+        if self.dlse is not None:
+            off -= select(lse != -np.inf, self.dlse[index])  # what dp is less of in (5)
+        do1 = self.do1[index]
+        np.divide(do, total[..., None], out=do1[..., :E])
+        self.shift[index], do1[..., E] = select(lse != -np.inf, lse), -off / total
+        scaled = (self.scaled_queries(heads, rows, buffers) for rows in self.plan.rows)
+        finite = all(np.isfinite(x).all() for x in itertools.chain((total, do1), scaled))
+        if finite and all_seen_are_finite(self.plan, heads, buffers):
+            self.sound.add(heads.number)
+
+    def scaled_queries(self, heads: Heads, rows: slice, buffers: Buffers) -> Array:
+        """scale q, as in the forward, and 0 in rows without a key."""
+        alive = self.kept.total[heads.index][..., rows] != 0
+        q = only(alive, self.c.q[heads.index][..., rows, :].astype(self.c.computing, copy=False))
+        result = buffers.take("q", *q.shape)
+        np.multiply(self.c.scale, q, out=result)
         return result
 
-    def new_gradient(self) -> Any:
-        return self.total  # what all parts add to
+    def differentiate(self, task: tuple[tuple[int, list[Heads]], Any], buffers: Buffers) -> None:
+        """dk and dv of a tile of keys of one group (or of small heads), and what these keys give to dq and dbias."""
+        ((j, group), dbias), c, plan, turns = task, self.c, self.plan, self.turns
+        cols, (D, E) = plan.cols[j], (c.k.shape[-1], c.v.shape[-1])
+        k = c.k[group[0].group][..., cols, :].astype(c.computing, copy=False)
+        finite_k, v = only(finite_or_not(k), k), with_ones(c.v[group[0].group][..., cols, :], buffers)
+        sum_k, sum_v = buffers.take("dk", *k.shape[:-1], D), buffers.take("dv", *v.shape[:-1], E)
+        sum_k[...], sum_v[...] = 0, 0
+        for heads, i in itertools.product(group, range(len(plan.rows))):
+            row, do = plan.blocks(heads, i), self.do1[heads.index]
+            earlier = sum(map(bool, row[:j]))
+            for block in row[j]:
+                rows, near = block.rows, within(block.cols, cols)
+                pairs = plan.pairs_of(heads, block, buffers)
+                q_i, do_i = self.scaled_queries(heads, rows, buffers), do[..., rows, :]
+                k_j, v_j = k[..., near, :], v[..., near, :]
+                n, high, wide = q_i.shape[:-2], rows.stop - rows.start, near.stop - near.start
+                s, dp = buffers.take("scores", *n, high, wide), buffers.take("dp", *n, high, wide)
+                dots(q_i, k_j, s)  # (1), of the same arrays as forwards: the last bit of a large score counts
+                if c.softcap is not None:
+                    s /= c.softcap
+                    t = np.tanh(s, out=buffers.take("tanh", *n, high, wide))
+                    np.multiply(t, c.softcap, out=s)  # (2)
+                if pairs.bias is not None:
+                    s += pairs.bias  # (3)
+                pairs.hide(s)  # (4)
+                s -= self.shift[heads.index][..., rows, None]
+                p = np.exp(s, out=s)  # (5), times total
+                if c.dropout is None:
+                    dropped = p
+                    dots(do_i, v_j, dp)  # (7): dp less its mean
+                else:
+                    drop = c.dropout.tile(heads.index, rows, block.cols)
+                    dropped = np.multiply(p, drop, out=buffers.take("dropped", *n, high, wide))  # (6)
+                    dots(do_i[..., :E], v_j[..., :E], dp)  # (7)
+                    dp *= drop  # (6)
+                    dp += do_i[..., E:]
+                more = buffers.take("more", *k.shape[:-2], wide, E)
+                sum_v[..., near, :] += sum_rows(dropped, do_i[..., :E], more)  # (7)
+                ds = np.multiply(p, dp, out=s)  # (5)
+                pairs.select(ds, dp)  # (4)
+                if dbias is not None:
+                    c.bias.add_gradient(dbias, heads.index, rows, block.cols, ds)  # (3)
+                if c.softcap is not None:
+                    np.square(t, out=t)
+                    ds *= np.subtract(1, t, out=t)  # (2)
+                    pairs.select(ds, t)
+                sum_k[..., near, :] += sum_rows(ds, q_i, buffers.take("more", *k.shape[:-2], wide, D))  # (1)
+                of_q = times(ds, finite_k[..., near, :], buffers.take("dq", *n, high, D))  # (1)
+                turns.wait((heads.number, i), earlier)
+                self.dq[heads.index][..., rows, :] += of_q
+            if row[j]:
+                turns.next((heads.number, i))
+        self.dk[group[0].group][..., cols, :], self.dv[group[0].group][..., cols, :] = sum_k, sum_v
 
-    def add_gradient(self, total: Any, index: Index, rows: slice, cols: slice, dscores: Array) -> None:
-        self.whole.add_gradient(total, *self._of_whole(rows, cols), dscores)
+    def finish(self, heads: Heads, buffers: Buffers) -> None:
+        """What is done once a query, when the sums over its keys are there."""
+        x, y = self.c.q[heads.index].astype(self.c.computing, copy=False), self.dq[heads.index]
+        dscale = np.einsum("...ld,...ld->...l", x, y).sum()  # (1): sum_ij dscores_ij q_i . k_j
+        self.dscales[heads.number] = dscale if np.isfinite(dscale) else (x * y).sum(where=y != 0)
+        y *= self.c.scale  # (1)
+        if self.c.sink is not None:
+            sink, total = sink_of(self.c, heads), self.kept.total[heads.index]
+            some = np.asarray(sink != -np.inf)  # a sink of -inf is none, also beside NaN
+            p_sink = select(some, np.exp(sink - self.shift[heads.index]) / select(total != 0, total, 1.0))
+            self.dsinks[heads.number] = -select(some, p_sink * self.off[heads.index]).sum(-1)  # (5)
 
-    def finish(self, total: Any) -> Any:
-        return total
+    def by_rows(self, group: list[Heads], buffers: Buffers) -> None:
+        """Heads that read the same keys, by the equations of `npattn.ops.attention`, a few queries at a time."""
+        c, plan = self.c, self.plan
+        places = {plan.group_of(index) for heads in group for index in plan.each_index(heads)}
+        sums = {place: tuple(np.zeros(x[place].shape, c.computing) for x in (self.dk, self.dv)) for place in places}
+        for heads in group:
+            dscale, dsinks = c.computing.type(0), np.zeros(np.shape(heads.names), c.computing)
+            for index, own in zip(plan.each_index(heads), np.ndindex(dsinks.shape), strict=True):
+                sum_k, sum_v = sums[plan.group_of(index)]
+                for rows in some_rows(plan, slice(0, plan.L)):
+                    part = dense_rows(plan, index, rows)
+                    _, weights, lse = dense.forward(part)
+                    do = self.dout[index][rows][None].astype(c.computing, copy=False)
+                    dl = None if self.dlse is None else self.dlse[index][rows][None]
+                    dq, dk, dv, dsink, more = dense.backward(part, weights, lse, do, dl, self.dbias)
+                    self.dq[index][rows] = dq[0]
+                    sum_k += dk[0]
+                    sum_v += dv[0]
+                    dscale += more
+                    dsinks[own] += 0 if dsink is None else dsink[0]
+            self.dscales[heads.number], self.dsinks[heads.number] = dscale, dsinks
+        for place, (sum_k, sum_v) in sums.items():
+            self.dk[place], self.dv[place] = sum_k, sum_v
 
 
-def dense_rows(
-    c: AttentionCache, index: Shape, rows: slice, dbias: Any = None
-) -> tuple[tuple[Array, Array], AttentionCache]:
-    """`npattn.attention_forward` of some queries of one head: out, lse, and its cache."""
-    group, head = group_of(c, index), index[-1] if index else 0
-    q, k, v = (x.astype(c.computing, copy=False) for x in (c.q[index][rows], c.k[group], c.v[group]))
-    parts = {
-        name: None if whole is None else Part(whole, index, rows, dbias)
-        for name, whole in (("mask", c.mask), ("bias", c.bias), ("dropout_mask", c.dropout))
-    }
-    sink = None if c.sink is None else c.sink[head : head + 1].astype(c.computing, copy=False)
-    found: tuple[tuple[Array, Array], AttentionCache] = attention_forward(
-        q, k, v, scale=c.scale, softcap=c.softcap, sink=sink, return_lse=True, **parts
-    )
-    return found
+def all_seen_are_finite(plan: Plan, heads: Heads, buffers: Buffers) -> bool:
+    """Whether nobody sees a key or value that is not finite: its score may be -inf, or capped, and nothing else shows it."""
+    good = [some for some in (finite_or_not(x[heads.group]) for x in (plan.call.k, plan.call.v)) if some is not None]
+    if not good:
+        return True
+    bad = ~(good[0] & good[-1])
+    for block in itertools.chain(*(itertools.chain(*plan.blocks(heads, i)) for i in range(len(plan.rows)))):
+        if bad[..., block.cols].any():
+            pairs = plan.pairs_of(heads, block, buffers)
+            if (bad[..., block.cols] & (True if pairs.seen is None else pairs.seen)).any():
+                return False
+    return True
 
 
-def attend_by_rows(c: AttentionCache, heads: Heads, rows: slice, a: Array) -> tuple[Array, Array]:
-    """lse, and out in a, as `npattn.attention` has them. Their total is NaN: the backward is left to it, too."""
-    lse = np.empty(a.shape[:-1], c.computing)
-    for index, own in zip(each_index(c, heads), np.ndindex(a.shape[:-2]), strict=True):
-        for few in some_rows(c, rows):
-            at = within(few, rows)
-            (a[own][at], lse[own][at]), _ = dense_rows(c, index, few)
+# --- what is left to the equations of `npattn.ops.attention` --------------------------------------------------------------
+
+
+def attend_by_rows(plan: Plan, heads: Heads, i: int, a: Array) -> tuple[Array, Array]:
+    """lse, and out in a, of the queries of tile i. Their total is NaN: the backward is left to those equations, too."""
+    lse = np.empty(a.shape[:-1], plan.call.computing)
+    for index, own in zip(plan.each_index(heads), np.ndindex(a.shape[:-2]), strict=True):
+        for few in some_rows(plan, plan.rows[i]):
+            at = within(few, plan.rows[i])
+            out, _, of_rows = dense.forward(dense_rows(plan, index, few))
+            a[own][at], lse[own][at] = out[0], of_rows[0]
     return lse, np.full(lse.shape, np.nan, lse.dtype)
 
 
-def some_rows(c: AttentionCache, rows: slice) -> list[slice]:
-    few = max(FEW // max(c.k.shape[-2], 1), 1)
-    return [slice(rows.start + x.start, rows.start + x.stop) for x in slices(rows.stop - rows.start, few)]
+def some_rows(plan: Plan, rows: slice) -> list[slice]:
+    few = max(plan.sizes.dense // max(plan.S, 1), 1)
+    return [slice(rows.start + x.start, rows.start + x.stop) for x in in_parts(rows.stop - rows.start, few)]
 
 
-def differentiate_by_rows(
-    c: AttentionCache, group: list[Heads], dout: Array, dlse: Array | None, dq: Array, dk: Array, dv: Array, dbias: Any
-) -> list[tuple[Any, Array]]:
-    """Heads that read the same keys, by `npattn.attention_backward`. Returns for each the part of dscale, and of dsink."""
-    sums = {place: (np.zeros(dk[place].shape, c.computing), np.zeros(dv[place].shape, c.computing))
-            for place in {group_of(c, index) for heads in group for index in each_index(c, heads)}}  # fmt: skip
-    found = []
-    for heads in group:
-        dscale, dsink = c.computing.type(0), np.zeros(np.shape(heads.names), c.computing)
-        for index, own in zip(each_index(c, heads), np.ndindex(dsink.shape), strict=True):
-            sum_k, sum_v = sums[group_of(c, index)]
-            for rows in some_rows(c, slice(0, c.q.shape[-2])):
-                _, cache = dense_rows(c, index, rows, dbias)
-                do, dl = dout[index][rows].astype(c.computing, copy=False), None if dlse is None else dlse[index][rows]
-                g: Any = attention_backward(do, cache, dl)
-                dq[index][rows] = g.q
-                sum_k += g.k
-                sum_v += g.v
-                dscale += g.scale
-                dsink[own] += 0 if g.sink is None else g.sink[0]
-        found.append((dscale, dsink))
-    for place, (sum_k, sum_v) in sums.items():
-        dk[place], dv[place] = sum_k, sum_v
-    return found
+def dense_rows(plan: Plan, index: Shape, rows: slice) -> Call:
+    """The call of some queries of one head alone."""
+    c, group = plan.call, plan.group_of(index)
+    q, k, v = (x.astype(c.computing, copy=False)[None] for x in (c.q[index][rows], c.k[group], c.v[group]))
+    mask, bias, dropout = (None if x is None else Part(x, index, rows, plan.S) for x in (c.mask, c.bias, c.dropout))
+    sink = None if c.sink is None else c.sink[index[-1] :][:1].astype(c.computing, copy=False)
+    return Call(q, k, v, mask, bias, c.scale, c.softcap, sink, dropout, c.computing)
 
 
-@own_keywords
-@quiet
-def blockwise(
-    q: Array, k: Array, v: Array, *, mask: Pairs = None, bias: Pairs = None, scale: float | None = None,
-    softcap: float | None = None, sink: Array | None = None, dropout_mask: Pairs = None, return_lse: bool = False,
-) -> Any:  # fmt: skip
-    """`blockwise_forward` without its cache, and without the copy of out that the backward needs (float16: in float32)."""
-    c = bind("blockwise", q, k, v, mask, bias, scale, softcap, sink, dropout_mask, return_lse)
-    out, cache = attend_all(c, keep=False)
-    return (out, cache.lse) if return_lse else out
-
-
-class MergeCache(NamedTuple):
-    """What `merge_backward` needs."""
-
-    out_a: Array  # (..., L, E), 0 where that part has no key; likewise out_b
-    out_b: Array
-    weight_a: Array  # (..., L, 1) share of that part in the sum of exp; 0 where it has no key
-    weight_b: Array
-    lse: Array  # (..., L)
-    dtype: np.dtype[Any]
-
-
-class MergeGrads(NamedTuple):
-    """The gradients of `merge`."""
-
-    out_a: Array
-    lse_a: Array
-    out_b: Array
-    lse_b: Array
-
-
-@own_keywords
-@quiet
-def merge_forward(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[tuple[Array, Array], MergeCache]:
-    """Attention over two disjoint sets of keys from that over each.
-
-        lse = log(exp(lse_a) + exp(lse_b))                                                          (1)
-        w_a = exp(lse_a - lse),  w_b = exp(lse_b - lse)                                             (2)
-        out = w_a out_a + w_b out_b                                                                 (3)
-
-    out_a, out_b : (..., L, E)   lse_a, lse_b : (..., L) in nats, in the computing dtype; -inf = no key, and then what stands
-    in that part's out is ignored. At most one part carries the sink: it would be counted twice.
-    Returns (out, lse), and the cache. Raises TypeError, ValueError.
-    """
-    op, dims = "merge", Dims("merge")
-    computing = check_dtype(op, out_a=out_a, out_b=out_b)
-    for out_name, out, lse_name, lse in (("out_a", out_a, "lse_a", lse_a), ("out_b", out_b, "lse_b", lse_b)):
-        dims.fit(out_name, out, "... L E")
-        dims.fit(lse_name, check_other_dtype(op, lse_name, lse, computing, computing), "... L")
-    top = np.maximum(lse_a.real, lse_b.real)
-    top = select(top != -np.inf, top)
-    e_a, e_b = np.exp(lse_a - top), np.exp(lse_b - top)
-    total = e_a + e_b
-    lse = top + np.log(total)  # (1)
-    w_a, w_b = ((e / select(total != 0, total, 1.0))[..., None] for e in (e_a, e_b))  # (2)
-    a, b = (
-        select(part[..., None] != -np.inf, out.astype(computing, copy=False))
-        for part, out in ((lse_a, out_a), (lse_b, out_b))
-    )
-    out = (w_a * a + w_b * b).astype(out_a.dtype, copy=False)  # (3)
-    return (out, lse), MergeCache(a, b, w_a, w_b, lse, out_a.dtype)
-
-
-@quiet
-def merge_backward(dout: Array, cache: MergeCache, dlse: Array | None = None) -> MergeGrads:
-    """The gradients of sum(dout * out) + sum(dlse * lse), both ignored in rows whose lse is -inf. (2) is a softmax of two.
-
-    dout : (..., L, E), as out; dlse : (..., L) in the computing dtype. Raises TypeError, ValueError.
-    """
-    check_class("merge", "cache", cache, MergeCache, ", from merge_forward")
-    c, computing = cache, cache.lse.dtype
-    alive = c.lse[..., None] != -np.inf
-    dout = select(alive, check_cotangent("merge", "dout", dout, c.out_a.shape, c.dtype, computing))
-    dl: Any = 0.0
-    if dlse is not None:
-        dl = select(alive, check_cotangent("merge", "dlse", dlse, c.lse.shape, computing, computing)[..., None])
-    dw_a, dw_b = ((dout * x).sum(-1, keepdims=True) for x in (c.out_a, c.out_b))  # (3)
-    mean = c.weight_a * dw_a + c.weight_b * dw_b
-    dlse_a, dlse_b = (
-        select(w != 0, w * (dw - mean + dl))[..., 0] for w, dw in ((c.weight_a, dw_a), (c.weight_b, dw_b))
-    )  # (2), (1)
-    dout_a, dout_b = (select(w != 0, w * dout).astype(c.dtype, copy=False) for w in (c.weight_a, c.weight_b))  # (3)
-    return MergeGrads(dout_a, dlse_a, dout_b, dlse_b)
-
-
-merge = without_cache(merge_forward)
-
-__all__ = [
-    "MergeCache",
-    "MergeGrads",
-    "blockwise",
-    "blockwise_backward",
-    "blockwise_forward",
-    "merge",
-    "merge_backward",
-    "merge_forward",
-]
+__all__ = ["blockwise", "blockwise_backward", "blockwise_forward"]

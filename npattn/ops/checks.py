@@ -19,6 +19,7 @@ Array: TypeAlias = NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
 
 _COMPUTED_AS_THEY_ARE = tuple(map(np.dtype, (np.float32, np.float64, np.longdouble, np.complex128, np.clongdouble)))
+FAR = 1 << 61  # integers stay below this, so that differences of two fit into int64
 _DTYPES = "float16, bfloat16, float32, float64, longdouble, complex128 or clongdouble"
 
 
@@ -156,6 +157,18 @@ def check_integer(op: str, name: str, x: object, *, least: int) -> int:
     if x < least:
         raise ValueError(f"{op}: {name} is {x}, expected an integer of at least {least}")
     return int(x)
+
+
+def integers(op: str, name: str, x: object) -> Array:
+    """A copy as int64."""
+    a = as_array(op, name, x, "integers")
+    if a.size == 0 and not isinstance(x, np.ndarray):
+        a = a.astype(np.int64)  # an empty list has no dtype of its own
+    if a.dtype.kind not in "iu":
+        raise TypeError(f"{op}: {name} has dtype {a.dtype}, expected integers")
+    if a.size and not (int(a.min()) > -FAR and int(a.max()) < FAR):
+        raise ValueError(f"{op}: {name} reaches from {a.min()} to {a.max()}, expected values below 2**61 in size")
+    return np.array(a, dtype=np.int64)
 
 
 def check_one_of(op: str, name: str, x: object, choices: Iterable[object]) -> None:

@@ -15,11 +15,10 @@ def each_head(x: Array, heads: int, computing: np.dtype[Any]) -> Array:
     return x if x.ndim == 2 or x.shape[-3] == heads else np.repeat(x, heads // x.shape[-3], axis=-3)
 
 
-def group_sum(dx: Array, like: Array) -> Array:
+def group_sum(dx: Array, groups: int) -> Array:
     """(..., H, S, D) -> (..., G, S, D): every head that read a group gives to its gradient."""
-    if dx.shape != like.shape:
-        dx = dx.reshape(*like.shape[:-2], dx.shape[-3] // like.shape[-3], *like.shape[-2:]).sum(-3)
-    return dx.astype(like.dtype, copy=False)
+    *lead, heads, n, width = dx.shape
+    return dx if heads == groups else dx.reshape(*lead, groups, heads // groups, n, width).sum(-3)
 
 
 def heads_first(x: Array, shape: Shape) -> Array:
@@ -27,7 +26,7 @@ def heads_first(x: Array, shape: Shape) -> Array:
     return x.reshape((*shape[-3:-2], 1, 1))
 
 
-def head_sum(x: Array, heads: int) -> Array:
-    """(..., H, L, S) or (L, S) -> (H,), summed over everything else."""
+def head_sum(x: Array) -> Array:
+    """(..., H, L, S) -> (H,), summed over everything else."""
     total: Array = x.sum(tuple(a for a in range(x.ndim) if a != x.ndim - 3))
-    return total.reshape(heads)
+    return total

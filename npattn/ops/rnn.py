@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npattn.ops.allowed import quiet, select, swap, weight_gradient
-from npattn.ops.checks import Array, Dims, check_class, check_cotangent, check_dtype, check_one_of, check_other_dtype
+from npattn.ops.checks import Array, Dims, check_class, check_cotangent, check_dtype, check_one_of, check_other_dtype, integers
 from npattn.ops.edge import own_keywords, without_cache
-from npattn.ops.pairs import integers
 
 
 class RNNParams(NamedTuple):

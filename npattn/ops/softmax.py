@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npattn.ops.allowed import quiet, select
+from npattn.ops.calls import bind_mask
 from npattn.ops.checks import Array, Dims, check_array, check_class, check_cotangent, check_dtype, check_one_of
 from npattn.ops.edge import own_keywords, without_cache
-from npattn.ops.masks import bind_mask
 
 
 def normalize(scores: Array, allowed: Array | None = None, sink: Array | None = None) -> tuple[Array, Array]:
@@ -35,6 +35,21 @@ def normalize(scores: Array, allowed: Array | None = None, sink: Array | None = 
     if sink is not None:
         lse = np.where(some, lse, sink)  # to the last bit; log would take a complex sink back to |Im| <= pi
     return select(allowed, e), lse[..., 0]
+
+
+def normalize_backward(weights: Array, dweights: Array, dlse: Any = None) -> tuple[Array, Array]:
+    """The gradient of the scores, and the mean of dweights under the weights, often called Delta. dlse : (..., 1)
+
+        ds_j = p_j (dp_j - sum_l p_l dp_l + dlse)
+
+    The mean is what is left of the Jacobian diag(p) - p p^T; d lse / d s_j = p_j. docs/attention-backward.md derives it.
+    """
+    dscores = weights * dweights
+    mean = dscores.sum(-1, keepdims=True)
+    np.subtract(dweights, mean, out=dscores)
+    if dlse is not None:
+        dscores += dlse
+    return np.multiply(weights, dscores, out=dscores), mean
 
 
 def _scores(op: str, name: str, scores: object, mask: object) -> tuple[Array, Array | None]:
@@ -83,17 +98,13 @@ def softmax_forward(scores: Array, *, mask: Any = None) -> tuple[Array, SoftmaxC
 
 @quiet
 def softmax_backward(dweights: Array, cache: SoftmaxCache) -> SoftmaxGrads:
-    """ds_j = p_j (dp_j - sum_l p_l dp_l): dp_j less its mean under p. It is what is left of the Jacobian diag(p) - p p^T.
+    """ds_j = p_j (dp_j - sum_l p_l dp_l): dp_j less its mean under p, see `normalize_backward`.
 
     dweights : (..., S), as the weights. Returns the gradient of the scores, (..., S). Raises TypeError, ValueError.
     """
     check_class("softmax", "cache", cache, SoftmaxCache, ", from softmax_forward")
     dp = check_cotangent("softmax", "dweights", dweights, cache.weights.shape, cache.dtype, cache.weights.dtype)
-    dp = select(cache.allowed, dp)
-    dscores = cache.weights * dp
-    mean = dscores.sum(-1, keepdims=True)
-    np.subtract(dp, mean, out=dscores)
-    dscores *= cache.weights
+    dscores, _ = normalize_backward(cache.weights, select(cache.allowed, dp))
     return SoftmaxGrads(select(cache.allowed, dscores).astype(cache.dtype, copy=False))  # (1)
 
 

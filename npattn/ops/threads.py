@@ -1,8 +1,11 @@
-"""Threads of our own, each with a BLAS of one thread.
+"""Whole tiles on threads of our own, each with a BLAS of one thread.
 
 A product of two tiles is too small to be worth sharing; whole tiles are not. So each of our threads takes one task after the
 other, and BLAS is kept from starting threads as well. That needs threadpoolctl (the extra npattn[fast]): without it there is
 one thread of ours, and BLAS has its own.
+
+What concurrent.futures does not have: the calling thread takes part; an interrupt or an error in one thread ends all of them,
+those that wait, too, before BLAS gets its threads back; and sums that several threads add to have one order (`Turns`).
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,11 +57,14 @@ class _Blas:
     def limit(self, threads: list[int]) -> None:
         """So many threads for each library.
 
-        For OpenBLAS threadpoolctl 3.8 lets one thread of a process set them, and what others call does nothing. But any thread
-        may call us, and another one be the last: so it is gone around, and whoever is in charge stays so.
+        Since threadpoolctl 3.8 the thread that first sets OpenBLAS's number is in charge of it: what others set is ignored
+        while that one lives. But any thread may call us, and another one be the last. So nobody stays in charge.
         """
         for x, n in zip(self.libraries or (), threads, strict=True):
-            getattr(x, "_real_set_num_threads", x.set_num_threads)(n)
+            free = getattr(x, "clear_controlling_thread", lambda force: None)
+            free(force=True)
+            x.set_num_threads(n)
+            free(force=True)
 
 
 def libraries() -> list[Any]:
@@ -87,9 +94,9 @@ if hasattr(os, "register_at_fork"):
 
 def share(
     work: Callable[[Any, Any], None], tasks: Iterable[Any], buffers: Callable[[], Any], turns: Turns | None = None,
-    most: int | None = None,
+    most: int | None = None, threads: int | None = None,
 ) -> None:  # fmt: skip
-    """work(task, buffers) for all tasks, on as many threads as BLAS has, or ``most``; each has buffers of its own.
+    """work(task, buffers) for all tasks, on as many threads as BLAS has (or ``threads``), but ``most``; each has own buffers.
 
     Tasks are begun in their order. An exception ends all threads, those that wait for their turn, too, and is raised.
     """
@@ -114,37 +121,22 @@ def share(
         if turns is not None:
             turns.stop()
 
-    def assist(running: threading.Lock) -> None:
-        try:
-            BLAS.own()
+    with BLAS.alone() as of_blas:
+        others = min(threads or of_blas, most or len(tasks), len(tasks)) - 1
+        if others < 1:
             run()
-        finally:
-            running.release()
-
-    with BLAS.alone() as threads:
-        helpers = list[tuple[threading.Thread, threading.Lock]]()
-        try:  # this thread is one of them: to start another takes 0.1 ms
-            for _ in range(min(threads, most or threads, len(tasks)) - 1):
-                running = threading.Lock()
-                running.acquire()
-                helpers.append((threading.Thread(target=assist, args=(running,)), running))
-                helpers[-1][0].start()
-            run()
-            wait_for(helpers)
-        except BaseException as error:  # an interrupt outside run, or a thread that cannot be started
-            fail(error)
-            wait_for(helpers)
+        else:
+            with ThreadPoolExecutor(others, initializer=BLAS.own) as pool:
+                helpers = list[Future[None]]()
+                try:  # this thread is one of them: to start another takes 0.1 ms
+                    helpers.extend(pool.submit(run) for _ in range(others))
+                    run()
+                    wait(helpers)
+                except BaseException as error:  # an interrupt outside run, or a thread that cannot be started
+                    fail(error)
+                    wait(helpers)  # the pool joins its threads: a second interrupt would take one that runs for ended
     if failed:
         raise failed[0]
-
-
-def wait_for(helpers: list[tuple[threading.Thread, threading.Lock]]) -> None:
-    """Until all have ended. An interrupted join would take one that runs for one that has ended (Python 3.11)."""
-    for thread, running in helpers:
-        if thread.ident is not None:  # else it was not started
-            with running:
-                pass
-            thread.join()
 
 
 class Turns:

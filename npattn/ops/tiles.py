@@ -1,8 +1,8 @@
-"""Which pairs of queries and keys `npattn.blockwise` computes, in which blocks, and what it knows of them.
+"""What `npattn.blockwise` computes, in which pieces, and what it knows of the pairs in them.
 
-Heads that have little to compute are taken together (`bundles`). Queries and keys are cut into tiles, and tiles into parts
-(`tiles_of`); the mask says which parts are empty, full, or neither, and `plan` makes blocks of those that are not empty.
-`pairs_of` asks for what a block has besides q and k.
+Heads that have little to compute are taken together (`Plan.heads`). Queries and keys are cut into tiles, and tiles into parts
+(`Plan.rows`, `Plan.cols`); the mask says which parts are empty, full, or neither, and `Plan.blocks` makes blocks of those that
+are not empty. `Plan.pairs_of` asks for what a block has besides q and k. How large all of these are: `Sizes`.
 """
 
 from __future__ import annotations
@@ -10,21 +10,41 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from npattn.ops.attention import AttentionCache, visible
+from npattn.ops.calls import Call, visible
 from npattn.ops.checks import Array, Shape
-from npattn.ops.pairs import ALL, EMPTY, FULL, slices
+from npattn.ops.pairs import ALL, EMPTY, FULL
+from npattn.ops.products import FEW_FEATURES, FEW_ROWS, Buffers, by_group
 
-TILE = (1024, 256)  # queries, keys; where there are fewer of one there are more of the other, up to LONG
-LONG = 8192
-PARTS = (4, 1)  # what may be left out of a tile, or need no mask, is found in steps of its sides over PARTS
-BUNDLE = 1 << 17  # numbers: heads are computed together as long as their queries in a tile are no more
-TASKS = 8  # pieces of work that are to be left to share: where there are fewer, tiles are smaller, and square
-SMALL = 1 << 25  # multiplications of a product: fewer are not worth a second thread
-FEW_ROWS, FEW_FEATURES = 16, 32  # products of fewer take as long
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the pieces are. docs/blockwise.md says more of the reasons."""
+
+    # Queries and keys of a tile. Its scores are 1 MiB in float32, about a second-level cache: smaller tiles pay more for steps
+    # of Python and for the packing of factors, larger ones for memory. Where there are fewer of one there are more of the
+    # other, up to ``long``: a stretch of q or k of that length is 2 MiB for D = 64.
+    tile: Shape = (1024, 256)
+    long: int = 8192
+    # What may be left out of a tile, or needs no mask, is found in steps of its sides over ``parts``: of 256 queries and 256
+    # keys. On the diagonal of causal() half of such a block is computed for nothing; the products of smaller ones are slower.
+    parts: Shape = (4, 1)
+    bundle: int = 1 << 17  # numbers of q in a tile: heads are computed together up to so many, 512 KiB in float32
+    tasks: int = 8  # pieces of work, four for each of two threads: where there are fewer, tiles are smaller, and square
+    small: int = 1 << 25  # multiplications of a product, about 1 ms: fewer are not worth a second thread, which takes 0.1 ms
+    light: int = 1 << 20  # numbers of q, k or v: likewise for what is done once a query or key, some passes over 4 MiB
+    dense: int = 1 << 20  # scores at a time of what is left to the equations of `npattn.attention`, which have arrays of them
+    apart: int = 1 << 20  # numbers: gradients of a bias, one a task, that are summed up apart and need no lock
+    few_rows: int = FEW_ROWS  # of a product
+    few_features: int = FEW_FEATURES
+    threads: int | None = None  # as many as BLAS has, unless given
+
+
+SIZES = Sizes()
 
 
 class Heads(NamedTuple):
@@ -38,168 +58,12 @@ class Heads(NamedTuple):
     pattern: str  # equal where they see the same keys
 
 
-def bundles(c: AttentionCache) -> list[Heads]:
-    """All heads, small ones together."""
-    lead, most = c.q.shape[:-2], together(c)
-    indices = list[Any](np.ndindex(*lead))
-    for axis, n in enumerate(lead):
-        step = most // max(math.prod(lead[axis + 1 :]), 1)
-        if step:
-            indices = [(*first, part) for first in np.ndindex(*lead[:axis]) for part in slices(n, step)]
-            break
-    names = np.broadcast_to(np.arange(lead[-1] if lead else 1), lead or [1])
-    found = [(x, group_of(c, x), names[x or 0], of_mask(c, x)) for x in indices]
-    return [Heads(number, *rest, repr(rest[-1])) for number, rest in enumerate(found)]
-
-
-def together(c: AttentionCache) -> int:
-    """How many heads at a time: 0 if each by itself."""
-    (*lead, L, D), S, same = c.q.shape, c.k.shape[-2], readers(c)
-    heads, (high, wide), large = math.prod(lead), TILE, TILE[0] <= L
-    if c.mask is not None:  # a block may be as narrow as a part, and as low as what lies between two cuts
-        high, wide = min(high, max(L // (len(c.mask.cuts()[0]) + 1), high // 2)), part_of(2)[1]
-        large = large and any(c.mask.varies(axis) for axis in range(len(lead)))  # what one need not see another might
-    few: int = 0 if large else min(
-        BUNDLE // (max(min(L, high), FEW_ROWS) * max(min(D, min(S, wide) // 2), FEW_FEATURES)),
-        math.prod(TILE) // (FEW_ROWS * max(S, 1)),  # their keys fit, too
-        heads if small(c) else 2 * heads * min(-(-L // TILE[0]), 2) // TASKS,  # something is left to share
-    )  # fmt: skip
-    if same > 1 and L * same <= FEW_ROWS and heads:
-        few = max(few, same)
-    return few // same * same if few > 1 else 0  # a group is not divided
-
-
-def small(c: AttentionCache) -> bool:
-    """Whether one thread is done before a second would have helped."""
-    (*lead, L, D), (S, E), same = c.q.shape, c.v.shape[-2:], readers(c)
-    return bool(math.prod(lead) // same * max(L * same, FEW_ROWS) * S * max(D, E, FEW_FEATURES) < SMALL)
-
-
-def of_mask(c: AttentionCache, index: Any) -> Any:
-    """An index that has the same pairs as this one, shorter along axes that make no difference."""
-    if c.mask is None:
-        return ()
-    whole = (*index, *[ALL] * (c.q.ndim - 2 - len(index)))
-    return tuple(i if c.mask.varies(n) else slice(0, 1) if isinstance(i, slice) else 0 for n, i in enumerate(whole))
-
-
-def readers(c: AttentionCache) -> int:
-    """How many heads read a group."""
-    return c.q.shape[-3] // max(c.k.shape[-3], 1) or 1 if c.q.ndim > 2 else 1
-
-
-def group_of(c: AttentionCache, index: Any) -> Any:
-    """Where k and v have the groups that these heads read."""
-    if not index or len(index) < c.q.ndim - 2:
-        return index
-    last, n = index[-1], readers(c)
-    return (*index[:-1], slice(last.start // n, last.stop // n) if isinstance(last, slice) else last // n)
-
-
-def each_index(c: AttentionCache, heads: Heads) -> list[Shape]:
-    """The indices of each head."""
-    numbers = np.arange(math.prod(c.q.shape[:-2])).reshape(c.q.shape[:-2])[heads.index]
-    return [tuple(map(int, np.unravel_index(n, c.q.shape[:-2]))) if c.q.ndim > 2 else () for n in numbers.ravel()]
-
-
-def within(part: slice, whole: slice) -> slice:
-    """Where a part of a slice lies in what the slice takes."""
-    return slice(part.start - whole.start, part.stop - whole.start)
-
-
 class Block(NamedTuple):
     """A part of a tile that has to be computed."""
 
     rows: slice
     cols: slice
     some: slice  # those of its rows that may not see all of it: the rest needs no mask
-
-
-def tiles_of(c: AttentionCache) -> tuple[list[list[slice]], list[list[slice]]]:
-    """The tiles of queries, and those of keys, each as its parts, side by side. Parts end where the mask changes.
-
-    They are the same forwards and backwards: other products could be rounded in another way.
-    """
-    (*lead, L, _), S, (high, wide) = c.q.shape, c.k.shape[-2], TILE
-    heads, few = math.prod(lead), together(c)
-    part = part_of(2 if few else 1)
-    if not few and not small(c) and (tasks := heads * -(-L // high)) < TASKS:
-        high = wide = max(high // (2 if tasks > 1 else 4), 1)
-    size = high * wide
-    high = max(high, min(LONG, size // max(few * S, S, 1)))
-    wide = max(wide, min(LONG, size // max(few * min(L, high), min(L, high), 1)))
-    cuts = ((), ()) if c.mask is None else c.mask.cuts()
-    rows, cols = (in_parts(n, step, cut) for n, step, cut in zip((L, S), part, cuts, strict=True))
-    return in_tiles(rows, high), in_tiles(cols, wide)
-
-
-def in_parts(n: int, size: int, cuts: Iterable[int]) -> list[slice]:
-    """0 to n in parts of at most ``size``; they end at the cuts, too, if they are not much shorter for it."""
-    ends = [0]
-    for end in (*cuts, n):
-        if end == n or end - ends[-1] >= size // 4:
-            ends += [*range(ends[-1] + size, int(end), size), int(end)]
-    return [slice(*pair) for pair in itertools.pairwise(ends) if pair[0] < pair[1]]
-
-
-def in_tiles(parts: list[slice], size: int) -> list[list[slice]]:
-    """As many parts together as fit into ``size``, but one at least."""
-    tiles: list[list[slice]] = []
-    for part in parts:
-        if tiles and part.stop - tiles[-1][0].start <= size:
-            tiles[-1].append(part)
-        else:
-            tiles.append([part])
-    return tiles
-
-
-def part_of(divisor: int) -> Shape:
-    """How many queries and keys are a part of a tile. divisor: 2 in a bundle of heads, whose blocks may be narrow."""
-    return tuple(max(n // (parts * divisor), 1) for n, parts in zip(TILE, PARTS, strict=True))
-
-
-def plan(c: AttentionCache, heads: Heads, rows: list[slice], tiles: list[list[slice]]) -> list[list[Block]]:
-    """For each tile of keys what of it these queries may see: by its parts, of which equal ones side by side are one."""
-    start, stop = rows[0].start, rows[-1].stop
-    if c.mask is None or not tiles:
-        return [[Block(slice(start, stop), slice(x[0].start, x[-1].stop), slice(start, start))] for x in tiles]
-    states = iter(c.mask.states(heads.of_mask, rows, list(itertools.chain(*tiles))).T.tolist())
-    found: list[list[Block]] = []
-    for parts in tiles:
-        blocks: list[Block] = []
-        for cols, state in zip(parts, states, strict=False):
-            for first, end in pieces(state):
-                partly = [i for i in range(first, end) if state[i] != FULL]
-                start, stop = rows[first].start, rows[end - 1].stop
-                some = slice(rows[partly[0]].start, rows[partly[-1]].stop) if partly else slice(start, start)
-                last = blocks[-1] if blocks else None
-                block = Block(slice(start, stop), cols, some)
-                if last and (last.rows, last.cols.stop, last.some) == (block.rows, cols.start, some):
-                    block = Block(block.rows, slice(blocks.pop().cols.start, cols.stop), some)
-                blocks.append(block)
-        found.append(blocks)
-    return found
-
-
-def pieces(state: list[int]) -> list[tuple[int, int]]:
-    """From the first to the last part that is not empty; in two where full ones lie between others, as in a window."""
-    if not any(state):  # EMPTY is 0, and most are in a window
-        return []
-    seen = [i for i, x in enumerate(state) if x != EMPTY]
-    first, end = seen[0], seen[-1] + 1
-    for i in range(first + 2, end):
-        if state[i] != FULL and state[i - 1] == FULL and any(x != FULL for x in state[first : i - 1]):
-            return [(first, i), (i, end)]
-    return [(first, end)]
-
-
-def by_group(x: Array, like: Array) -> Array:
-    """(..., H, n, m) as (..., G, H / G n, m)."""
-    if x.ndim < 3 or x.shape[-3] in (1, like.shape[-3]):
-        return x  # 1: the same for all heads
-    H, n, m = x.shape[-3:]
-    G = like.shape[-3]
-    return x.reshape(*x.shape[:-3], G, H // max(G, 1) * n, m)
 
 
 class Visible(NamedTuple):
@@ -227,45 +91,195 @@ class Visible(NamedTuple):
 
 
 ALL_VISIBLE = Visible()
-Hidden = dict[Any, tuple[Array, Array, Array]]  # allowed, edge and seen of `Visible`, of blocks that are seen alike
 
 
-def pairs_of(c: AttentionCache, heads: Heads, block: Block, kept: Hidden) -> Visible:
-    """Which pairs of a block are allowed, and their bias. kept: what is already known of blocks like it."""
-    (rows, cols, some), full = block, block.some.start == block.some.stop
-    if c.bias is not None:  # it may be -inf anywhere
-        allowed, bias = visible(c._replace(mask=None) if full else c, heads.index, rows, cols)
-        found = (None,) * 3 if allowed is None else hidden(c, heads, allowed, rows.stop - rows.start, cols.stop - cols.start)
-        return Visible(bias, within(rows, rows), *found)
-    if full:
-        return ALL_VISIBLE
-    sizes = some.stop - some.start, cols.stop - cols.start
-    key = (heads.pattern, sizes, c.mask.alike(heads.of_mask, some, cols))
-    if key not in kept:
-        found = hidden(c, heads, c.mask.tile(heads.of_mask, some, cols), *sizes)
-        if sum(allowed.size for allowed, *_ in kept.values()) + found[0].size > math.prod(TILE):
-            kept.clear()
-        kept[key] = found
-    allowed, edge, seen = kept[key]
-    return Visible(None, within(some, rows), allowed, edge, seen if some == rows else None)  # other rows see all keys
+class Plan:
+    """What is computed of a call with heads, forwards or backwards.
+
+    It is the same in both directions: of other tiles the products could be rounded in another way.
+    """
+
+    def __init__(self, call: Call, sizes: Sizes = SIZES) -> None:
+        self.call, self.sizes = call, sizes
+        self.lead, (self.L, self.D), (self.S, self.E) = call.q.shape[:-2], call.q.shape[-2:], call.v.shape[-2:]
+        self.readers = self.lead[-1] // max(call.k.shape[-3], 1) or 1  # heads of a group
+        # Whether one thread is done before a second would have helped.
+        rows, columns = max(self.L * self.readers, sizes.few_rows), max(self.D, self.E, sizes.few_features)
+        self.small = math.prod(self.lead) // self.readers * rows * self.S * columns < sizes.small
+        self.together = self._together()
+        self.heads = self._bundles()
+        self.of_rows, self.of_cols = self._tiles()  # each tile as its parts, side by side
+        self.rows, self.cols = ([slice(x[0].start, x[-1].stop) for x in tiles] for tiles in (self.of_rows, self.of_cols))
+        self.found: dict[tuple[str, int], list[list[Block]]] = {}
+
+    def _together(self) -> int:
+        """How many heads at a time: 0 if each by itself."""
+        mask, sizes, heads, same = self.call.mask, self.sizes, math.prod(self.lead), self.readers
+        (high, wide), large = sizes.tile, sizes.tile[0] <= self.L
+        if mask is not None:  # a block may be as narrow as a part, and as low as what lies between two cuts
+            high, wide = min(high, max(self.L // (len(mask.cuts()[0]) + 1), high // 2)), self._part(2)[1]
+            large = large and any(mask.varies(axis) for axis in range(len(self.lead)))  # what one need not see another might
+        rows, columns = max(min(self.L, high), sizes.few_rows), max(min(self.D, min(self.S, wide) // 2), sizes.few_features)
+        few: int = 0 if large else min(
+            sizes.bundle // (rows * columns),
+            math.prod(sizes.tile) // (sizes.few_rows * max(self.S, 1)),  # their keys fit, too
+            heads if self.small else 2 * heads * min(-(-self.L // sizes.tile[0]), 2) // sizes.tasks,  # some are left to share
+        )  # fmt: skip
+        if same > 1 and self.L * same <= sizes.few_rows and heads:
+            few = max(few, same)
+        return few // same * same if few > 1 else 0  # a group is not divided
+
+    def _bundles(self) -> list[Heads]:
+        """All heads, small ones together."""
+        lead = self.lead
+        indices = list[Any](np.ndindex(*lead))
+        for axis, n in enumerate(lead):
+            step = self.together // max(math.prod(lead[axis + 1 :]), 1)
+            if step:
+                parts = in_parts(n, step)
+                indices = [(*first, part) for first in np.ndindex(*lead[:axis]) for part in parts]
+                break
+        names = np.broadcast_to(np.arange(lead[-1]), lead)
+        found = [(x, self.group_of(x), names[x], self._of_mask(x)) for x in indices]
+        return [Heads(number, *rest, repr(rest[-1])) for number, rest in enumerate(found)]
+
+    def _of_mask(self, index: Any) -> Any:
+        """An index that has the same pairs as this one, shorter along axes that make no difference."""
+        mask = self.call.mask
+        if mask is None:
+            return ()
+        whole = (*index, *[ALL] * (len(self.lead) - len(index)))
+        return tuple(i if mask.varies(n) else slice(0, 1) if isinstance(i, slice) else 0 for n, i in enumerate(whole))
+
+    def group_of(self, index: Any) -> Any:
+        """Where k and v have the groups that these heads read."""
+        if len(index) < len(self.lead):
+            return index
+        last, n = index[-1], self.readers
+        return (*index[:-1], slice(last.start // n, last.stop // n) if isinstance(last, slice) else last // n)
+
+    def each_index(self, heads: Heads) -> list[Shape]:
+        """The indices of each head."""
+        numbers = np.arange(math.prod(self.lead)).reshape(self.lead)[heads.index]
+        return [tuple(map(int, np.unravel_index(n, self.lead))) for n in numbers.ravel()]
+
+    def _part(self, divisor: int) -> Shape:
+        """How many queries and keys are a part of a tile. divisor: 2 in a bundle of heads, whose blocks may be narrow."""
+        return tuple(max(n // (m * divisor), 1) for n, m in zip(self.sizes.tile, self.sizes.parts, strict=True))
+
+    def _tiles(self) -> tuple[list[list[slice]], list[list[slice]]]:
+        """The tiles of queries, and those of keys, each as its parts. Parts end where the mask changes."""
+        (high, wide), long, few, mask = self.sizes.tile, self.sizes.long, self.together, self.call.mask
+        part = self._part(2 if few else 1)
+        if not few and not self.small and (tasks := math.prod(self.lead) * -(-self.L // high)) < self.sizes.tasks:
+            high = wide = max(high // (2 if tasks > 1 else 4), 1)
+        size = high * wide
+        high = max(high, min(long, size // max(few * self.S, self.S, 1)))
+        wide = max(wide, min(long, size // max(few * min(self.L, high), min(self.L, high), 1)))
+        cuts = ((), ()) if mask is None else mask.cuts()
+        rows, cols = (in_parts(n, step, cut) for n, step, cut in zip((self.L, self.S), part, cuts, strict=True))
+        return in_tiles(rows, high), in_tiles(cols, wide)
+
+    def blocks(self, heads: Heads, i: int) -> list[list[Block]]:
+        """For each tile of keys what of it the queries of tile i may see: by its parts, of which equal ones are one."""
+        if (key := (heads.pattern, i)) not in self.found:
+            self.found[key] = self._blocks(heads, i)
+        return self.found[key]
+
+    def _blocks(self, heads: Heads, i: int) -> list[list[Block]]:
+        rows, whole, mask = self.of_rows[i], self.rows[i], self.call.mask
+        if mask is None or not self.cols:
+            return [[Block(whole, cols, slice(whole.start, whole.start))] for cols in self.cols]
+        states = iter(mask.states(heads.of_mask, rows, list(itertools.chain(*self.of_cols))).T.tolist())
+        found: list[list[Block]] = []
+        for parts in self.of_cols:
+            blocks: list[Block] = []
+            for cols, state in zip(parts, states, strict=False):
+                for first, end in pieces(state):
+                    partly = [n for n in range(first, end) if state[n] != FULL]
+                    start, stop = rows[first].start, rows[end - 1].stop
+                    some = slice(rows[partly[0]].start, rows[partly[-1]].stop) if partly else slice(start, start)
+                    last = blocks[-1] if blocks else None
+                    block = Block(slice(start, stop), cols, some)
+                    if last and (last.rows, last.cols.stop, last.some) == (block.rows, cols.start, some):
+                        block = Block(block.rows, slice(blocks.pop().cols.start, cols.stop), some)
+                    blocks.append(block)
+            found.append(blocks)
+        return found
+
+    def pairs_of(self, heads: Heads, block: Block, buffers: Buffers) -> Visible:
+        """Which pairs of a block are allowed, and their bias. What is known of blocks that are seen alike is kept a while."""
+        c, (rows, cols, some), full = self.call, block, block.some.start == block.some.stop
+        if c.bias is not None:  # it may be -inf anywhere
+            allowed, bias = visible(c._replace(mask=None) if full else c, heads.index, rows, cols)
+            found = (None,) * 3 if allowed is None else self._hidden(heads, allowed, rows, cols)
+            return Visible(bias, within(rows, rows), *found)
+        if full:
+            return ALL_VISIBLE
+        kept = buffers.hidden
+        key = (heads.pattern, some.stop - some.start, cols.stop - cols.start, c.mask.alike(heads.of_mask, some, cols))
+        if key not in kept:
+            found = self._hidden(heads, c.mask.tile(heads.of_mask, some, cols), some, cols)
+            if sum(allowed.size for allowed, *_ in kept.values()) + found[0].size > math.prod(self.sizes.tile):
+                kept.clear()
+            kept[key] = found
+        allowed, edge, seen = kept[key]
+        return Visible(None, within(some, rows), allowed, edge, seen if some == rows else None)  # other rows see all keys
+
+    def _hidden(self, heads: Heads, allowed: Array, rows: slice, cols: slice) -> tuple[Array, Array, Array]:
+        """allowed, edge and seen of `Visible`."""
+        n = (1,) * (self.call.q[heads.index].ndim - 2)  # as many as it has, or 1 where all see the same
+        shape = (*n, rows.stop - rows.start, cols.stop - cols.start)
+        allowed = np.broadcast_to(allowed, np.broadcast_shapes(allowed.shape, shape))
+        edge = np.subtract(allowed, 0.5, dtype=np.empty(0, self.call.computing).real.dtype)
+        edge *= np.inf
+        return allowed, edge, np.asarray(by_group(allowed, self.call.k[heads.group]).any(-2))
+
+    def who_sees(self, heads: Heads, i: int, buffers: Buffers) -> Array:
+        """Which queries of tile i see somebody."""
+        rows = self.rows[i]
+        found = np.zeros((*self.call.q[heads.index].shape[:-2], rows.stop - rows.start), bool)
+        for block in itertools.chain(*self.blocks(heads, i)):
+            pairs, here = self.pairs_of(heads, block, buffers), found[..., within(block.rows, rows)]
+            sees = np.ones(here.shape, bool)
+            if pairs.allowed is not None:
+                sees[..., pairs.some] = pairs.allowed.any(-1)
+            here |= sees
+        return found
 
 
-def hidden(c: AttentionCache, heads: Heads, allowed: Array, high: int, wide: int) -> tuple[Array, Array, Array]:
-    """allowed, edge and seen of `Visible`."""
-    n = (1,) * (c.q[heads.index].ndim - 2)  # as many as it has, or 1 where all see the same
-    allowed = np.broadcast_to(allowed, np.broadcast_shapes(allowed.shape, (*n, high, wide)))
-    edge = np.subtract(allowed, 0.5, dtype=np.empty(0, c.computing).real.dtype)
-    edge *= np.inf
-    return allowed, edge, np.asarray(by_group(allowed, c.k[heads.group]).any(-2))
+def within(part: slice, whole: slice) -> slice:
+    """Where a part of a slice lies in what the slice takes."""
+    return slice(part.start - whole.start, part.stop - whole.start)
 
 
-def who_sees(c: AttentionCache, heads: Heads, rows: slice, blocks: list[Block], kept: Hidden) -> Array:
-    """Which of these queries see somebody."""
-    found = np.zeros((*c.q[heads.index].shape[:-2], rows.stop - rows.start), bool)
-    for block in blocks:
-        pairs, here = pairs_of(c, heads, block, kept), found[..., within(block.rows, rows)]
-        sees = np.ones(here.shape, bool)
-        if pairs.allowed is not None:
-            sees[..., pairs.some] = pairs.allowed.any(-1)
-        here |= sees
-    return found
+def in_parts(n: int, size: int, cuts: Iterable[int] = ()) -> list[slice]:
+    """0 to n in parts of at most ``size``; they end at the cuts, too, if they are not much shorter for it."""
+    ends = [0]
+    for end in (*cuts, n):
+        if end == n or end - ends[-1] >= size // 4:
+            ends += [*range(ends[-1] + size, int(end), size), int(end)]
+    return [slice(*pair) for pair in itertools.pairwise(ends) if pair[0] < pair[1]]
+
+
+def in_tiles(parts: list[slice], size: int) -> list[list[slice]]:
+    """As many parts together as fit into ``size``, but one at least."""
+    tiles: list[list[slice]] = []
+    for part in parts:
+        if tiles and part.stop - tiles[-1][0].start <= size:
+            tiles[-1].append(part)
+        else:
+            tiles.append([part])
+    return tiles
+
+
+def pieces(state: list[int]) -> list[tuple[int, int]]:
+    """From the first to the last part that is not empty; in two where full ones lie between others, as in a window."""
+    if not any(state):  # EMPTY is 0, and most are in a window
+        return []
+    seen = [i for i, x in enumerate(state) if x != EMPTY]
+    first, end = seen[0], seen[-1] + 1
+    for i in range(first + 2, end):
+        if state[i] != FULL and state[i - 1] == FULL and any(x != FULL for x in state[first : i - 1]):
+            return [(first, i), (i, end)]
+    return [(first, end)]

@@ -7,24 +7,24 @@ verdict counts only if the same judge rejects zeros, an error of 1e-3 and the li
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from npattn.ops.allowed import quiet
 from npattn.ops.checks import Array, converted, kind
-from npattn.verify.candidates import Candidate, canonical, said
-from npattn.verify.cases import BY_NAME, Problem, Truth, dense_mask
-from npattn.verify.diagnose import UNKNOWN, Diagnostician, Explanation, Listener, flat_of, places
-from npattn.verify.errors import LEVELS, accepts, units
+from npattn.verify.candidate import Candidate, call_backward, call_forward, is_array
+from npattn.verify.explain import Diagnostician, Listener, places
+from npattn.verify.op import Problem, Truth
 from npattn.verify.power import blind_spots
-from npattn.verify.precision import PRECISIONS, Precision, of_dtype
-from npattn.verify.rounded import rounded
+from npattn.verify.precision import Precision, of_dtype
+from npattn.verify.rounding import LEVELS, accepts, units
+from npattn.verify.rules import accepted
+from npattn.verify.search import UNKNOWN, Explanation, flat_of
 
 
 @dataclass(frozen=True)
@@ -130,135 +130,15 @@ def compare(
 WORDS = {"B": "batch", "H": "heads", "G": "key heads", "L": "queries", "S": "keys", "T": "steps"}
 
 
-# --- rules of other suites ------------------------------------------------------------------------------------------------
-
-
-def _allclose(got: Array, want: Array, rtol: float, atol: float) -> bool:
-    return bool(np.allclose(got.astype(np.float64), want.astype(np.float64), rtol=rtol, atol=atol, equal_nan=True))
-
-
-def _largest(x: Array) -> float:
-    return float(np.nanmax(np.abs(np.where(np.isfinite(x), x, 0.0)), initial=0.0))
-
-
-def _flash(got: Array, want: Array, low: Array, name: str, storage: str = "") -> bool:
-    """max |x - ref| <= 2 max |pt - ref| + 1e-5: twice the error of an eager implementation in the candidate's own precision."""
-    return _same_pattern(got, want) and _largest(got - want) <= 2 * _largest(low - want) + 1e-5
-
-
-def _torch(got: Array, want: Array, low: Array, name: str, storage: str = "") -> bool:
-    """atol and rtol of the eager implementation's own error, times a factor of the tensor (PyTorch's test_transformers)."""
-    factor = {"out": 4, "dq": 180, "dk": 16, "dv": 4}.get(name, 16)
-    rtol, atol = _defaults(storage or low.dtype.name)
-    with np.errstate(all="ignore"):
-        relative = _largest((low - want) / np.where(want == 0, 1, want))
-    return _allclose(got, want, factor * max(relative, rtol), factor * max(_largest(low - want), atol))
-
-
-def _defaults(storage: str) -> tuple[float, float]:
-    """torch.testing.assert_close's (rtol, atol)."""
-    table = {"float64": (1e-7, 1e-7), "float32": (1.3e-6, 1e-5), "float16": (1e-3, 1e-5)}
-    return table.get(storage, (1.6e-2, 1e-5))
-
-
-def _same_pattern(got: Array, want: Array) -> bool:
-    return bool(((got == want) | (np.isnan(got) & np.isnan(want)) | (np.isfinite(got) & np.isfinite(want))).all())
-
-
-RULES: dict[str, Callable[..., bool]] = {
-    "flash2x": _flash,
-    "torch": _torch,
-    "onnx": lambda got, want, low, name, storage="": _allclose(got, want, 1e-3, 1e-7),
-    "allclose": lambda got, want, low, name, storage="": _allclose(got, want, *_defaults(storage or low.dtype.name)),
-}
-"""The acceptance rules of FlashAttention 2, PyTorch's attention tests, ONNX's backend tests and torch.testing.assert_close."""
-
-
 # --- one case -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Outcome:
-    """What came of calling a candidate once: its tensors, or why there are none."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-    status: str = ""  # of all tensors that are not there
-    text: str = ""
-    missing: dict[str, str] = field(default_factory=dict)  # tensors that were not returned, and what is said of it
-
-
-def call_forward(candidate: Candidate, problem: Problem) -> Outcome:
-    """The outputs by name."""
-    names = list(problem.outputs)
-    given, missing = candidate.arguments(problem, candidate.forward)
-    if missing:
-        return Outcome(status="not supported", text=", ".join(missing))
-    returned = _called("", lambda: candidate.run_forward(problem, given), problem, given)
-    if isinstance(returned, Outcome):
-        return returned
-    if isinstance(returned, tuple) and len(returned) <= len(names):
-        values = dict(zip(names, map(_plain, returned), strict=False))
-    else:
-        values = {names[0]: _plain(returned)}
-    return Outcome(values, missing={n: f"{n} is not returned" for n in names if values.get(n) is None and n != names[0]})
-
-
-def call_backward(candidate: Candidate, problem: Problem, values: dict[str, Any]) -> Outcome:
-    """The gradients by name."""
-    if candidate.backward is None:
-        return Outcome(status="not given", text="backward not given")
-    given, missing = candidate.arguments(problem, candidate.backward, backward=True)
-    if missing:
-        return Outcome(status="not supported", text=", ".join(missing))
-    returned = _called("the backward ", lambda: candidate.run_backward(problem, given, values), problem, given, values)
-    if isinstance(returned, Outcome):
-        return returned
-    if not isinstance(returned, dict):
-        return Outcome(status="wrong", text=str(returned))
-    optional = ("dbias", "dsink")
-    missing_text = {t: f"{t} is not returned" for t in problem.gradients if returned.get(t) is None}
-    present = {t: _plain(x) for t, x in returned.items() if t in problem.gradients and x is not None}
-    lost = {t: text for t, text in missing_text.items() if t in optional}
-    wrong = {t: None for t in missing_text if t not in optional}
-    return Outcome({**present, **wrong}, missing=lost)
-
-
-def _plain(x: Any) -> Any:
-    """An array of a subclass as what it is beneath, so that nothing of the subclass runs while it is judged.
-
-    A masked array has no numbers where it masks, and a matrix multiplies otherwise: they stay, and are refused as no array.
-    """
-    return np.ndarray.view(x, np.ndarray) if is_array(x) else x
-
-
-def is_array(x: Any) -> bool:
-    return isinstance(x, np.ndarray) and not isinstance(x, (np.ma.MaskedArray, np.matrix))
-
-
-def _called(who: str, call: Callable[[], Any], problem: Any, *given: dict[str, Any]) -> Any:
-    """What a candidate returns, or an Outcome where it refuses, raises, or writes into what it was given."""
-    before = _marks(problem, *given)
-    try:
-        with np.errstate():  # what it sets ends here
-            returned = call()
-    except NotImplementedError as error:
-        return Outcome(status="refused", text=said(error) or f"{who}raises NotImplementedError")
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # SystemExit and GeneratorExit are answers of a candidate, too
-        return Outcome(status="wrong", text=f"{who}raises {_said(error)}")
-    if written := _written(before, _marks(problem, *given)):
-        what = "the backward modifies an input" if who else "an input was modified"
-        return Outcome(status="wrong", text=f"{what}: {written}")
-    return returned
 
 
 def as_given(case: Any, seed: int, settings: Settings) -> tuple[Any, Precision]:
     """The problem of a case as a candidate sees it, and the class of precision that it is judged by."""
     problem = case.problem(seed)
     if settings.precision is None:
-        return canonical(problem), of_dtype(problem.dtype)
-    return canonical(problem.stored(settings.precision)), settings.precision.declared()
+        return problem.op.canonical(problem), of_dtype(problem.dtype)
+    return problem.op.canonical(problem.stored(settings.precision)), settings.precision.declared()
 
 
 def examine(
@@ -281,8 +161,9 @@ def examine(
     reason = candidate.undefined(problem, case.features)
     if reason:
         return all_of("not supported", f"undefined by the convention {reason}")
-    if problem.op == "attention" and problem.overflows(precision):
-        return all_of("not supported", f"scores or dP overflow {precision.storage}")
+    reason = problem.op.undefined(problem, precision)
+    if reason:
+        return all_of("not supported", reason)
     forward = call_forward(candidate, theirs)
     if forward.status:
         result.checks.append(
@@ -294,10 +175,7 @@ def examine(
         return result
     returned = {n: x.copy() if isinstance(x, np.ndarray) else x for n, x in forward.values.items()}
     backward = call_backward(candidate, theirs, forward.values)
-    try:
-        truth = candidate.truth(problem, precision)
-    except NotImplementedError as error:  # a precision class that this op has no model of
-        return all_of("not supported", str(error))
+    truth = candidate.truth(problem, precision)
     if truth is None:
         return all_of("not supported", f"no dtype better than {problem.dtype} on this machine, and no mpmath")
     judged = {**returned, **backward.values}
@@ -305,14 +183,14 @@ def examine(
         outcome = forward if t in problem.outputs else backward
         if t in judged:
             dtypes = problem.dtypes(t, precision)
-            det = (lambda t=t: truth.det[t]) if problem.op == "attention" else (lambda: None)
             if judged[t] is None:
                 result.checks.append(Check(t, "wrong", f"{t} is not returned", worst=math.inf))
             elif t not in truth.values:
                 result.checks.append(Check(t, "not supported", "undefined by the convention"))
             else:
-                check = compare(t, judged[t], truth.values[t], truth.sigma[t], dtypes, settings.level, det, problem.letters(t),
-                                truth.rest.get(t, 0.0))  # fmt: skip
+                det = functools.partial(_det, truth, t)
+                check = compare(t, judged[t], truth.values[t], truth.sigma[t], dtypes, settings.level, det,
+                                problem.op.axes.get(t, ""), truth.rest.get(t, 0.0))  # fmt: skip
                 result.checks.append(check)
         elif t in outcome.missing:
             result.checks.append(Check(t, "not given", outcome.missing[t]))
@@ -323,6 +201,10 @@ def examine(
     return _more(candidate, problem, precision, truth, judged, result, settings, diagnostician)
 
 
+def _det(truth: Truth, tensor: str) -> Array | None:
+    return truth.det.get(tensor)
+
+
 def _more(
     candidate: Candidate, problem: Problem, precision: Precision, truth: Truth, judged: dict[str, Any], result: Result,
     settings: Settings, diagnostician: Diagnostician | None,
@@ -330,7 +212,8 @@ def _more(
     """What other rules say, whether the judge could have failed, and what a candidate that is wrong does instead."""
     checks = result.checks
     if settings.rules:
-        checks = [_with_rules(c, problem, truth, judged, settings) for c in checks]
+        theirs = accepted(settings.rules, problem, truth.values, judged, settings.precision)
+        checks = [dataclasses.replace(c, rules=theirs.get(c.tensor, {})) if c.status in ("ok", "wrong") else c for c in checks]
     given, _ = candidate.arguments(problem, candidate.forward)
     base = candidate.changes()
     if settings.power:
@@ -347,12 +230,9 @@ def _more(
         _find_evidence(candidate, diagnostician, problem, truth, judged, wrong, settings)
         explanations = diagnostician.explain(problem, given, truth.sigma, judged, wrong, base)
         explanations = _or_state(candidate, problem, truth, explanations, settings.level)
-    if diagnostician is not None and problem.op == "attention":
+    if diagnostician is not None:
         diagnostician.saw(problem, given, truth.sigma, truth.values, judged, wrong)
     return dataclasses.replace(result, checks=checks, explanations=explanations)
-
-
-EVIDENCE = ("plain", "whole tiles, D = 64")
 
 
 def _find_evidence(
@@ -361,14 +241,15 @@ def _find_evidence(
 ) -> None:  # fmt: skip
     """For what is NaN, or one number, everywhere: a case that holds, without which it has no name."""
     there = [t for t in wrong if t in judged and t in truth.values and judged[t].shape == truth.values[t].shape]
-    sought = problem.op != "attention" or isinstance(diagnostician, Listener) or diagnostician.sought
-    if sought or not flat_of(there, judged, truth.values):
+    sought = isinstance(diagnostician, Listener) or diagnostician.sought
+    if sought or not flat_of(there, judged, truth.values, problem.outputs):
         return
-    diagnostician.sought, before = True, (diagnostician.earlier, diagnostician.last)
-    for name in EVIDENCE:
+    diagnostician.sought, before = True, (diagnostician.earlier, diagnostician.returned)
+    for name in problem.op.evidence:
         if not diagnostician.right:
-            examine(candidate, BY_NAME[name], 0, dataclasses.replace(settings, power=False, rules=()), Listener(diagnostician))
-    diagnostician.earlier, diagnostician.last = before  # the call before this one is another
+            settings = dataclasses.replace(settings, power=False, rules=())
+            examine(candidate, problem.op.by_name[name], 0, settings, Listener(diagnostician))
+    diagnostician.earlier, diagnostician.returned = before  # the call before this one is another
 
 
 @quiet
@@ -388,13 +269,13 @@ KEPT = "holds when called again: state is kept between calls"
 
 
 def _or_state(
-    candidate: Candidate, problem: Any, truth: Truth, explanations: list[Explanation], level: str
+    candidate: Candidate, problem: Problem, truth: Truth, explanations: list[Explanation], level: str
 ) -> list[Explanation]:
     """Where there is no explanation: whether the same call holds when it is made again, after a call with other options."""
     unknown = {t for e in explanations if UNKNOWN in e.names for t in e.tensors}
-    if not unknown or problem.op != "attention":
+    if not unknown:
         return explanations
-    other = dataclasses.replace(problem, q=-problem.q, parts=[], options={})
+    other = problem.op.otherwise(problem)
     forward = call_forward(candidate, other)
     call_backward(candidate, other, forward.values)
     forward = call_forward(candidate, problem)
@@ -408,64 +289,4 @@ def _or_state(
     return [dataclasses.replace(e, names=(KEPT,), where="") if UNKNOWN in e.names else e for e in explanations]
 
 
-def _with_rules(c: Check, problem: Problem, truth: Truth, judged: dict[str, Any], settings: Settings) -> Check:
-    rules = settings.rules
-    number = getattr(getattr(judged.get(c.tensor), "dtype", None), "kind", "") == "f"
-    if c.status not in ("ok", "wrong") or not number or problem.op != "attention":
-        return c
-    got, want = judged[c.tensor], truth.values[c.tensor]
-    if got.shape != want.shape:
-        return dataclasses.replace(c, rules=dict.fromkeys(rules, False))
-    low, storage = _eager(problem, settings.precision)[c.tensor], settings.precision.storage if settings.precision else ""
-    with np.errstate(all="ignore"):
-        said = {name: RULES[name](got.astype(np.float64), want.astype(np.float64), low, c.tensor, storage) for name in rules}
-    return dataclasses.replace(c, rules=said)
-
-
-def _eager(problem: Problem, declared: Precision | None = None) -> dict[str, Array]:
-    """What an eager implementation in the precision of the problem's inputs, or of the declared class, returns."""
-    storage = declared.storage if declared and declared.storage != "float32" else problem.dtype.name
-    eager = PRECISIONS.get(f"{storage}-M3") or (declared if declared and declared.dtype == problem.dtype else None)
-    forward, backward = rounded(eager or PRECISIONS[problem.dtype.name])
-    options = dict(problem.options)
-    if problem.parts:
-        options["mask"] = dense_mask(problem)
-    out, lse = forward(problem.q, problem.k, problem.v, **options)
-    grads = backward(problem.dout, problem.q, problem.k, problem.v, **options, dlse=problem.dlse)
-    return {"out": out, "lse": lse, **{n: x for n, x in grads.items() if x is not None}}
-
-
-def _marks(problem: Any, *more: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """All that a function could change of the arrays that it is given, by name."""
-    found: dict[str, tuple[Any, ...]] = {}
-    for name, x in [item for given in (problem.inputs, problem.cotangents, *more) for item in given.items()]:
-        parts = x if isinstance(x, dict) else x._asdict() if hasattr(x, "_asdict") else {name: x}
-        found |= {n: (y.shape, y.dtype, y.flags.writeable, y.strides, y.tobytes())
-                  for n, y in parts.items() if isinstance(y, np.ndarray)}  # fmt: skip
-    return found
-
-
-MARKS = ("has another shape", "has another dtype", "can be written or not, as it could not before", "has other strides", "")
-
-
-def _written(before: dict[str, tuple[Any, ...]], after: dict[str, tuple[Any, ...]]) -> str:
-    """Which arrays are not what they were, and in what."""
-    found = []
-    for name, old in before.items():
-        what = next((text for text, a, b in zip(MARKS, old, after[name], strict=True) if a != b), None)
-        if what is not None:
-            found.append(f"{name} {what}".strip())
-    return ", ".join(found)
-
-
-def _said(error: BaseException) -> str:
-    """An exception: what and where."""
-    try:
-        frames = traceback.extract_tb(error.__traceback__)
-        where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-        return f"{type(error).__name__}: {said(error)}{where}"
-    except BaseException:
-        return "what cannot be described"
-
-
-__all__ = ["LEVELS", "RULES", "Check", "Result", "Settings", "accepts", "compare", "examine", "units"]
+__all__ = ["LEVELS", "Check", "Result", "Settings", "accepts", "compare", "examine", "units"]

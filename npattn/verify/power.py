@@ -22,14 +22,13 @@ import numpy as np
 from npattn.ops.allowed import quiet
 from npattn.ops.checks import Array
 from npattn.tolerances import PLANTED
-from npattn.verify import layer_mistakes
-from npattn.verify.candidates import OWN_KEYWORDS, Candidate, canonical
-from npattn.verify.cases import CASES, Truth, dense_mask
-from npattn.verify.diagnose import CANNOT, LARGE
-from npattn.verify.errors import LEVELS, accepts, units
-from npattn.verify.mistakes import CHANGES
+from npattn.verify.candidate import Candidate
+from npattn.verify.op import Change, Problem, Truth, facts
+from npattn.verify.ops import OPS
 from npattn.verify.precision import Precision, of_dtype
-from npattn.verify.stages import Change, Variants, facts
+from npattn.verify.rounding import LEVELS, accepts, units
+from npattn.verify.search import LARGE
+from npattn.verify.stages import CANNOT, Variants
 
 Reach = dict[str, tuple[float, float]]  # by tensor: the largest error in sigma, and its rms; inf where the shape differs
 KEPT = Path(__file__).parent / "power.json"
@@ -38,7 +37,7 @@ SEEDS = range(3)  # those of --deep
 
 @quiet
 def blind_spots(
-    problem: Any, given: dict[str, Any], align: str, truth: Truth, tested: list[str], level: str, precision: Precision,
+    problem: Problem, given: dict[str, Any], align: str, truth: Truth, tested: list[str], level: str, precision: Precision,
     base: list[Change],
 ) -> dict[str, str]:  # fmt: skip
     """For each tensor what its judge could not tell from the truth, or nothing: zeros, a small error, likely mistakes."""
@@ -60,9 +59,7 @@ def blind_spots(
             blind[t] = "zeros would pass"
         elif not rejects(t, np.where(some, want * (1 + planted), want)):
             blind[t] = f"a relative error of {planted:.2g} would pass"
-    kept = None
-    if problem.op == "attention" and level != "bounded":
-        kept = _kept().get(digest(problem, given, align, precision, base))
+    kept = None if level == "bounded" else _kept().get(digest(problem, given, align, precision, base))
     others = _computed(problem, given, align, truth, scale, tested, level, base) if kept is None else kept
     for name, reach in others.items():
         seen = {t: reach[t] for t in tested if t in reach}
@@ -78,30 +75,23 @@ def _rejected(level: str, most: float, rms: float) -> bool:
     return most > limits[0] or rms > limits[1]
 
 
-def neighbours(present: frozenset[str]) -> list[Change]:
-    """The likely mistakes of a call with these facts: those that need one of them, and no size of a tile."""
-    return [
-        c for c in CHANGES.values()
-        if c.needs <= present and (c.needs or c.stage in ("scale", "lse", "delta")) and not c.sized
-    ]  # fmt: skip
+def neighbours(problem: Problem, given: Mapping[str, Any]) -> list[Change]:
+    """The likely mistakes of a call."""
+    present = facts(problem, given)
+    return [c for c in problem.op.changes.values() if c.likely and c.needs <= present]
 
 
 def _computed(
-    problem: Any, given: dict[str, Any], align: str, truth: Truth, scale: Mapping[str, Array], tested: Iterable[str],
+    problem: Problem, given: dict[str, Any], align: str, truth: Truth, scale: Mapping[str, Array], tested: Iterable[str],
     level: str, base: list[Change],
 ) -> dict[str, Reach]:  # fmt: skip
     """How far the likely mistakes are from the truth. Where their outputs are rejected, which is cheap to know, no more."""
     found: dict[str, Reach] = {}
-    if problem.op != "attention":
-        for name in LAYER_NEIGHBOURS[problem.op]:
-            with contextlib.suppress(*CANNOT):
-                found[name] = _reach(layer_mistakes.MISTAKES[problem.op][name](problem), truth, scale)
-        return found
     if not math.prod(problem.shape):
         return found
     variants = Variants(problem, given, align, base)
     least = 16 if problem.dtype == np.float64 else 0  # these runs are in float64 themselves: less is their own rounding
-    for change in neighbours(facts(problem, given))[: 6 if math.prod(problem.shape) > LARGE else None]:
+    for change in neighbours(problem, given)[: 6 if math.prod(problem.shape) > LARGE else None]:
         with contextlib.suppress(*CANNOT):
             outputs = variants.outputs(change)
             reach = _reach(outputs or {}, truth, scale)
@@ -132,27 +122,22 @@ def _moved(a: Array, b: Array | None, sigma: Array | None, least: float) -> bool
     return bool((units(a, b, np.maximum(sigma, 1e-300)) > least).any())
 
 
-LAYER_NEIGHBOURS = {
-    "multi_head": ["merged without a transpose", "scale of the model's width", "b_q forgotten", "mask ignored"],
-    "rnn": ["initial state ignored", "w_h transposed", "lengths ignored", "not carried"],
-    "softmax": ["mask ignored", "axis -2", "Delta 0"],
-}  # fmt: skip
-
-
 # --- what is kept -----------------------------------------------------------------------------------------------------------
 
 
-def digest(problem: Any, given: Mapping[str, Any], align: str, precision: Precision, base: list[Change]) -> str:
+def digest(problem: Problem, given: Mapping[str, Any], align: str, precision: Precision, base: list[Change]) -> str:
     """All that the reach of a mistake depends on, but for the code: the call, its numbers, which mistakes, what judges them."""
-    present = facts(problem, dict(given))
-    call = (sorted(present), align, precision, [c.name for c in base], [c.name for c in neighbours(present)])
+    names = [c.name for c in neighbours(problem, given)]
+    call = (sorted(facts(problem, given)), align, precision, [c.name for c in base], names)
     text = hashlib.blake2b(repr(call).encode(), digest_size=8)
     arrays = {**problem.inputs, **problem.cotangents, **problem.options}
-    if problem.parts:
-        arrays["mask"] = dense_mask(problem)
+    if "mask" in problem.options:
+        del arrays["mask"]
+        arrays["mask"] = problem.op.given(problem)["mask"]
     for name, x in arrays.items():
-        text.update(f"{name} {getattr(x, 'shape', '')} {getattr(x, 'dtype', x)}".encode())
-        text.update(x.tobytes() if isinstance(x, np.ndarray) else b"")
+        for part in x if isinstance(x, tuple) else (x,):
+            text.update(f"{name} {getattr(part, 'shape', '')} {getattr(part, 'dtype', part)}".encode())
+            text.update(part.tobytes() if isinstance(part, np.ndarray) else b"")
     return text.hexdigest()
 
 
@@ -161,28 +146,19 @@ def _kept() -> dict[str, dict[str, Reach]]:
     return dict(json.loads(KEPT.read_text())) if KEPT.exists() else {}
 
 
-def calls(seeds: Iterable[int] = SEEDS) -> Iterable[tuple[Any, dict[str, Any], Precision]]:
-    """Every case that ships, as those get it who take a mask alone, and those who take causal, window and key_lengths."""
-
-    def by_mask(q: Any, k: Any, v: Any, *, mask: Any, bias: Any, scale: Any, softcap: Any, sink: Any, dropout_mask: Any,
-                ) -> None:  # fmt: skip
-        """A signature."""
-
-    def by_words(
-        q: Any, k: Any, v: Any, *, mask: Any, bias: Any, scale: Any, softcap: Any, sink: Any, dropout_mask: Any, causal: Any,
-        window: Any, key_lengths: Any,
-    ) -> None:  # fmt: skip
-        """A signature."""
-
-    for seed, case in itertools.product(seeds, CASES):
-        problem = canonical(case.problem(seed))
-        for signature in (by_mask, by_words):
-            given, _ = Candidate("", signature).arguments(problem, signature)
-            if signature is by_mask or given.keys() & set(OWN_KEYWORDS):
+def calls(seeds: Iterable[int] = SEEDS) -> Iterable[tuple[Problem, dict[str, Any], Precision]]:
+    """Every case of attention, as those get it who take a mask alone, and those who take causal, window and key_lengths."""
+    op = OPS["attention"]
+    candidate, in_words = Candidate("", print), set(op.calls.keywords) - set(op.calls.assumed)
+    for seed, case in itertools.product(seeds, op.cases):
+        problem = op.canonical(case.problem(seed))
+        for takes in (op.calls.assumed, op.calls.keywords):
+            given, _ = op.calls.arguments(candidate, problem, frozenset(takes), False)
+            if takes is op.calls.assumed or given.keys() & in_words:
                 yield problem, given, of_dtype(problem.dtype)
 
 
-def reaches(problem: Any, given: dict[str, Any], precision: Precision) -> dict[str, Reach] | None:
+def reaches(problem: Problem, given: dict[str, Any], precision: Precision) -> dict[str, Reach] | None:
     """What is kept of one call: the mistakes that some tensor is moved by and does not tell, at the level "good"."""
     truth = problem.truth(precision)
     if truth is None:

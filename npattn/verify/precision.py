@@ -13,7 +13,7 @@ from npattn.ops.checks import Array
 
 @dataclass(frozen=True)
 class Precision:
-    """Unit roundoffs of what is rounded low; 0.0 where nothing is rounded but in the accumulation."""
+    """The unit roundoff of each value that is stored in a smaller format; 0.0 where only the accumulation rounds."""
 
     name: str
     dtype: np.dtype[Any]  # of accumulation
@@ -23,9 +23,9 @@ class Precision:
     dweights: float = 0.0  # dP
     dscores: float = 0.0  # dS before the products to dq and dk
     delta_out: float = 0.0  # O before Delta
-    out: float = 0.0  # every output and gradient, not lse
-    storage: str = "float32"  # the format whose values the inputs hold
-    subnormal: float = 0.0  # half the spacing of storage underflow
+    out: float = 0.0  # every output and gradient, but not lse
+    storage: str = "float32"  # the format in which the inputs are stored
+    subnormal: float = 0.0  # half the spacing of that format's subnormal numbers
 
     @property
     def u(self) -> float:
@@ -34,17 +34,17 @@ class Precision:
 
     @property
     def coarsest(self) -> float:
-        """The largest unit roundoff in it."""
+        """The largest unit roundoff of what is stored."""
         names = ("inputs", "scores", "weights", "dweights", "dscores", "delta_out", "out")
         return float(max(getattr(self, name) for name in names))
 
     @property
     def format(self) -> str:
-        """The format that is rounded to, as `round_to` knows it."""
+        """The name of the smaller format, for `round_to`."""
         return "tf32" if self.name == "tf32" else self.storage
 
     def declared(self) -> Precision:
-        """The same for inputs that its storage holds: rounding them is exact. TF32 rounds whatever enters a product."""
+        """For inputs that are already in its format, whose rounding is exact. TF32 rounds whatever enters a product."""
         return self if self.name == "tf32" else dataclasses.replace(self, inputs=0.0)
 
 
@@ -66,15 +66,15 @@ PRECISIONS: dict[str, Precision] = {
 
 
 def of_dtype(dtype: Any) -> Precision:
-    """The class of an implementation that computes in this dtype; float16 and bfloat16 in float32, with one rounding."""
+    """The class of an implementation in this dtype; float16 and bfloat16 are computed in float32 and rounded once."""
     name = np.dtype(dtype).name
     return PRECISIONS.get(name) or PRECISIONS[f"{name}-M1"]
 
 
 def round_to(x: Array, storage: str) -> Array:
-    """The nearest values that a format holds, in x's own dtype; what is not finite stays, float8 ends at 448.
+    """x rounded to a format, in x's own dtype. inf and NaN stay as they are; float8 saturates at 448.
 
-    bfloat16 and TF32 are made from float32.
+    bfloat16 and TF32 are rounded from float32.
     """
     if storage in ("float32", "float64", "float16"):
         with np.errstate(over="ignore"):

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 import npattn
-from npattn.verify.candidates import Candidate
-from npattn.verify.cases import Truth, dense_mask
-from npattn.verify.judge import Result, Settings, as_given, call_backward, call_forward
-from npattn.verify.precision import Precision
-from npattn.verify.report import examine_all
+from npattn.verify.api import examine_all
+from npattn.verify.candidate import Candidate, call_backward, call_forward
+from npattn.verify.judge import Result, Settings, as_given
+from npattn.verify.op import Problem
 
 
 def fails(candidate: Candidate, case: Any, seed: int, settings: Settings) -> bool:
@@ -31,44 +30,35 @@ def shrink(candidate: Candidate, case: Any, seed: int, settings: Settings) -> An
     Heads and groups stay what they are to each other. An empty axis would be another case: no letter goes below 1.
     """
     settings = dataclasses.replace(settings, power=False)
-    if not hasattr(case, "sizes") or not fails(candidate, case, seed, settings):
+    if not case.smaller() or not fails(candidate, case, seed, settings):
         return case
     best, again = case, True
     while again:
         again = False
-        for smaller in _smaller(best):
+        for smaller in best.smaller():
             if fails(candidate, smaller, seed, settings):
                 best, again = smaller, True
                 break
     return best
 
 
-def _smaller(case: Any) -> list[Any]:
-    """The next cases to try, the greatest steps first."""
-    sizes, found = dict(case.sizes), []
-    if len(case.lead) == 1 and case.lead[0] > 1:
-        found += [dataclasses.replace(case, lead=(n,)) for n in dict.fromkeys((1, case.lead[0] // 2, case.lead[0] - 1))]
-    together = [("H", "G")] if sizes["H"] == sizes["G"] else [("G",)]
-    groups = [*together, ("L", "S"), ("L",), ("S",), *([("D", "E")] if sizes["D"] == sizes["E"] else []), ("D",), ("E",)]
-    for halve in (True, False):
-        for letters in groups:
-            new = {**sizes, **{n: min(sizes[n], max(1, sizes[n] // 2)) if halve else sizes[n] - 1 for n in letters}}
-            if new != sizes and all(new[letter] >= 1 for letter in letters):
-                found.append(dataclasses.replace(case, sizes=new))
-    return found
+LEGEND = "HGLSDEMFVTN"  # the letters of npattn/__init__.py in their order, without the batch
 
 
-def sizes_of(problem: Any) -> dict[str, int]:
-    """What the letters stand for in a problem of attention; its options may have changed the sizes of the case."""
-    q, k, v = problem.inputs.values()
-    heads = {"H": q.shape[-3], "G": k.shape[-3]} if q.ndim > 2 else {}
-    return {**heads, "L": q.shape[-2], "S": k.shape[-2], "D": q.shape[-1], "E": v.shape[-1]}
+def sizes_of(problem: Problem) -> dict[str, int]:
+    """What the letters stand for; the options of a case may have changed its sizes."""
+    found: dict[str, int] = {}
+    for name, x in problem.inputs.items():
+        if isinstance(x, np.ndarray):
+            found |= dict(zip(problem.op.axes.get(f"d{name}", "")[::-1], x.shape[::-1], strict=False))
+    return {letter: found[letter] for letter in LEGEND if letter in found}
 
 
 def shapes(case: Any, seed: int = 0) -> str:
     """The sizes of a case in words."""
     problem = case.problem(seed)
-    lead = ", ".join(map(str, problem.q.shape[:-3]))
+    (name, x), *_ = problem.inputs.items()
+    lead = ", ".join(map(str, x.shape[: 1 - len(problem.op.axes[f"d{name}"])]))
     return f"B={lead or '-'}, " + ", ".join(f"{letter}={n}" for letter, n in sizes_of(problem).items())
 
 
@@ -77,19 +67,18 @@ def save(path: Path, candidate: Candidate, case: Any, seed: int, settings: Setti
     problem, precision = as_given(case, seed, settings)
     arrays: dict[str, Any] = {**problem.inputs, **problem.cotangents}
     options, _ = candidate.arguments(problem, candidate.forward)
-    if problem.op == "attention":
-        options = candidate.present(options, problem.shape)
-        if problem.parts:
-            options["allowed"] = dense_mask(problem)
+    options = candidate.said(problem, options)
+    if "mask" in problem.options:
+        options["allowed"] = problem.op.given(problem)["mask"]
     plain = {n: x for n, x in options.items() if isinstance(x, (int, float, str, bool, tuple))}  # a window may hold None
     arrays |= {n: x for n, x in options.items() if n not in plain}
-    truth = _truth(candidate, problem, precision)
+    truth = None if problem.op.undefined(problem, precision) else candidate.truth(problem, precision)
     if truth is not None:
         arrays |= {f"want_{n}": np.asarray(x, np.float64) for n, x in truth.values.items()}
         arrays |= {f"sigma_{n}": x for n, x in truth.sigma.items()}
     about = {
-        "npattn": npattn.__version__, "candidate": candidate.name, "op": problem.op, "case": case.name, "seed": seed,
-        "sizes": sizes_of(problem) if problem.op == "attention" else {}, "lead": list(getattr(case, "lead", ())),
+        "npattn": npattn.__version__, "candidate": candidate.name, "op": problem.op.name, "case": case.name, "seed": seed,
+        "sizes": sizes_of(problem), "lead": list(getattr(case, "lead", ())),
         "options": plain, "convention": candidate.convention.changes(), "level": settings.level, "precision": precision.name,
         "status": result.status,
         "wrong": [c.text for c in result.checks if c.status == "wrong"],
@@ -103,13 +92,6 @@ def save(path: Path, candidate: Candidate, case: Any, seed: int, settings: Setti
         flat |= _flat({f"got_{n}": x for n, x in backward.values.items() if isinstance(x, np.ndarray)})
     with path.open("wb") as file:  # by its name, numpy would add .npz to it
         np.savez(file, **flat)
-
-
-def _truth(candidate: Candidate, problem: Any, precision: Precision) -> Truth | None:
-    try:
-        return candidate.truth(problem, precision)
-    except NotImplementedError:  # a precision class that this op has no model of
-        return None
 
 
 def _flat(arrays: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""An honest dense implementation of each precision class: the same equations, with every rounding where the class has it.
+"""An honest dense implementation of each precision class: the equations of attention with the roundings of that class.
 
-It is what a low-precision kernel should be compared with when the question is whether its roundings alone explain its errors.
-Everything that is not rounded is computed in float32 (float64 for the class of that name), as accumulators are. It shares no
-code with `npattn.verify.stages`, which is tested with it.
+Compare a low-precision kernel with it to see whether roundings alone explain the kernel's errors. What the class does not round
+is in float32, as accumulators are (in float64 for the class float64). It shares no code with `npattn.verify.stages`, which is
+tested with it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ def swap(x: Array) -> Array:
 
 
 def rounded(precision: Precision) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """forward and backward, plain functions as `npattn.verify` takes them."""
+    """forward and backward, as `npattn.verify` takes them."""
     p, work = precision, precision.dtype
 
     def low(x: Any, roundoff: float) -> Any:
-        """x as it is stored where the class rounds it; as it is where it does not."""
+        """x as the class stores it."""
         return round_to(x, p.format) if roundoff else x
 
     def weights(q: Array, k: Array, mask: Any, bias: Any, scale: Any, softcap: Any, sink: Any) -> tuple[Any, ...]:
@@ -106,7 +106,7 @@ def rounded(precision: Precision) -> tuple[Callable[..., Any], Callable[..., Any
 
 
 def product(w: Array, x: Array, allowed: Array) -> Array:
-    """w @ x, where what is not finite in x reaches only the rows that may see it."""
+    """w @ x, where NaN and inf in x reach only the rows that may see them."""
     bad = ~np.isfinite(x)
     if not bad.any():
         return np.asarray(w @ x)

@@ -1,342 +1,317 @@
-"""Attention once more, stage by stage: every stage may be changed, so that a known mistake or another convention can be tried.
+"""The engine: runs an op's equations stage by stage, with stages changed, rounded or noisy.
 
-This is not the reference and shares no code with it: with nothing changed both agree to the last bits, which the tests hold
-it to. A `Change` replaces the value of one stage; `run` computes what comes out. Two changes at once are simply both applied.
-The names of the stages are those of `npattn.attention`; x collects their values.
+The equations of an op are written once more (`Op.forward`, `Op.backward`), and each value has a name: ``x.keep(name, value)``.
+With nothing changed they agree with the reference to the last bits, which the tests hold them to. Here a stage may be
+
+    changed  : a `Change` replaces its value by that of a known mistake or of another convention
+    noisy    : N(0, 1) times its rounding error is added, for `SAMPLES` samples at once. The root mean square of what comes out,
+               less what comes out without noise, is sigma for an op that has no formula for it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from types import SimpleNamespace
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from npattn.ops.allowed import swap, weight_gradient
 from npattn.ops.checks import Array
+from npattn.tolerances import ROUNDING_STD
+from npattn.verify.op import Change, Problem, Truth, Values, better, cast, facts
+from npattn.verify.precision import Precision
+from npattn.verify.rounding import Rounding
 
-Stage = tuple[str, Callable[[Any], Any]]
-
-
-@dataclass(frozen=True)
-class Change:
-    """What somebody does instead in one stage."""
-
-    name: str
-    stage: str
-    value: Callable[[Any], Any]  # of all that is known so far, with the honest value of the stage in its place
-    needs: frozenset[str] = frozenset()  # without these in the call it changes nothing
-    convention: bool = False  # another convention, not a mistake
-    sized: bool = False  # depends on the size of a tile, which is only tried
+SAMPLES = 32  # of the noise: sigma is known to 1 / sqrt(64), 12 percent
+CANNOT = (ValueError, IndexError, TypeError, AttributeError, KeyError, ZeroDivisionError)
+"""What a change raises that a call leaves no room for."""
 
 
-def _function(name: str) -> Callable[[Any], Any]:
-    """A function of NumPy, or on arrays of objects that of mpmath."""
+class Run:
+    """One run of the equations: its attributes are the values of the stages.
 
-    def apply(a: Any) -> Any:
-        if getattr(a, "dtype", None) != np.dtype(object):
-            return getattr(np, name)(a)
-        import mpmath
+    In a noisy run, and in every run of an op that asks for its inputs by `input`, each value has an axis of samples in front.
+    The first sample has no noise; a run without noise has no other.
+    """
 
-        return np.frompyfunc(getattr(mpmath, {"exp": "exp", "log": "ln", "tanh": "tanh", "isfinite": "isfinite"}[name]), 1, 1)(
-            a
-        )
+    def __init__(
+        self, problem: Problem, given: Mapping[str, Any] | None = None, align: str = "top_left", *,
+        changes: Iterable[Change] = (), precision: Precision | None = None, dtype: Any = None, low: Any = None,
+        start: Run | None = None, recorded: bool = False,
+    ) -> None:  # fmt: skip
+        """given: the options as the candidate gets them; low: its dtype; start: a recorded run, taken over up to a change."""
+        self.original, self.align, self.low = problem, align, np.dtype(low or problem.dtype)
+        self.dtype = problem.dtype if dtype is None else dtype
+        if start is None:
+            self.problem = problem if dtype is None else problem.astype(dtype)
+            options = problem.options if given is None else given
+            self.options = {name: x if dtype is None else cast(x, dtype) for name, x in options.items()}
+        else:
+            self.problem, self.options = start.problem, start.options
+        self.precision, self.sampled = precision, False
+        self.rng = None if precision is None else np.random.default_rng(0)
+        tiny = float(np.finfo(np.float64 if precision is None else precision.dtype).smallest_normal)
+        self.kind = Rounding(False, 0.0 if precision is None else precision.u, tiny)
+        self.unit, self.of_inputs = self.kind.unit, ROUNDING_STD * (0.0 if precision is None else precision.inputs)
+        self.changes: dict[str, list[Callable[[Any, Any], Any]]] = {}
+        for change in changes:
+            for stage, value in change.stages.items():
+                self.changes.setdefault(stage, []).append(value)
+        self.recorded, self.log = recorded, list[dict[str, Any]]()  # what each stage has set, in the order of the equations
+        self.start = None if start is None else iter(start.log)
 
-    return apply
+    def __getattr__(self, name: str) -> Any:  # the values of the stages
+        raise AttributeError(name)
 
+    def keep(self, name: str, value: Callable[[], Any], error: Callable[[Any], Any] | None = None) -> Any:
+        """A stage: its honest value, with noise of this error (of the first sample), or changed."""
+        if self.start is not None and name not in self.changes:
+            known = next(self.start)
+            self.__dict__.update(known)
+            return known[name]
+        self.start, before = None, dict(self.__dict__) if self.recorded else {}
+        x = value()
+        if error is not None and self.rng is not None:
+            x = x + self.noise(*x.shape[1:]) * error(x[0])
+        setattr(self, name, x)
+        for change in self.changes.get(name, ()):
+            setattr(self, name, change(self, getattr(self, name)))
+        if self.recorded:  # a stage may set others beside its own
+            more = {n: y for n, y in self.__dict__.items() if y is not before.get(n)}
+            self.log.append({name: getattr(self, name), **more})
+        return getattr(self, name)
 
-exp, log, tanh = _function("exp"), _function("log"), _function("tanh")
+    def noise(self, *shape: int) -> Array:
+        """N(0, 1) in all samples but the first."""
+        assert self.rng is not None
+        noise = self.rng.standard_normal((SAMPLES + 1, *shape))
+        noise[0] = 0
+        return noise
 
+    # -- stages with a rounding error
 
-def is_finite(a: Array) -> Array:
-    return np.asarray(_function("isfinite")(a), bool)
+    def input(self, name: str, x: Any) -> Any:
+        """An input gets its axis of samples; None stays None."""
+        self.sampled = True
+        if x is None:
+            return self.keep(name, lambda: None)
+        return self.keep(name, lambda: x[None], (lambda x: self.of_inputs * np.abs(x)) if self.of_inputs else None)
 
+    def rounded(self, name: str, value: Callable[[], Array], units: float = 1.0) -> Any:
+        return self.keep(name, value, lambda x: units * self.unit * np.abs(x))
 
-def swap(a: Array) -> Array:
-    result: Array = np.swapaxes(a, -1, -2)
-    return result
+    def sum_of_two(self, name: str, a: Array, b: Array) -> Any:
+        """a + b, which is exact where one of them is 0."""
+        return self.keep(name, lambda: a + b, lambda _: self._adding(a[0], b[0]))
 
+    def _adding(self, a: Array, b: Array) -> Array:
+        return np.where((a != 0) & (b != 0), self.unit * np.abs(a + b), 0)
 
-def where(condition: Any, a: Any, b: Any = 0) -> Any:
-    return np.where(condition, a, b)
+    def product(self, name: str, a: Array, b: Array) -> Any:
+        return self.keep(name, lambda: a @ b, lambda _: self.kind.product(a[0], b[0]))
 
+    def linear(self, name: str, x: Array, w: Array, b: Any) -> Any:
+        """x w + b; b may be None."""
+        if b is None:
+            return self.product(name, x, w)
 
-def exp_low(x: Any, a: Array) -> Array:
-    """exp that overflows and underflows where the candidate's does."""
-    info = np.finfo(x.low)
-    e, least = exp(a), float(info.smallest_subnormal)
-    if e.dtype != np.dtype(object):  # what is subnormal has fewer digits
-        e = np.where(e < float(info.smallest_normal), np.rint(e / least) * least, e)
-    return np.asarray(where(a > math.log(info.max), np.inf, where(e < least / 2, e * 0, e)))
+        def error(_: Any) -> Array:
+            y = x[0] @ w[0]
+            return np.hypot(self.kind.product(x[0], w[0]), self._adding(y, b[0]))
 
+        return self.keep(name, lambda: x @ w + b, error)
 
-def over_allowed(w: Array, a: Array, allowed: Array) -> Array:
-    """w @ a, where what is not finite in a reaches only the rows that may see it."""
-    bad = ~is_finite(a)
-    if not bad.any():
-        result: Array = w @ a
-        return result
-    out: Array = w @ where(bad, 0, a)
-    for j in np.flatnonzero(bad.any(-1).reshape(-1, a.shape[-2]).any(0)):
-        one = slice(j, j + 1)
-        out += where(allowed[..., one] & bad[..., one, :], w[..., one] * a[..., one, :])
-    return out
+    def total(self, name: str, terms: Array, axis: Any, keepdims: bool = False) -> Any:
+        """A sum; the axis is counted from the end."""
+        return self.keep(name, lambda: terms.sum(axis, keepdims=keepdims),
+                         lambda x: self.kind.rounding_of_sum(terms[0], axis).reshape(x.shape))  # fmt: skip
 
-
-def sum_to(terms: Array, like: Array) -> Array:
-    """The sum over the axes along which ``like`` was broadcast."""
-    full = (1,) * (terms.ndim - like.ndim) + like.shape
-    result: Array = terms.sum(tuple(a for a, n in enumerate(full) if n == 1), keepdims=True).reshape(like.shape)
-    return result
-
-
-def group_sum(terms: Array, x: Any, group: Array) -> Array:
-    """(B, H, S, D) -> (B, G, S, D), by the groups that the heads have read."""
-    total = np.zeros((*terms.shape[:-3], x.G, *terms.shape[-2:]), terms.dtype)
-    for h in range(x.H):
-        total[..., int(group[h]), :, :] += terms[..., h, :, :]
-    return total
-
-
-SHAPE: list[Stage] = [
-    ("q", lambda x: x.q),
-    ("shift", lambda x: x.S - x.L if x.align == "bottom_right" else 0),
-    ("sides", lambda x: None if x.window is None else tuple(math.inf if n is None else n for n in x.window)),
-    ("lengths", lambda x: None if x.key_lengths is None else np.asarray(x.key_lengths)[..., None, None, None]),
-    ("array", lambda x: None if x.mask is None else np.asarray(x.mask)),
-    ("bias", lambda x: None if x.bias is None else np.asarray(x.bias).reshape((1,) * (4 - np.ndim(x.bias)) + np.shape(x.bias))),
-    ("drop", lambda x: 1.0 if x.dropout_mask is None else x.dropout_mask),
-    ("scale", lambda x: x.D**-0.5 if x.scale is None else x.scale),
-    ("sink", lambda x: None if x.sink is None else np.asarray(x.sink)[:, None, None]),
-    ("group", lambda x: np.arange(x.H) // (x.H // x.G)),
-    ("k_group", lambda x: x.group),
-    ("v_group", lambda x: x.group),
-]
-MASKS: list[Stage] = [
-    ("ahead", lambda x: np.arange(x.S) - np.arange(x.L)[:, None] - x.shift),
-    ("by_causal", lambda x: x.ahead <= 0 if x.causal else True),
-    ("by_window", lambda x: True if x.sides is None else (x.ahead >= -x.sides[0]) & (x.ahead <= x.sides[1])),
-    ("by_lengths", lambda x: True if x.lengths is None else np.arange(x.S) < x.lengths),
-    ("by_array", lambda x: True if x.array is None else x.array),
-    ("by_bias", lambda x: True if x.bias is None else x.bias != -np.inf),
-    ("allowed", lambda x: np.broadcast_to(x.by_causal & x.by_window & x.by_lengths & x.by_array & x.by_bias, x.shape)),
-]
-SCORES: list[Stage] = [
-    ("kh", lambda x: x.k[..., x.k_group, :, :]),
-    ("vh", lambda x: x.v[..., x.v_group, :, :]),
-    ("raw", lambda x: x.scale * (x.q @ swap(x.kh))),  # (1)
-    ("t", lambda x: None if x.softcap is None else tanh(x.raw / x.softcap)),
-    ("capped", lambda x: x.raw if x.softcap is None else x.softcap * x.t),  # (2)
-    ("inside", lambda x: True),  # where a score was not cut off
-    ("biased", lambda x: x.capped if x.bias is None else x.capped + x.bias),  # (3)
-    ("scores", lambda x: where(x.allowed, x.biased, -np.inf)),  # (4)
-]
-SOFTMAX: list[Stage] = [
-    ("top", lambda x: _top(x)),
-    ("e", lambda x: exp_low(x, x.scores - x.top)),
-    ("e_sink", lambda x: 0.0 if x.sink is None else exp_low(x, x.sink - x.top)),
-    ("z", lambda x: x.e.sum(-1, keepdims=True) + x.e_sink),
-    ("weights", lambda x: where(x.allowed, x.e / where(x.z == 0, 1, x.z), 0)),  # (5)
-    ("lse", lambda x: (x.top + log(x.z))[..., 0]),
-    ("dropped", lambda x: x.weights * x.drop),  # (6)
-    ("out", lambda x: over_allowed(x.dropped, x.vh, x.allowed)),  # (7)
-]
-FORWARD = SHAPE + MASKS + SCORES + SOFTMAX
-
-BACKWARD: list[Stage] = [
-    ("kept_out", lambda x: x.saved_out),
-    ("kept_lse", lambda x: x.saved_lse),
-    ("alive", lambda x: (x.saved_lse != -np.inf)[..., None]),
-    ("do", lambda x: where(x.alive, x.dout)),
-    ("dl", lambda x: 0.0 if x.dlse is None else where(x.alive, x.dlse[..., None])),
-    ("p", lambda x: exp_low(x, x.scores - where(x.alive, x.kept_lse[..., None]))),  # made again from lse, as fused kernels do
-    ("dropped", lambda x: x.p * x.drop),
-    ("dvh", lambda x: over_allowed(swap(x.dropped), x.do, swap(x.allowed))),  # (7)
-    ("dp", lambda x: where(x.allowed, x.do @ swap(x.vh)) * x.drop),  # (7), (6)
-    ("delta", lambda x: (x.do * where(x.alive, x.kept_out)).sum(-1, keepdims=True)),
-    ("ds", lambda x: where(x.allowed & x.inside, x.p * (x.dp - x.delta + x.dl))),  # (5), (4)
-    ("p_sink", lambda x: 0.0 if x.sink is None else exp_low(x, x.sink - where(x.alive, x.kept_lse[..., None]))),
-    ("sink_rows", lambda x: x.p_sink * (_of_row(x.dl) - _of_row(x.delta))),
-    ("dsink", lambda x: None if x.sink is None else np.broadcast_to(x.sink_rows, (*x.shape[:-1], 1)).sum((0, 2, 3))),
-    ("dbias", lambda x: None if x.bias is None else sum_to(x.ds, x.given_bias)),  # (3)
-    ("slope", lambda x: 1.0 if x.softcap is None else 1 - x.t * x.t),
-    ("dcap", lambda x: where(x.allowed, x.ds * x.slope)),  # (2)
-    ("dq", lambda x: x.scale * over_allowed(x.dcap, x.kh, x.allowed)),  # (1)
-    ("dkh", lambda x: x.scale * over_allowed(swap(x.dcap), x.q, swap(x.allowed))),  # (1)
-    ("dk", lambda x: group_sum(x.dkh, x, x.k_group)),
-    ("dv", lambda x: group_sum(x.dvh, x, x.v_group)),
-]
-FORWARD_STAGES = frozenset(name for name, _ in FORWARD)
+    def outer(self, name: str, x: Array, dy: Array, heads: int = 1, axis: int = 1) -> Any:
+        """x^T dy summed over all tokens: (.., B, L, M) and (.., B, L, N) -> (.., M, N)."""
+        if not (np.isfinite(x).all() and np.isfinite(dy).all()):  # never where there is noise
+            return self.keep(name, lambda: weight_gradient(x[0], dy[0], heads, axis)[None])
+        a, b = (y.reshape(len(y), -1, y.shape[-1]) for y in (x, dy))
+        return self.product(name, swap(a), b)
 
 
-def _of_row(a: Any) -> Any:
-    """One number a row, where a change has made it one a key."""
-    return a[..., :1] if np.ndim(a) and a.shape[-1] > 1 else a
-
-
-def _top(x: Any) -> Array:
-    top = x.scores.max(-1, keepdims=True, initial=-np.inf)
-    if x.sink is not None:
-        top = np.maximum(top, x.sink)
-    return np.asarray(where(top == -np.inf, 0.0, top))
-
-
-def facts(problem: Any, given: dict[str, Any]) -> frozenset[str]:
-    """What a call has in it: the names that `Change.needs` speaks of."""
-    found = {name for name, value in given.items() if value is not None and value is not False}
-    L, S = problem.shape[-2:]
-    found |= {"L = S"} if L == S else {"L != S"}
-    if problem.q.shape[-3] != problem.k.shape[-3]:
-        found.add("grouped heads")
-    if problem.dlse is not None:
-        found.add("dlse")
-    return frozenset(found)
-
-
-def prepare(problem: Any, given: dict[str, Any], align: str, dtype: Any) -> SimpleNamespace:
-    """The call that a candidate gets, as the first values of x."""
-    x = SimpleNamespace(causal=False, **dict.fromkeys(("window", "key_lengths", "mask", "bias", "scale", "softcap", "sink")))
-    x.dropout_mask, x.align, x.low = None, align, problem.q.dtype  # low: what the candidate computes in
-    for name, value in given.items():
-        wide = isinstance(value, np.ndarray) and value.dtype.kind == "f"
-        setattr(x, name, to(value, dtype) if wide else value)
-    x.given_bias, x.given_scale = x.bias, x.scale
-    x.problem, x.dtype = problem, dtype
-    x.q, x.k, x.v, x.dout = (to(a, dtype) for a in (problem.q, problem.k, problem.v, problem.dout))
-    x.dlse = None if problem.dlse is None else to(problem.dlse, dtype)
-    x.shape = problem.shape
-    x.B, x.H, x.L, x.S = problem.shape
-    x.G, x.D, x.E = problem.k.shape[-3], problem.q.shape[-1], problem.v.shape[-1]
-    return x
-
-
-def to(a: Array, dtype: Any) -> Array:
-    """In another dtype; object stands for the numbers of mpmath."""
-    if dtype is not object:
-        return a.astype(dtype)
-    import mpmath
-
-    return np.asarray(np.frompyfunc(lambda number: mpmath.mpf(float(number)), 1, 1)(a), object)
-
-
-def exact(problem: Any, given: dict[str, Any]) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Outputs and gradients in 40 digits, as float64 and what it leaves; for small float64 problems. Needs mpmath."""
-    import mpmath
-
-    with mpmath.workdps(40):
-        found = run(problem, given, "top_left", dtype=object)
-        high = {n: np.asarray(x, np.float64) for n, x in found.items()}
-        rest = {n: np.asarray(where(np.isfinite(high[n]), x - high[n], 0), np.float64) for n, x in found.items()}
-    return high, rest
-
-
-def perform(x: SimpleNamespace, stages: Iterable[Stage], changes: Iterable[Change]) -> SimpleNamespace:
-    """All stages in their order, each with what is changed of it."""
-    by_stage: dict[str, list[Change]] = {}
-    for change in changes:
-        by_stage.setdefault(change.stage, []).append(change)
-    for name, value in stages:
-        setattr(x, name, value(x))
-        for change in by_stage.get(name, ()):
-            setattr(x, name, change.value(x))
-    return x
+# --- whole runs ------------------------------------------------------------------------------------------------------------
 
 
 def run(
-    problem: Any, given: dict[str, Any], align: str, changes: Iterable[Change] = (), *,
-    dtype: Any = np.float64, backward: Iterable[Change] | None = None, gradients: bool = True, fused: bool = True,
-    returned: Array | None = None,
-) -> dict[str, Array]:  # fmt: skip
-    """out, lse and the gradients with these changes, computed in ``dtype``.
+    problem: Problem, given: Mapping[str, Any] | None = None, align: str = "top_left", changes: Iterable[Change] = (), *,
+    dtype: Any = None, low: Any = None, precision: Precision | None = None, backward: Iterable[Change] | None = None,
+    gradients: bool = True, fused: bool = True, returned: Array | None = None,
+) -> Values:  # fmt: skip
+    """Outputs and gradients with these changes, computed in ``dtype``; an axis of samples comes first where there is noise.
 
-    given    : the keyword arguments as the candidate gets them
+    given    : the options as the candidate gets them; align : the convention of causal and window
     changes  : of the forward, and of the backward too, unless ``backward`` gives others for it
-    fused    : the backward uses the out and lse of the forward; else it makes its own
-    returned : the out that the candidate kept: what is rounded once more is rounded from there
+    fused    : the backward uses what the forward has kept (`Op.handed`); else it makes its own
+    returned : the first output as the candidate kept it: what is rounded once more is rounded from there
     """
-    here = facts(problem, given)
+    here = facts(problem, problem.options if given is None else given)
     changes = [c for c in changes if c.needs <= here]
-    in_backward = changes if backward is None else [c for c in backward if c.needs <= here]
+    inner = changes if backward is None else [c for c in backward if c.needs <= here]
+    how: dict[str, Any] = {"dtype": dtype, "low": low, "precision": precision}
     with np.errstate(all="ignore"):
-        x = perform(prepare(problem, given, align, dtype), FORWARD, changes)
-        found = {"out": x.out, "lse": x.lse}
-        if not gradients:
-            return found
-        x = _before_backward(x, problem, given, align, changes, in_backward, dtype, fused)
-        if returned is not None and fused:
-            x.saved_out = returned.astype(dtype)
-        x = perform(x, BACKWARD, _of_backward(in_backward))
-    return _named(found, x)
+        x = Run(problem, given, align, changes=changes, **how)
+        problem.op.forward(x)
+        found = {t: getattr(x, t) for t in problem.outputs}
+        if gradients:
+            y = _for_backward(x, changes, inner, fused, lambda kept: Run(problem, given, align, changes=kept, **how))
+            if returned is not None and fused:
+                setattr(y, f"saved_{problem.outputs[0]}", cast(returned, y.dtype))
+            problem.op.backward(y)
+            found |= _gradients(y)
+            found = y.keep("finish", lambda: found)
+    return {t: v[0] for t, v in found.items()} if x.sampled and precision is None else found
 
 
-def _before_backward(
-    x: SimpleNamespace, problem: Any, given: dict[str, Any], align: str, changes: list[Change], in_backward: list[Change],
-    dtype: Any, fused: bool,
-) -> SimpleNamespace:  # fmt: skip
-    """What the backward starts from: what its own changes make of the forward, and the out and lse that were kept."""
-    out, lse = x.out, x.lse
-    if in_backward != changes or any(c.stage == "lse" for c in changes):
-        # A convention of the lse that is handed out is not one of the lse that is kept.
-        inner = [c for c in in_backward if c.stage in FORWARD_STAGES and c.stage != "lse"]
-        x = perform(prepare(problem, given, align, dtype), FORWARD, inner)
-        if not fused or in_backward == changes:
-            out, lse = x.out, x.lse
-    x.saved_out, x.saved_lse = out, lse
-    return x
+def _for_backward(
+    x: Run, changes: list[Change], inner: list[Change], fused: bool, again: Callable[[list[Change]], Run]
+) -> Run:
+    """What the backward starts from: what its own changes make of the forward, and what the forward has kept."""
+    op, y = x.problem.op, x
+    kept = {t: getattr(x, t) for t in op.outputs}
+    if inner != changes or any(op.handed & c.stages.keys() for c in changes):
+        # A convention of what is handed out is not one of what is kept.
+        y = again([Change(c.name, {n: f for n, f in c.stages.items() if n not in op.handed}) for c in inner])
+        op.forward(y)
+        if not fused or inner == changes:
+            kept = {t: getattr(y, t) for t in op.outputs}
+    for t, value in kept.items():
+        setattr(y, f"saved_{t}", value)
+    return y
 
 
-def _of_backward(changes: Iterable[Change]) -> list[Change]:
-    return [c for c in changes if c.stage not in FORWARD_STAGES or c.stage == "dropped"]
+def _gradients(x: Run) -> Values:
+    return {t: getattr(x, t) for t in x.problem.gradients if getattr(x, t, None) is not None}
 
 
-def _named(found: dict[str, Any], x: SimpleNamespace) -> dict[str, Array]:
-    found = found | {"dq": x.dq, "dk": x.dk, "dv": x.dv, "dbias": x.dbias, "dsink": x.dsink}
-    return {name: value for name, value in found.items() if value is not None}
+def attempt(*args: Any, **options: Any) -> Values:
+    """`run`, and nothing where a change cannot be made in this call."""
+    try:
+        return run(*args, **options)
+    except CANNOT:
+        return {}
 
 
 class Variants:
     """What `run` returns with one change more, where only the stages from the changed one on are computed again."""
 
-    def __init__(self, problem: Any, given: dict[str, Any], align: str, base: Iterable[Change]) -> None:
+    def __init__(
+        self, problem: Problem, given: Mapping[str, Any], align: str, base: Iterable[Change] = (), dtype: Any = np.float64,
+        returned: Array | None = None,
+    ) -> None:  # fmt: skip
+        """returned : the first output as the candidate kept it, see `run`"""
         here = facts(problem, given)
-        self.call, self.base = (problem, given, align), [c for c in base if c.needs <= here]
+        self.call, self.dtype, self.base = (problem, given, align), dtype, [c for c in base if c.needs <= here]
         with np.errstate(all="ignore"):
-            self.forwards = perform(prepare(*self.call, np.float64), FORWARD, self.base)
-            start = SimpleNamespace(**vars(self.forwards))
-            start = _before_backward(start, *self.call, self.base, self.base, np.float64, True)
-            self.backwards = perform(start, BACKWARD, _of_backward(self.base))
-        self.unchanged = _named({"out": self.forwards.out, "lse": self.forwards.lse}, self.backwards)
+            self.forwards = self._recorded(self.base)
+            problem.op.forward(self.forwards)
+            self.of_forward = frozenset(next(iter(known)) for known in self.forwards.log)
+            self.backwards = _for_backward(self.forwards, self.base, self.base, True, self._recorded)
+            if returned is not None:
+                setattr(self.backwards, f"saved_{problem.outputs[0]}", cast(returned, dtype))
+            problem.op.backward(self.backwards)
+        self.unchanged = self._named(self.forwards, self.backwards)
 
-    def outputs(self, change: Change) -> dict[str, Array] | None:
-        """out and lse with this change; nothing where it does not reach them, None where it changes nothing at all."""
-        if change.stage not in FORWARD_STAGES:
-            return None if _same_stage(self.backwards, change) else {}
-        if _same_stage(self.forwards, change):
-            return None
-        x = _go_on(self.forwards, FORWARD, change, self.base)
-        return {"out": x.out, "lse": x.lse}
+    def _recorded(self, changes: Iterable[Change]) -> Run:
+        problem, given, align = self.call
+        return Run(problem, given, align, changes=changes, dtype=self.dtype, low=problem.dtype, recorded=True)
 
-    def everything(self, change: Change) -> dict[str, Array]:
+    def _from(self, start: Run, change: Change) -> Run:
+        problem, given, align = self.call
+        return Run(problem, given, align, changes=[*self.base, change], dtype=self.dtype, low=problem.dtype, start=start)
+
+    def _named(self, forwards: Run, backwards: Run | None = None) -> Values:
+        found = {t: getattr(forwards, t) for t in forwards.problem.outputs}
+        if backwards is not None:
+            found = backwards.keep("finish", lambda: found | _gradients(backwards))
+        return {t: x[0] for t, x in found.items()} if forwards.sampled else found
+
+    def changes_forward(self, change: Change) -> bool:
+        return bool(change.stages.keys() & self.of_forward)
+
+    def outputs(self, change: Change) -> Values | None:
+        """The outputs with this change; nothing where it does not reach them, None where it changes nothing at all."""
+        if not self.changes_forward(change):
+            return None if _same(self.backwards, change) else {}
+        return None if _same(self.forwards, change) else self.forward(change)
+
+    def forward(self, change: Change) -> Values:
+        """The outputs with this change of the forward."""
+        x = self._from(self.forwards, change)
+        with np.errstate(all="ignore"):
+            x.problem.op.forward(x)
+        return self._named(x)
+
+    def everything(self, change: Change) -> Values:
         """What `run` returns with this change."""
-        if change.stage in FORWARD_STAGES:
-            return run(*self.call, [*self.base, change])
-        x = _go_on(self.backwards, BACKWARD, change, _of_backward(self.base))
-        return _named({name: self.unchanged[name] for name in ("out", "lse")}, x)
+        if self.changes_forward(change):
+            return run(*self.call, [*self.base, change], dtype=self.dtype, low=self.call[0].dtype)
+        x = self._from(self.backwards, change)
+        with np.errstate(all="ignore"):
+            x.problem.op.forward(x)
+            for t in x.problem.outputs:
+                setattr(x, f"saved_{t}", getattr(self.backwards, f"saved_{t}"))
+            x.problem.op.backward(x)
+            return self._named(self.forwards, x)
 
 
-def _go_on(x: SimpleNamespace, stages: list[Stage], change: Change, base: list[Change]) -> SimpleNamespace:
-    """All stages from the changed one on."""
-    first = [name for name, _ in stages].index(change.stage)
+def _same(x: Run, change: Change) -> bool:
+    """Whether the changed stages are what they were, as a mask that is ignored where it masks nothing."""
+    tried = Run.__new__(Run)
+    tried.__dict__.update(vars(x))
+    for stage, value in change.stages.items():
+        was: Any = getattr(x, stage, None)
+        with np.errstate(all="ignore"):
+            now: Any = value(tried, was)
+        others = all(y is getattr(x, name, None) for name, y in vars(tried).items())
+        if not others or type(now) is not type(was) or isinstance(was, dict):
+            return False
+        if not np.array_equal(now, was, equal_nan=np.asarray(was).dtype.kind == "f"):
+            return False
+    return True
+
+
+# --- sigma without a formula -------------------------------------------------------------------------------------------------
+
+UNSUPPORTED = "precision classes of layers: float32 and float64, with inputs and outputs rounded (M1)"
+
+
+def no_inner_rounding(problem: Problem, precision: Precision) -> str:
+    """The noise knows of no rounding to a smaller format within the equations."""
+    inner = (precision.scores, precision.weights, precision.dweights, precision.dscores, precision.delta_out)
+    return UNSUPPORTED if any(inner) else ""
+
+
+def finite(x: Any) -> Any:
+    """What is NaN or inf reaches nothing, or makes the truth NaN: for sigma it is 0."""
+    return np.where(np.isfinite(x), x, 0) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x
+
+
+def by_noise(problem: Problem, precision: Precision, clean: Callable[[Any], Any] = finite) -> Truth | None:
+    """The reference's values, and for sigma the spread of the noisy equations; None where there is no better dtype."""
+    dtype = better(precision.dtype)
+    if dtype is None:
+        return None
+    wide = problem.astype(dtype)
     with np.errstate(all="ignore"):
-        return perform(SimpleNamespace(**vars(x)), stages[first:], [*base, change])
+        found = problem.op.reference(wide)
+        values = {name: found[name] for name in (*problem.outputs, *problem.gradients)}
+        noisy = run(wide.each(clean), precision=precision)
+        return Truth(values, {name: _spread(noisy[name], want, precision) for name, want in values.items()})
 
 
-def _same_stage(x: SimpleNamespace, change: Change) -> bool:
-    """Whether the changed stage is what it was, as a mask that is ignored where it masks nothing."""
-    tried = SimpleNamespace(**vars(x))
-    with np.errstate(all="ignore"):
-        value, was = change.value(tried), getattr(x, change.stage)
-    others = all(y is getattr(x, name, None) for name, y in vars(tried).items())
-    return others and type(value) is type(was) and bool(np.array_equal(value, was, equal_nan=np.asarray(was).dtype.kind == "f"))
+def _spread(samples: Array, want: Array, precision: Precision) -> Array:
+    """The root mean square of samples less the first, which has no noise; and the rounding of what is returned."""
+    error = np.asarray(samples[1:] - samples[:1], np.float64)
+    top = np.maximum(np.abs(error).max(0), 1e-300)  # squares of what is below 1e-154 would underflow
+    rms = top * np.sqrt(np.square(error / top).mean(0))
+    size = np.where(np.isfinite(want), np.abs(want), 0).astype(np.float64)
+    rounded = np.where(size > 0, np.hypot(ROUNDING_STD * precision.out * size, precision.subnormal), 0)
+    return np.where(np.isfinite(want), np.hypot(rms, rounded), 0.0)
+
+
+__all__ = ["CANNOT", "SAMPLES", "Run", "Variants", "attempt", "by_noise", "finite", "no_inner_rounding", "run"]

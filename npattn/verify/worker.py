@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from npattn.verify import replay
-from npattn.verify.candidates import CandidateError, load, said
+from npattn.verify.api import examine_all, fits
+from npattn.verify.candidate import CandidateError, load, said
 from npattn.verify.conditions import examine_conditions
 from npattn.verify.conventions import Convention
-from npattn.verify.diagnose import Diagnostician
+from npattn.verify.explain import Diagnostician
 from npattn.verify.judge import Check, Result, Settings, examine
-from npattn.verify.report import Facts, Report, examine_all, fits
+from npattn.verify.report import Facts, Report
 
 TIMEOUT = 120.0  # seconds for a call: a first one may compile, and loops in Python take half a minute. Least for an import
 HANGS = 3  # after so many calls without an answer, or starts that fail, nothing more is asked
@@ -278,7 +279,7 @@ def _serve(connection: Connection, path: list[str]) -> None:
             os._exit(0)  # and not what the candidate has left to do at exit
         try:
             if what == "load":
-                served = _Served(given[0], send)
+                served = Served(given[0], send)
                 answer: Any = Facts.of(served.candidate)
             else:
                 answer = getattr(served, what)(*given)
@@ -316,7 +317,7 @@ def _settle(connection: Connection) -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
-class _Served:
+class Served:
     """What is asked for, on the candidate that is loaded here."""
 
     def __init__(self, spec: Spec, send: Callable[..., None]) -> None:
@@ -371,4 +372,4 @@ class _Served:
         return ""
 
 
-__all__ = ["TIMEOUT", "Spec", "Worker"]
+__all__ = ["TIMEOUT", "Served", "Spec", "Worker"]

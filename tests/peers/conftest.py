@@ -1,10 +1,12 @@
 """Everything in this folder compares npattn with libraries of the peers extra, and carries the marker of that name."""
 
-import importlib
 import os
 from pathlib import Path
 
 import pytest
+from helpers import IMPLEMENTATIONS
+
+from npattn.ops.multihead import IMPLEMENTATIONS as PAIRS
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test downloads anything
 
@@ -19,4 +21,4 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles of 2 queries and 3 keys, so that blockwise needs several at the sizes of these tests, the last one cut short."""
-    monkeypatch.setattr(importlib.import_module("npattn.ops.tiles"), "TILE", (2, 3))
+    monkeypatch.setitem(PAIRS, "blockwise", IMPLEMENTATIONS["tiles"])

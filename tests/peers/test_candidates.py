@@ -1,9 +1,12 @@
-"""The built-in candidates: what `npattn verify` finds in each library, that the library itself does so, and no false alarm."""
+"""The built-in candidates: what `npattn verify` finds in each library, and that the adapters compute what npattn does.
+
+That it is the library and not its adapter is shown by the findings: plain code of the library, run by test_peer_page.py.
+"""
 
 from __future__ import annotations
 
+import sys
 import threading
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +14,12 @@ import pytest
 for library in ("torch", "jax", "onnx", "onnxruntime", "transformers"):
     pytest.importorskip(library, reason="needs the peers extra: pip install npattn[peers]")
 
-from agree import multi_head_terms, rnn_terms
-
 import npattn as na
 from npattn.convert import multi_head_to_torch, rnn_to_onnx, rnn_to_torch
+from npattn.peers import PEERS
 from npattn.tolerances import TERMS_EPS
-from npattn.verify import CASES, Candidate, examine
-from npattn.verify.peers import PEERS
+from npattn.verify import CASES, Candidate, Settings, examine
+from peers.agree import multi_head_terms, rnn_terms
 
 # --- what is wrong, by our conventions, and why -----------------------------------------------------------------------------
 
@@ -61,7 +63,7 @@ RIGHT = {
 @pytest.mark.parametrize("name", FINDINGS)
 def test_findings(name):
     candidate = Candidate(name, *PEERS[name].load())
-    status = {case.name: examine(candidate, case).status for case in CASES}
+    status = {case.name: examine(candidate, case, settings=Settings(power=False)).status for case in CASES}
     assert {case for case, s in status.items() if s == "wrong"} == FINDINGS[name]
     assert sum(s == "ok" for s in status.values()) >= RIGHT[name]
 
@@ -70,101 +72,13 @@ def test_all_attention_peers_have_a_table():
     assert {name for name, peer in PEERS.items() if peer.op == "attention"} == set(FINDINGS) == set(RIGHT)
 
 
-# --- that it is the library, not the adapter: each finding in plain calls of it --------------------------------------------
-
-
-def test_torch_multiplies_0_by_nan():
-    import torch
-
-    q, v, seen = torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), torch.tensor([True, False])
-    v[..., 1, :] = torch.nan
-    for backend in torch.nn.attention.SDPBackend.MATH, torch.nn.attention.SDPBackend.FLASH_ATTENTION:
-        with torch.nn.attention.sdpa_kernel(backend):
-            assert torch.nn.functional.scaled_dot_product_attention(q, q, v, attn_mask=seen.expand(2, 2)).isnan().all()
-
-
-def test_jax_gives_dead_rows_the_mean_of_v():
-    import jax
-
-    q, v, no = np.ones((1, 1, 1, 2), np.float32), np.float32([[[[1, 0]], [[3, 0]]]]), np.zeros((1, 1, 1, 2), bool)
-    out, lse = jax.nn.dot_product_attention(q, v, v, mask=no, return_residual=True)
-    assert (out[0, 0, 0, 0], lse[0, 0, 0] > -np.inf) == (2, True)
-    dv = jax.grad(lambda x: jax.nn.dot_product_attention(q, v, x, mask=no).sum())(v)
-    assert (dv == 0.5).all()
-    assert np.isnan(jax.nn.dot_product_attention(q, v, v, bias=np.full(no.shape, -np.inf, np.float32))).all()
-
-
-def test_jax_softmax_of_float64_is_float32():
-    import jax
-
-    with jax.enable_x64(True):
-        x = np.random.default_rng(0).standard_normal((1, 5, 1, 8))
-        error = np.abs(np.asarray(jax.nn.dot_product_attention(x, x, x))[0, :, 0] - na.attention(*[x[0, :, 0]] * 3)).max()
-    assert 1e-9 < error < 1e-6
-
-
-def test_jax_cannot_compile_float16_for_a_cpu():
-    """It tries another precision where the first raises, which a compiled call does later."""
-    import jax
-
-    x = np.ones((1, 2, 1, 4), np.float16)
-    with pytest.raises(ValueError, match="F16_F16_F32"):
-        jax.jit(jax.nn.dot_product_attention)(x, x, x)
+def test_jax_computes_float16():
+    """A compiled call raises on a CPU, so the adapter does not compile it; see the findings in npattn/peers/jax_nn.py."""
     forward, backward = PEERS["jax"].load()
+    x = np.ones((1, 2, 1, 4), np.float16)
     for result in (forward(x, x, x)[0], *list(backward(x, x, x, x).values())[:3]):
         assert result.dtype == np.float16
         assert np.isfinite(result).all()
-
-
-def test_onnx_takes_the_root_of_the_scale_and_fills_masks_up():
-    from onnx.reference.ops.op_attention import _compute_attention
-
-    x = np.random.default_rng(0).standard_normal((1, 1, 2, 4))
-    with np.errstate(invalid="ignore"):
-        assert np.isnan(_compute_attention(x, x, x, scale=-0.5)[0]).all()
-    column = np.ones((1, 1, 2, 1), bool)  # all may be seen, where it is broadcast; only key 0, where it is filled up
-    assert np.array_equal(_compute_attention(x, x, x, attn_mask=column)[0], x[:, :, [0, 0]])
-    with pytest.raises(ValueError, match="zero-size"):
-        _compute_attention(x, x[:, :, :0], x[:, :, :0])
-
-
-def test_transformers_gives_dead_rows_the_mean_of_v():
-    import torch
-    from transformers.models.gemma2 import modeling_gemma2
-    from transformers.models.llama import modeling_llama
-
-    layer, v = SimpleNamespace(num_key_value_groups=1, training=False), torch.tensor([[[[1.0, 0.0], [3.0, 0.0]]]])
-    low = torch.full((1, 1, 2, 2), torch.finfo(torch.float32).min)
-    for eager in modeling_llama.eager_attention_forward, modeling_gemma2.eager_attention_forward:
-        assert (eager(layer, v, v, v, low, scaling=1.0)[0][..., 0] == 2).all()
-
-
-def test_torch_multi_head_of_a_dead_row():
-    """0 without the weights, NaN with them and on the fast path."""
-    import torch
-
-    layer, x = torch.nn.MultiheadAttention(4, 2, batch_first=True).eval(), torch.ones(1, 3, 4)
-    drop = torch.tensor([[False] * 3, [True] * 3, [False] * 3])
-    layer.out_proj.bias.data[:] = 7.0
-    assert (layer(x, x, x, attn_mask=drop, need_weights=False)[0][0, 1] == 7).all()
-    assert layer(x, x, x, attn_mask=drop)[0][0, 1].isnan().all()
-    with torch.no_grad():
-        assert layer(x, x, x, attn_mask=drop, need_weights=False)[0][0, 1].isnan().all()
-
-
-def test_onnx_ignores_the_lengths_of_sequences():
-    state, x = rnn_to_onnx(_rnn(2, 3)), np.ones((1, 4, 2))
-    h, last = PEERS["onnx-rnn"].load()[0](x, None, **state, lengths=np.array([1]))
-    assert (h[0, 3] != 0).all()
-    assert np.array_equal(last, h[:, 3])
-
-
-def test_the_tanh_of_a_recurrent_layer_in_onnxruntime():
-    """Near 0 it is off by 1e-7 and not by 1e-7 of its value; that of the operator Tanh is not."""
-    x, one = np.linspace(0.5e-3, 1e-3, 100, dtype=np.float32).reshape(1, 100, 1), np.ones((1, 1, 1), np.float32)
-    h, _ = PEERS["onnxruntime-rnn"].load()[0](x, None, one, 0 * one)  # R = 0: h is tanh(x)
-    truth = np.tanh(x.astype(float))
-    assert 1e-5 < (np.abs(h - truth) / truth).max() < 1e-3
 
 
 # --- the adapters of the layers ----------------------------------------------------------------------------------------------
@@ -262,7 +176,7 @@ def test_rnn(name, lengths, first, biases, nonlinearity):
         return None if a is None else a.astype(dtype)
 
     def same(a):
-        return None if a is None else a.astype(dtype).astype(float)
+        return None if a is None else low(a).astype(float)
 
     x, h0 = same(rng.standard_normal((3, 6, 4))), same(rng.standard_normal((3, 5))) if first else None
     dh, dh_last = rng.standard_normal((3, 6, 5)), rng.standard_normal((3, 5))
@@ -359,8 +273,7 @@ def test_threads_and_fresh_arrays(name):
 
 
 def test_a_missing_library_says_what_to_install(monkeypatch):
-    import sys
-
+    monkeypatch.delitem(sys.modules, "npattn.peers.jax_nn", raising=False)
     monkeypatch.setitem(sys.modules, "jax", None)
     with pytest.raises(ImportError, match=r"jax is not installed: pip install npattn\[peers\], or jax alone"):
         PEERS["jax"].load()

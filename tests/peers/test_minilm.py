@@ -14,9 +14,8 @@ torch = pytest.importorskip("torch", reason="needs the peers extra: pip install 
 transformers = pytest.importorskip("transformers", reason="needs the peers extra: pip install npattn[peers]")
 safetensors = pytest.importorskip("safetensors.numpy", reason="needs the peers extra: pip install npattn[peers]")
 
-from agree import agree, multi_head_terms
-
 import npattn as na
+from peers.agree import agree, multi_head_terms
 
 SENTENCES = [
     "A query that may see no key has weights, output and gradient zero.",

@@ -7,12 +7,12 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the peers extra: pip install npattn[peers]")
 
-from agree import agree, attention_terms, multi_head_terms, rnn_terms, summed_to
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import npattn as na
 from npattn.convert import multi_head_from_torch, multi_head_to_torch, rnn_from_torch, rnn_to_torch
 from npattn.ops.multihead import IMPLEMENTATIONS as PAIRS
+from peers.agree import agree, attention_terms, multi_head_terms, rnn_terms, summed_to
 
 B, H, G, L, S, D, E = 2, 6, 3, 5, 7, 4, 3
 

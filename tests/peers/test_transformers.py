@@ -10,13 +10,13 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the peers extra: pip install npattn[peers]")
 transformers = pytest.importorskip("transformers", reason="needs the peers extra: pip install npattn[peers]")
 
-from agree import agree, attention_terms
 from transformers.models.bloom import modeling_bloom
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.t5 import modeling_t5
 
 import npattn as na
 from npattn.ops.multihead import IMPLEMENTATIONS as PAIRS
+from peers.agree import agree, attention_terms
 
 PADDING = np.arange(9) < np.array([[9], [5]])  # (B, S), True = a token
 

@@ -2,7 +2,7 @@
 
 Each rejection has to be in DEFECTS, by a fact of the problem and not by the name of a case; where a convention describes what
 the library does instead, the same call holds under it. What each defect looks like in plain calls of the library is in
-test_candidates.py and docs/peers.md.
+docs/peers.md.
 ``NPATTN_SEED=N pytest -m slow tests/peers/test_verify_peers.py`` looks at other inputs.
 """
 
@@ -21,11 +21,11 @@ for library in ("torch", "jax", "onnx", "onnxruntime", "transformers"):
     pytest.importorskip(library, reason="needs the peers extra: pip install npattn[peers]")
 
 from npattn import cli
+from npattn.peers import PEERS
 from npattn.verify import CASES_OF, Check, Settings, examine, load
-from npattn.verify.candidates import keywords
-from npattn.verify.cases import FAMILIES, LONG, MEDIUM, OPTIONS, Case, compatible, dense_mask
 from npattn.verify.conventions import parse
-from npattn.verify.peers import PEERS
+from npattn.verify.ops.attention.cases import Case
+from npattn.verify.ops.attention.draw import FAMILIES, LONG, MEDIUM, OPTIONS, compatible, dense_mask, parts_of
 
 SEED = int(os.environ.get("NPATTN_SEED", "20260"))
 ATTENTION = [name for name, peer in PEERS.items() if peer.op == "attention"]
@@ -46,7 +46,7 @@ LONGEST: list[tuple[dict[str, int], tuple[int, ...]]] = [
 
 def chosen_cases(name: str, seed: int, count: int) -> Iterator[Case]:
     """Random options that the peer has keywords for, on inputs of each family in turn; a quarter of them in float64."""
-    takes = keywords(load(name).forward)
+    takes = load(name).takes(load(name).forward)
     features = {"scale": "scale", "softcap": "softcap", "sink": "sink", "dropout_mask": "dropout", "bias": "bias"}
     without = {feature for keyword, feature in features.items() if keyword not in takes} | {"rank", "dropout", "dlse"}
     usable = [o for o, option in OPTIONS.items() if option.feature not in without]
@@ -88,7 +88,7 @@ def scale(p):
 def has_dead_rows(p):
     """Some query may see no key: by its mask, or by scores of -inf."""
     if p.op == "attention":
-        return bool(p.parts) and not dense_mask(p).any(-1).all()
+        return bool(parts_of(p)) and not dense_mask(p).any(-1).all()
     seen = np.asarray(p.options.get("mask", True))
     return not (seen & (p.inputs["scores"] != -np.inf) if p.op == "softmax" else seen).any(-1).all()
 
@@ -110,7 +110,7 @@ def rounded_root(p):
 DEFECTS = {
     "torch's flash: a negative scale with is_causal": Defect(
         ("torch", "torch-flash"), "masked scores are -inf before the scale, which makes them +inf: NaN",
-        lambda p, c: scale(p) < 0 and any(part.keyword == "causal" for part in p.parts) and is_nan(p, c)),
+        lambda p, c: scale(p) < 0 and any(part.keyword == "causal" for part in parts_of(p)) and is_nan(p, c)),
     "float64 in float32": Defect(
         ("jax", "transformers-eager"), "the softmax of float64 inputs is computed in float32",
         lambda p, c: p.dtype == np.float64 and not has_dead_rows(p), "float64=float32"),

@@ -1,0 +1,244 @@
+"""What an implementation is doing instead: known mistakes and other conventions, tried until one gives what it gives.
+
+For each case that is wrong the hypotheses of its op are tried in order (`Op.hypotheses`; those of every op stand here). Most
+of them run the equations again with a change, and compare what comes out with what the candidate returned. What matches is
+named, with its distance in sigma. Where nothing matches, the places of the error are described.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from npattn.ops.allowed import quiet
+from npattn.ops.checks import Array
+from npattn.tolerances import GOOD_RMS, MATCH_RMS, ROUGH_RMS
+from npattn.verify.op import Change, Problem, Values, facts
+from npattn.verify.search import (
+    LARGE,
+    UNKNOWN,
+    Explanation,
+    Hypothesis,
+    Memory,
+    Search,
+    distance,
+    factor,
+    flat_of,
+    joined,
+    near,
+    nearest,
+)  # fmt: skip
+from npattn.verify.stages import attempt
+
+SHOWS = 30  # sigma: a mistake that is so far from the truth would have been seen
+
+# --- the hypotheses of every op --------------------------------------------------------------------------------------------
+
+
+def one_change(s: Search) -> list[Explanation]:
+    """One change that gives all that was returned, or one for each tensor."""
+    whole: list[tuple[float, Change]] = []
+    partly: dict[str, list[tuple[float, Change]]] = {t: [] for t in s.left}
+    for change in s.changes if s.left else ():
+        values = {} if s.memory.contradicted(change) else s.values([change])
+        if not values:
+            continue
+        off = {t: distance(s.got[t], values[t], s.sigma[t]) if t in values else (np.inf, np.inf) for t in s.returned}
+        fits = {t: off[t][0] <= MATCH_RMS if s.before[t] <= GOOD_RMS else near(off[t], s.before[t]) for t in s.returned}
+        if all(fits.values()):
+            whole.append((max(o[0] for o in off.values()), change))
+        for t in s.left:
+            if fits[t]:
+                partly[t].append((off[t][0], change))
+    found = []
+    for t, some in ({"": whole} if whole else partly).items():
+        if some:
+            (apart, change), *others = nearest(some)
+            tensors = (t,) if t else tuple(s.left)
+            found.append(Explanation((change.name,), tensors, apart, others=tuple(c.name for _, c in others)))
+    # What is flat is evidence of little: of a mistake only if it gives something else of what was returned, too.
+    flat = flat_of(s.returned, s.got, s.right, s.outputs).keys()
+    return [e for e in joined(found) if not set(e.tensors) <= flat or (whole and set(s.returned) > flat)]
+
+
+def a_factor(s: Search) -> list[Explanation]:
+    """A tensor that is right but for a factor."""
+    return [e for t in s.clear if np.isfinite(s.before[t]) for e in factor(s, t)]
+
+
+def one_number_everywhere(s: Search) -> list[Explanation]:
+    """What is NaN, 0 or one number everywhere is said to be so."""
+    flat = {t: name for t, name in flat_of(s.wrong, s.got, s.right, s.outputs).items() if t in s.left}
+    return [Explanation((n,), tuple(t for t in flat if flat[t] == n), math.inf) for n in dict.fromkeys(flat.values())]
+
+
+def hidden_nan(s: Search) -> list[Explanation]:
+    """A tensor with 0 where NaN is right, and else as it should be."""
+    found = []
+    for t in s.left:
+        nan = np.isnan(s.right.get(t, np.zeros(0)))
+        if nan.any() and not s.got[t][nan].any():
+            apart = distance(s.got[t], np.where(nan, 0, s.right[t]), s.sigma[t])[0]
+            found += [Explanation(("NaN becomes 0",), (t,), apart)] if apart <= MATCH_RMS else []
+    return joined(found)
+
+
+def the_same_again(s: Search) -> list[Explanation]:
+    """A tensor that is, to the last bit, what an earlier call returned."""
+    seen = [t for t in s.left for call in s.memory.returned if t in call and np.array_equal(call[t], s.got[t], equal_nan=True)]
+    return joined(Explanation(("what an earlier call returned: state is kept",), (t,), 0.0) for t in dict.fromkeys(seen))
+
+
+OF_EVERY_OP = (
+    Hypothesis("NaN is hidden", "nothing more", hidden_nan),
+    Hypothesis("it is one number everywhere", "nothing more", one_number_everywhere),
+    Hypothesis("what an earlier call returned is returned again", "nothing more", the_same_again),
+)
+"""At last, whatever the op is."""
+
+HYPOTHESES = (
+    Hypothesis("one thing is done otherwise", "a run a change", one_change),
+    Hypothesis("a tensor is off by a factor", "nothing more", a_factor),
+)
+
+# --- case after case -------------------------------------------------------------------------------------------------------
+
+
+class Diagnostician(Memory):
+    """Explains case after case; what it has found once is tried first in the next."""
+
+    def __init__(self, align: str = "top_left", seconds: float = 2.0, pairs: int = 3, total: float = 12.0) -> None:
+        self.align, self.seconds = align, seconds
+        self.left = total  # seconds of computing for all cases; after them only what has been seen is tried
+        self.pairs_left = pairs  # searches for two changes are expensive: only for the first few cases that need one
+        self.known: Counter[str] = Counter()
+        self.right: dict[frozenset[str], tuple[Any, ...]] = {}  # cases that hold, one for each set of facts
+        self.ruled_out: dict[str, bool] = {}
+        self.earlier: list[dict[str, Any]] = []
+        self.returned: list[dict[str, Any]] = []
+        self.sought = False  # whether a case that holds was looked for
+        self.unnamed: list[tuple[Problem, dict[str, Any], Values, Values, Values]] = []  # a few cases without a name
+
+    def saw(
+        self, problem: Problem, given: dict[str, Any], sigma: Values, values: Values, got: dict[str, Any], wrong: Iterable[str]
+    ) -> None:
+        """Remember a call: whoever holds here does not make a mistake that would show here."""
+        here = facts(problem, given)
+        if not list(wrong) and math.prod(problem.shape) <= LARGE and here not in self.right:
+            self.right[here] = (problem, given, sigma, values, [t for t in values if t in got])
+            self.ruled_out.clear()
+        self.earlier = [*self.earlier[-7:], given]
+        self.returned = [*self.returned[-7:], got]
+
+    def excluded(self, change: Change, base: list[Change], in_backward: bool) -> bool:
+        """Whether a case that holds would have been wrong with this change."""
+        key = f"{change.name} {in_backward}"
+        if key not in self.ruled_out:
+            self.ruled_out[key] = any(self._shows(change, base, in_backward, *case) for case in self.right.values())
+        return self.ruled_out[key]
+
+    def _shows(
+        self, change: Change, base: list[Change], in_backward: bool, problem: Problem, given: dict[str, Any], sigma: Values,
+        values: Values, tested: list[str],
+    ) -> bool:  # fmt: skip
+        if not change.needs <= facts(problem, given):
+            return False
+        changes = [*base, change]
+        other = attempt(problem, given, self.align, base if in_backward else changes, backward=changes, dtype=np.float64)
+        return any(distance(values[t].astype(problem.dtype), other[t], sigma[t])[0] > SHOWS for t in tested if t in other)
+
+    def contradicted(self, change: Change) -> bool:
+        """Whether a case without a name would look otherwise: there the mistake shows, and does not give what was returned."""
+        for problem, given, got, truth, sigma in self.unnamed:
+            dtype = np.longdouble if problem.dtype == np.float64 else np.float64
+            values = attempt(problem, given, self.align, [change], dtype=dtype, low=problem.dtype)
+            shows = [
+                t for t in got if t in values and distance(truth[t].astype(got[t].dtype), values[t], sigma[t])[0] > SHOWS
+            ]
+            if any(distance(got[t], values[t], sigma[t])[0] > ROUGH_RMS for t in shows):
+                return True
+        return False
+
+    @quiet
+    def explain(
+        self, problem: Problem, given: dict[str, Any], sigma: Values, got: dict[str, Any], wrong: Iterable[str],
+        base: Iterable[Change] = (),
+    ) -> list[Explanation]:  # fmt: skip
+        """What the candidate is doing instead, as far as it can be named.
+
+        got   : what it returned, by tensor; wrong : the tensors of it that are wrong
+        base  : the changes that its declared convention makes
+        """
+        # What is wrong by its shape or dtype has been said.
+        wrong = [t for t in wrong if t in sigma and isinstance(got.get(t), np.ndarray) and got[t].shape == sigma[t].shape]
+        if not wrong:
+            return []
+        started, op = time.thread_time(), problem.op
+        s = Search(self, problem, given, sigma, got, wrong, list(base), op.more_changes(self.earlier, given))
+        for hypothesis in (*(op.hypotheses or HYPOTHESES), *OF_EVERY_OP):
+            more = hypothesis.test(s)  # one of them takes back what was found before
+            s.found = [*s.found, *more]
+        self.left -= time.thread_time() - started
+        self.known.update(name for e in s.found if e.distance < math.inf for name in e.names)
+        named = any(e.distance < math.inf for e in s.found)
+        if not named and len(self.unnamed) < 3 and all(np.isfinite(got[t]).all() for t in s.returned):
+            flat = {t for e in s.found for t in e.tensors}
+            copies = {t: got[t].copy() for t in s.returned if t not in flat}
+            self.unnamed.append((problem, given, copies, s.right, sigma))
+        return [*s.found, _unknown(s.left, self.left >= 0)] if s.left else s.found
+
+
+class Listener(Diagnostician):
+    """Remembers for another, and explains nothing."""
+
+    def __init__(self, owner: Diagnostician) -> None:
+        super().__init__(owner.align)
+        self.owner = owner
+
+    def saw(self, *what: Any) -> None:
+        self.owner.saw(*what)
+
+    def explain(self, *what: Any, **more: Any) -> list[Any]:
+        return []
+
+
+def _unknown(tensors: Iterable[str], searched: bool = True) -> Explanation:
+    """Says that there is no explanation."""
+    where = " matches; see the places above"
+    if not searched:
+        where = " matches of what was found before: the time to look for more is up; see the places above"
+    return Explanation((UNKNOWN,), tuple(tensors), math.inf, where)
+
+
+# --- places ----------------------------------------------------------------------------------------------------------------
+
+
+def places(letters: str, words: dict[str, str], off: Array) -> str:
+    """Where in a tensor the elements lie that are off: which rows, columns, heads; the ends of tiles."""
+    parts = [f"{off.sum()} of {off.size} elements"]
+    for axis, letter in enumerate(letters[-off.ndim :]):
+        hit = np.flatnonzero(off.any(tuple(a for a in range(off.ndim) if a != axis)))
+        n = off.shape[axis]
+        if 0 < len(hit) < n and letter in words:
+            parts.append(f"{words[letter]} {_which(hit, n)}")
+    return "in " + "; ".join(parts)
+
+
+def _which(hit: Array, n: int) -> str:
+    """A set of indices below n in words."""
+    first, last = int(hit[0]), int(hit[-1])
+    if len(hit) == 1:
+        return f"{first} (the last)" if first == n - 1 else str(first)
+    if len(hit) == last - first + 1:
+        sizes = [size for size in (128, 64, 32, 16, 8) if first and first % size == 0]
+        tile = f", where a tile of {sizes[0]} begins" if sizes else ""
+        return f"from {first} on{tile}" if last == n - 1 else f"{first} to {last}"
+    steps = np.diff(hit)
+    if len(hit) > 2 and (steps == steps[0]).all():
+        return f"{first}, {first + int(steps[0])}, ... every {int(steps[0])}th"
+    return ", ".join(map(str, hit[:6])) + (", ..." if len(hit) > 6 else "")

@@ -1,0 +1,329 @@
+"""What is verified: an op with its problems, its cases, what is right, and what people do instead. One record an op.
+
+Adding an op is writing one record (`npattn.verify.ops`). No other file asks which op it is: what differs between ops is a
+field of `Op`, and what a known mistake needs is a field of `Change`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from npattn.ops.checks import Array
+from npattn.verify.precision import Precision, round_to
+
+Values = dict[str, Array]
+Function = Callable[..., Any]
+Pair = tuple[Function, Function | None]  # a forward, and a backward
+
+
+# --- what people do instead ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Change:
+    """What somebody does instead, in one stage of an op's equations or in several."""
+
+    name: str  # what the reader of a report sees
+    stages: Mapping[str, Callable[[Any, Any], Any]]  # stage -> f(x, honest); x holds all that is known so far
+    needs: frozenset[str] = frozenset()  # facts of a call (`Op.facts`) without which it changes nothing
+    convention: bool = False  # another convention, and no mistake
+    companions: tuple[str, ...] = ()  # what else a convention changes, where all of the backward follows it
+    tile: int = 0  # the size of a tile that it depends on; nobody outside a kernel knows it, so it is tried
+    likely: bool = False  # so common that every verdict has to reject it (`npattn.verify.power`)
+    nan: str = ""  # "moves": it is still tried where only the places of NaN are wrong; "makes": it gives NaN of finite inputs
+
+
+# --- one problem -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Truth:
+    """What is right, by tensor, in a precision above the candidate's, and the error that is predicted for the candidate's."""
+
+    values: Values
+    sigma: Values
+    rest: Values = field(default_factory=dict)  # what the values leave, where no dtype holds them
+    bound: Callable[[], Values] = dict  # computes det
+
+    @functools.cached_property
+    def det(self) -> Values:
+        """The rigorous bound, by tensor; empty where the op has none."""
+        return self.bound()
+
+
+def better(dtype: Any) -> Any:
+    """A dtype in which the truth about ``dtype`` can be computed, or None where this machine has none."""
+    if np.dtype(dtype) != np.float64:
+        return np.float64
+    return np.longdouble if np.finfo(np.longdouble).nmant > np.finfo(np.float64).nmant else None
+
+
+def cast(x: Any, dtype: Any) -> Any:
+    """A floating array, or what is made of such arrays, in another dtype; ``object`` stands for the numbers of mpmath."""
+    if hasattr(x, "with_parameter"):  # a bias of `npattn.ops.biases`
+        return x.with_parameter(cast(x.parameter, dtype))
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*(cast(y, dtype) for y in x))
+    if not isinstance(x, np.ndarray) or x.dtype.kind not in "fc":
+        return x
+    if dtype is not object:
+        return x.astype(dtype)
+    import mpmath
+
+    return np.asarray(np.frompyfunc(lambda number: mpmath.mpf(float(number)), 1, 1)(x), object)
+
+
+@dataclass
+class Problem:
+    """The inputs, options and cotangents of one call. ``problem.q`` is short for ``problem.inputs["q"]``."""
+
+    op: Op
+    inputs: dict[str, Any]  # in the order of the call: an array, parameters (a NamedTuple of arrays), or None
+    options: dict[str, Any]
+    cotangents: Values
+
+    def __getattr__(self, name: str) -> Any:
+        for part in ("inputs", "cotangents"):
+            found = self.__dict__.get(part, {})
+            if name in found:
+                return found[name]
+        if "op" in self.__dict__ and name in (f"d{output}" for output in self.op.outputs):
+            return None  # no gradient comes in through this output
+        raise AttributeError(name)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return self.op.outputs
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Every array by its own name: inputs, each parameter, and the options that have a gradient."""
+        found: dict[str, Any] = {}
+        for name, x in self.inputs.items():
+            found |= x._asdict() if hasattr(x, "_asdict") else {name: x}
+        found |= {name: self.options[name] for name in self.op.differentiable if name in self.options}
+        return {name: x for name, x in found.items() if x is not None}
+
+    @property
+    def gradients(self) -> tuple[str, ...]:
+        """'d' and the name of what it belongs to."""
+        return tuple(f"d{name}" for name in self.given)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        first: Array = next(iter(self.inputs.values()))
+        return first.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the largest array that the equations make."""
+        return self.op.shape(self)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The options as the reference takes them."""
+        return self.op.arguments(self)
+
+    def dtypes(self, tensor: str, precision: Precision) -> list[Any]:
+        """In which dtypes a tensor may come back."""
+        own = self.options.get(tensor[1:])
+        first = own.dtype if isinstance(own, np.ndarray) and tensor in self.gradients else self.dtype
+        return [first] if first == precision.dtype else [first, precision.dtype]
+
+    def each(self, f: Callable[[Any], Any]) -> Problem:
+        """The same with f of every value; an array that is given twice stays one array."""
+        done: dict[int, Any] = {}
+
+        def of(x: Any) -> Any:
+            if isinstance(x, tuple) and hasattr(x, "_fields"):
+                return type(x)(*map(of, x))
+            return done.setdefault(id(x), f(x))
+
+        parts = ({name: of(x) for name, x in part.items()} for part in (self.inputs, self.options, self.cotangents))
+        return Problem(self.op, *parts)
+
+    def astype(self, dtype: Any) -> Problem:
+        """All floating arrays in another dtype."""
+        return self.each(lambda x: cast(x, dtype))
+
+    def stored(self, precision: Precision) -> Problem:
+        """The same with numbers that the storage of ``precision`` holds: float16 as it is, other formats in float32.
+
+        Options and the cotangents of what is computed in float32 stay in float32.
+        """
+        if precision.storage in ("float32", "float64"):
+            return self.astype(precision.dtype)
+
+        def held(x: Any) -> Any:
+            if not isinstance(x, np.ndarray) or x.dtype.kind != "f":
+                return x
+            low = round_to(x, precision.storage)
+            return np.where(np.isfinite(low) | ~np.isfinite(x), low, x)  # an option that would overflow stays
+
+        p = self.astype(np.float32)
+        wide = {f"d{name}": p.cotangents.pop(f"d{name}") for name in self.op.wide if f"d{name}" in p.cotangents}
+        low = p.each(held)
+        if precision.storage == "float16":
+            both = Problem(self.op, low.inputs, {}, low.cotangents).astype(np.float16)
+            low = Problem(self.op, both.inputs, low.options, both.cotangents)
+        low.cotangents |= wide
+        return low
+
+    def truth(self, precision: Precision) -> Truth | None:
+        """The reference's values, and sigma for an implementation of that class; None where no dtype is better."""
+        return self.op.truth(self, precision)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A named problem, and the features that it speaks for."""
+
+    op: str
+    name: str
+    features: list[str]
+    draw: Callable[[np.random.Generator], Problem]
+    dtype: str = "float32"
+
+    def problem(self, seed: int = 0) -> Problem:
+        return self.draw(np.random.default_rng([seed, *self.name.encode()])).astype(self.dtype)
+
+    def smaller(self) -> list[Any]:
+        """The next cases to try where this one is to be made smaller, the greatest steps first."""
+        return []
+
+
+# --- one op ----------------------------------------------------------------------------------------------------------------
+
+
+class Calls:
+    """How a candidate of an op is called, from a problem to arguments and back; and what its convention makes of the truth."""
+
+    text = ""  # the signatures, in words
+    keywords: tuple[str, ...] = ()  # the options of the forward that are given a value
+    assumed: tuple[str, ...] = ()  # those that a function takes whose signature is ``**options``, or is not known
+    positional: tuple[str, ...] = ()  # names that its first parameters may have: others are options that are never given
+
+    def arguments(
+        self, candidate: Any, problem: Problem, takes: frozenset[str], backward: bool
+    ) -> tuple[dict[str, Any], list[str]]:
+        """The options of a call in npattn's own form, and those that the function does not take."""
+        return problem.options, [name for name in problem.options if name not in takes]
+
+    def forward(self, candidate: Any, problem: Problem, given: dict[str, Any]) -> Any:
+        """What the forward returns, in npattn's layout."""
+        raise NotImplementedError
+
+    def backward(self, candidate: Any, problem: Problem, given: dict[str, Any], values: dict[str, Any]) -> Any:
+        """The gradients by our names, or a text that says what was returned instead."""
+        raise NotImplementedError
+
+    def said(self, candidate: Any, problem: Problem, given: dict[str, Any]) -> dict[str, Any]:
+        """The same options in the words of the candidate's convention."""
+        return given
+
+    def changes(self, convention: Any) -> list[Change]:
+        """What a convention changes in the equations."""
+        return []
+
+    def truth(self, candidate: Any, problem: Problem, precision: Precision) -> Truth | None:
+        """What is right by the candidate's convention; tensors that it leaves open are left out."""
+        return problem.truth(precision)
+
+
+class Relatives:
+    """Problems that are related to one: what holds for it holds for them, or has to be the same. None: there is none."""
+
+    def first_sequence(self, problem: Problem) -> Problem | None:
+        """The first sequence of a batch alone."""
+        return None
+
+    def hidden(self, problem: Problem) -> Problem | None:
+        """Other numbers in places that nothing may see."""
+        return None
+
+    def masked_otherwise(self, problem: Problem) -> Problem | None:
+        """The same with another mask and bias of the same shapes."""
+        return None
+
+    def otherwise(self, problem: Problem) -> Problem:
+        """The same with other numbers."""
+        raise NotImplementedError
+
+    def strided(self, problem: Problem) -> Problem:
+        """The same numbers in views with strides."""
+        raise NotImplementedError
+
+    def outside(self, problem: Problem, truth: Truth, values: Values) -> str | None:
+        """What lies outside of an exact bound; None where there is none."""
+        return None
+
+
+def negated(problem: Problem) -> Problem:
+    """The same with other numbers: the first input has the other sign."""
+    (name, x), *_ = problem.inputs.items()
+    return dataclasses.replace(problem, inputs={**problem.inputs, name: -x})
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """All that is known about verifying one op."""
+
+    name: str
+    outputs: tuple[str, ...]
+    axes: Mapping[str, str]  # the letters of each output and gradient
+    reference: Callable[[Problem], Values]
+    forward: Callable[[Any], None]  # the equations once more, as stages of `npattn.verify.stages.Run`
+    backward: Callable[[Any], None]
+    truth: Callable[[Problem, Precision], Truth | None]
+    changes: Mapping[str, Change]
+    cases: list[Any]
+    candidates: Mapping[str, Callable[[], Pair]]  # those that come with npattn, the first is the default
+    calls: Calls
+    differentiable: tuple[str, ...] = ()  # options that have a gradient
+    optional: tuple[str, ...] = ()  # gradients that a backward may leave out
+    wide: tuple[str, ...] = ()  # outputs in the computing dtype, whatever the inputs are
+    handed: frozenset[str] = frozenset()  # stages whose change is handed out, and not kept for the backward
+    shape: Callable[[Problem], tuple[int, ...]] = lambda p: np.shape(next(iter(p.cotangents.values())))
+    arguments: Callable[[Problem], dict[str, Any]] = lambda p: p.options  # the options as the reference takes them
+    given: Callable[[Problem], dict[str, Any]] = lambda p: p.options  # as those get them who take nothing but arrays
+    facts: Callable[[Problem, Mapping[str, Any]], set[str]] = lambda p, given: set()  # beside the options that are given
+    undefined: Callable[[Problem, Precision], str] = lambda p, precision: ""  # why a class of precision has no result here
+    canonical: Callable[[Problem], Problem] = lambda p: p  # as a candidate sees it
+    eager: Callable[[Problem, Precision], Values] | None = None  # what the rules of other suites compare with
+    bounded: bool = False  # whether there is a rigorous bound
+    relatives: Relatives = field(default_factory=Relatives)  # for the exact conditions, which need no tolerance
+    conditioned: tuple[str, ...] = ()  # the cases on which they are examined
+    hypotheses: tuple[Any, ...] = ()  # of `npattn.verify.search`; none: those of every op
+    more_changes: Callable[[list[dict[str, Any]], dict[str, Any]], list[Change]] = lambda earlier, given: []  # of earlier calls
+    otherwise: Callable[[Problem], Problem] = negated  # a call of the same shapes in between, which leaves no state behind
+    evidence: tuple[str, ...] = ()  # cases that are looked at before what is NaN everywhere gets a name
+    basics: tuple[str, ...] = ()  # cases in which most mistakes do not show
+    random_cases: Callable[[int, int], list[Any]] = lambda seed, count: []
+
+    known: ClassVar[dict[str, Op]] = {}
+
+    def __post_init__(self) -> None:
+        Op.known[self.name] = self
+
+    def __reduce__(self) -> Any:
+        return _named, (self.name,)  # another process has its own
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, Any]:
+        return {case.name: case for case in self.cases}
+
+
+def _named(name: str) -> Op:
+    return Op.known[name]
+
+
+def facts(problem: Problem, given: Mapping[str, Any]) -> frozenset[str]:
+    """What a call has in it: the names that `Change.needs` speaks of."""
+    found = {name for name, value in given.items() if value is not None and value is not False}
+    return frozenset(found | problem.op.facts(problem, given))

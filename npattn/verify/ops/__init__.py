@@ -1,0 +1,13 @@
+"""The ops that verify knows: one record each. Adding an op is writing its file and one line here."""
+
+from __future__ import annotations
+
+from npattn.verify.op import Op
+from npattn.verify.ops.attention import ATTENTION
+from npattn.verify.ops.multi_head import MULTI_HEAD
+from npattn.verify.ops.rnn import RNN
+from npattn.verify.ops.silu import SILU
+from npattn.verify.ops.softmax import SOFTMAX
+
+OPS: dict[str, Op] = {op.name: op for op in (ATTENTION, MULTI_HEAD, RNN, SOFTMAX, SILU)}
+"""The first is the default."""

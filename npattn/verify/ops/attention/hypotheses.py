@@ -1,0 +1,453 @@
+"""What could explain a wrong case of attention, in the order in which it is tried: the forward first, then the backward.
+
+A fused backward takes the out and lse of the forward. So what is wrong forwards may show backwards in three ways: the backward
+does the same, or it is right but for what it is given, or it does something else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from npattn.ops.checks import Array
+from npattn.tolerances import GOOD_RMS, MATCH_MAX, MATCH_RMS
+from npattn.verify.op import Change, Values
+from npattn.verify.ops.attention.equations import swap
+from npattn.verify.precision import PRECISIONS, Precision, round_to
+from npattn.verify.search import (
+    DETACHED,
+    NEVER_WRITTEN,
+    Explanation,
+    Hypothesis,
+    Search,
+    distance,
+    factor,
+    flat_of,
+    joined,
+    median,
+)  # fmt: skip
+from npattn.verify.stages import CANNOT, Run, Variants
+
+UNPROTECTED = {  # products whose weight 0 does not keep out what is masked: 0 times NaN
+    "out": Change("masked_nan=poisons", {"out": lambda x, _: x.dropped @ x.vh}),
+    "dv": Change("masked_nan=poisons", {"dvh": lambda x, _: swap(x.dropped) @ x.dout}),
+    "dq": Change("masked_nan=poisons", {"dq": lambda x, _: x.scale * (x.dcap @ x.kh)}),
+    "dk": Change("masked_nan=poisons", {"dkh": lambda x, _: x.scale * (swap(x.dcap) @ x.q)}),
+}
+KEPT_WEIGHTS = Change("the backward keeps the weights, and does not make them again from lse", {"p": lambda x, _: x.weights})
+INPUTS = ("q", "k", "v", "dout")
+
+
+def of_earlier_calls(earlier: list[dict[str, Any]], given: dict[str, Any]) -> list[Change]:
+    """An option that was kept from an earlier call, whatever this one says."""
+    stages = {"mask": "array", "key_lengths": "lengths", "scale": "scale"}
+    found: dict[str, Change] = {}
+    for name, stage in stages.items():
+        for call in reversed(earlier):
+            value, now = call.get(name), given.get(name)
+            same_kind = value is not None and (name == "scale" or (now is not None and np.shape(value) == np.shape(now)))
+            if not same_kind or (now is not None and np.array_equal(value, now)):
+                continue
+            kept = np.asarray(value)[..., None, None, None] if name == "key_lengths" else value
+            text = f"the {name} of an earlier call is used"
+            text += f" {len(found)}" * (text in found)
+            found.setdefault(text, Change(text, {stage: _always(kept)}))
+    return list(found.values())
+
+
+def _always(value: Any) -> Callable[[Any, Any], Any]:
+    return lambda x, _: value
+
+
+# --- NaN, and what was never written ------------------------------------------------------------------------------------------
+
+
+def masked_nan(s: Search) -> list[Explanation]:
+    """NaN and inf in masked places: whether nothing is wrong but that they have come through unprotected products.
+
+    If only the places of NaN and inf differ, and it is not that, no more is tried than what makes or hides them.
+    """
+    if all(np.isfinite(getattr(s.problem, n)).all() for n in INPUTS):
+        return []
+    places = [t for t in s.left if t in s.right and _differ_in_nan(s.got[t], s.right[t], s.sigma[t])]
+    through = {t: s.values([change]).get(t, np.array(0.0)) for t, change in UNPROTECTED.items()}
+    found = [
+        t for t in places
+        if t in through and not ((~np.isfinite(s.right[t]) | np.isnan(through[t])) & np.isfinite(s.got[t])).any()
+    ]  # fmt: skip
+    if "lse" in s.left:  # NaN among the scores themselves
+        found = []
+    if places and set(places) == set(s.left):
+        s.changes = [c for c in s.changes if c.nan == "moves"]
+        s.only_nan = True
+    s.returned = [t for t in s.returned if t not in found]
+    return [Explanation(("masked_nan=poisons",), tuple(found), 0.0)] if found else []
+
+
+def _differ_in_nan(got: Array, right: Array, sigma: Array) -> bool:
+    """Whether what is finite in both is right, and something is finite in one alone."""
+    both = np.isfinite(got) & np.isfinite(right)
+    if (both == (np.isfinite(got) | np.isfinite(right))).all():
+        return False
+    rms, most = distance(np.where(both, got, 0), np.where(both, right, 0), np.where(both, sigma, 0))
+    return rms <= MATCH_RMS and most <= MATCH_MAX
+
+
+def unwritten(s: Search) -> list[Explanation]:
+    """Whether dk or dv is wrong for keys that nobody sees, and for no other: a buffer beyond a length, as it was."""
+    if s.found or not set(s.left) <= {"dk", "dv"} or not all(np.isfinite(getattr(s.problem, n)).all() for n in "kv"):
+        return []
+    x = Run(s.problem, s.given, s.memory.align, changes=s.base, dtype=np.float64)
+    with np.errstate(all="ignore"):
+        s.problem.op.forward(x)
+    seen = x.allowed.reshape(x.B, x.G, x.H // x.G, *x.shape[2:]).any((2, 3)) if x.G and x.H % x.G == 0 else None
+    if seen is None or seen.all() or not seen.any():
+        return []
+    found = []
+    for t in s.left:
+        got, want, sigma = (np.where(seen[..., None], a, 0) for a in (s.got[t], s.right[t], s.sigma[t]))
+        if s.got[t].shape[:-1] == seen.shape and distance(got.astype(s.got[t].dtype), want, sigma)[0] <= MATCH_RMS:
+            found.append(t)
+    return [Explanation((NEVER_WRITTEN,), tuple(found), math.inf)] if found else []
+
+
+# --- the forward -----------------------------------------------------------------------------------------------------------
+
+
+def _wrong_outputs(s: Search) -> list[str]:
+    return [t for t in s.outputs if t in s.clear]
+
+
+def change_of_the_forward(s: Search) -> list[Explanation]:
+    """One change that explains all outputs. What explains one output alone is remembered for `change_of_each_output`."""
+    wrong, returned = _wrong_outputs(s), [t for t in s.outputs if t in s.returned]
+    matches: list[tuple[float, Change]] = []
+    s.partly = {t: [] for t in wrong}
+    for i, change in enumerate(s.changes if wrong else ()):
+        if s.enough(i, matches):
+            break
+        if not s.changes_forward(change):
+            continue
+        values = s.outputs_with(change)
+        if (apart := s.away(returned, values)) < np.inf:
+            matches.append((apart, change))
+        for t in wrong:
+            if (alone := s.away([t], values)) < np.inf:
+                s.partly[t].append((alone, change))
+    if not matches:
+        return []
+    (apart, change), others = s.best(matches)
+    s.followed = (change,)
+    return [Explanation((change.name,), tuple(wrong), apart, others=others)]
+
+
+def rounding_of_the_forward(s: Search) -> list[Explanation]:
+    """A factor or a rounding, if that explains all outputs."""
+    wrong = _wrong_outputs(s)
+    rough = _roughly(s, wrong) if wrong else []
+    return rough if {t for e in rough for t in e.tensors} >= set(wrong) else []
+
+
+def two_changes_of_the_forward(s: Search) -> list[Explanation]:
+    """Two changes that together explain all outputs; the commonest mistakes first, as long as there is time."""
+    wrong, returned, memory = _wrong_outputs(s), [t for t in s.outputs if t in s.returned], s.memory
+    if not wrong or s.large or memory.pairs_left <= 0 or memory.left < 0 or not returned or s.only_nan:
+        return []
+    memory.pairs_left -= 1
+    until = time.thread_time() + memory.seconds
+    few = [c for c in s.changes if not c.tile and s.changes_forward(c)]
+    for pair in itertools.combinations(few, 2):
+        apart = s.away(returned, s.values(pair, gradients=False))
+        if apart < np.inf:
+            s.followed = pair
+            return [Explanation(tuple(c.name for c in pair), tuple(wrong), apart)]
+        if time.thread_time() > until:
+            break
+    return []
+
+
+def change_of_each_output(s: Search) -> list[Explanation]:
+    found = []
+    for t in _wrong_outputs(s):
+        if s.partly[t]:
+            (apart, change), others = s.best(s.partly[t])
+            s.followed = s.followed or (change,)
+            found.append(Explanation((change.name,), (t,), apart, others=others))
+    return found
+
+
+# --- the backward ----------------------------------------------------------------------------------------------------------
+
+
+def _wrong_gradients(s: Search) -> list[str]:
+    return [t for t in s.clear if t not in s.outputs]
+
+
+def the_same_in_the_backward(s: Search) -> list[Explanation]:
+    """Whether the backward follows from what the forward does."""
+    wrong, returned, changes = _wrong_gradients(s), [t for t in s.returned if t not in s.outputs], s.followed
+    if not wrong or not changes:
+        return []
+    names = tuple(c.name for c in changes)
+    tried = (
+        (s.values(changes), "in the backward too"),
+        (s.values(changes, backward=[*s.base, *changes, KEPT_WEIGHTS]), "in the backward too"),
+        (s.values(changes, backward=s.base), "by way of its out and lse"),  # a right backward, of what is wrong
+    )
+    for values, where in tried:
+        if (apart := s.away(returned, values)) < np.inf:
+            return [Explanation(names, tuple(wrong), apart, where)]
+    nearest = {t: min(s.away([t], values) for values, _ in tried) for t in wrong}
+    follow = {t: d for t, d in nearest.items() if d < np.inf}
+    return [Explanation(names, tuple(follow), max(follow.values()), "in the backward too")] if follow else []
+
+
+def added_to_the_call_before(s: Search) -> list[Explanation]:
+    """Whether a gradient stands in a buffer that was not cleared."""
+    for t in _wrong_gradients(s):
+        last = s.memory.returned[-1].get(t) if s.memory.returned else None
+        if not isinstance(last, np.ndarray) or last.shape != s.got[t].shape or t not in s.right or not np.isfinite(last).all():
+            continue
+        if distance(s.got[t] - last, s.right[t], s.sigma[t])[0] <= MATCH_RMS:
+            s.backward_done = True
+            return [Explanation((f"{t} is added to that of the call before",), (t,), 1.0)]
+    return []
+
+
+def _of_backward(s: Search, change: Change, kept: Variants | None, out: Any) -> Iterator[Values]:
+    """What comes out with a change of the backward alone: of one that is fused, and of one that makes its own forward."""
+    if kept is not None and not s.changes_forward(change):
+        with contextlib.suppress(*CANNOT):
+            yield kept.everything(change)
+        return
+    for fused in (True, False) if s.changes_forward(change) else (True,):
+        yield s.values(s.followed, backward=[*s.base, *s.followed, change], fused=fused, returned=out)
+
+
+def change_of_the_backward(s: Search) -> list[Explanation]:
+    """One change of the backward alone that explains all gradients, or one for each."""
+    wrong, returned = _wrong_gradients(s), [t for t in s.returned if t not in s.outputs]
+    if not wrong or s.backward_done:
+        return []
+    out = s.got.get("out") if s.before.get("out", np.inf) <= GOOD_RMS else None
+    matches: list[tuple[float, Change]] = []
+    partly: dict[str, list[tuple[float, Change]]] = {t: [] for t in wrong}
+    kept = None if s.followed else s.kept(out)
+    for i, change in enumerate(s.changes):
+        if s.enough(i, matches):
+            break
+        best, alone = np.inf, dict.fromkeys(wrong, np.inf)
+        for values in _of_backward(s, change, kept, out):
+            best = min(best, s.away(returned, values))
+            alone = {t: min(d, s.away([t], values)) for t, d in alone.items()}
+        if best < np.inf:
+            matches.append((best, change))
+        for t, d in alone.items():
+            if d < np.inf:
+                partly[t].append((d, change))
+    found = []
+    for t, some in ({"": matches} if matches else partly).items():
+        if some:
+            (apart, change), others = s.best(some, backward=True)
+            where = "in the backward" if s.changes_forward(change) else ""
+            found.append(Explanation((change.name,), (t,) if t else tuple(wrong), apart, where, others))
+    return joined(found)
+
+
+def no_evidence(s: Search) -> list[Explanation]:
+    """Takes names back that rest on too little: what is NaN, 0 or one number nearly everywhere would fit many mistakes."""
+    changes = s.problem.op.changes
+    poisoned = {t for e in s.found if e.names in (("masked_nan=poisons",), (NEVER_WRITTEN,)) for t in e.tensors}
+    flat = flat_of(s.wrong, s.got, s.right, s.outputs)
+
+    def supported(e: Explanation) -> bool:
+        """By a case that holds, where it is silent: without one there is no evidence at all."""
+        mistakes = [changes[n] for n in e.names if n in changes]
+        return bool(s.memory.right) and not any(s.memory.excluded(c, s.base, e.where == "in the backward") for c in mistakes)
+
+    def only_nan(e: Explanation) -> bool:
+        if not all(np.isnan(s.got[t]).mean() > 0.9 for t in e.tensors):
+            return False
+        makes = all(n in changes and changes[n].nan for n in e.names)
+        return len(e.others) > 2 or (e.where == "in the backward" and not makes)
+
+    found = [e for e in s.found if set(e.tensors) <= poisoned or not only_nan(e)]
+    s.found = [_detached(s, e) for e in found if not set(e.tensors) <= flat.keys() or supported(e)]
+    return []
+
+
+def _detached(s: Search, e: Explanation) -> Explanation:
+    """Gradients that are 0 everywhere are not said to be a matter of tiles."""
+    changes = s.problem.op.changes
+    tiles = all(n in changes and changes[n].tile for n in e.names)
+    if not tiles or any(t in s.outputs or s.got[t].any() for t in e.tensors):
+        return e
+    return dataclasses.replace(e, names=(DETACHED,), where="", distance=math.inf, others=())
+
+
+# --- a factor, or a rounding -------------------------------------------------------------------------------------------------
+
+
+def factor_or_rounding(s: Search) -> list[Explanation]:
+    return _roughly(s, s.clear)
+
+
+def _roughly(s: Search, wrong: list[str]) -> list[Explanation]:
+    """What is right but for a factor, or rounded too early: by the size of the errors, not by the values."""
+    wrong = [t for t in wrong if np.isfinite(s.before[t])]
+    if not wrong:
+        return []
+    if scale := _scale(s, wrong):
+        return scale
+    found = [e for t in wrong for e in factor(s, t)]
+    for more in (_rows, _rounding):
+        found += more(s, [t for t in wrong if t not in {x for e in found for x in e.tensors}])
+    return found
+
+
+def _scale(s: Search, wrong: list[str]) -> list[Explanation]:
+    """Whether a scale that is a little off explains everything: by its derivative, then in full."""
+
+    def scaled(factor: float) -> Change:
+        return Change("scale", {"scale": lambda x, scale: scale * factor})
+
+    first, step = "out" if "out" in wrong else wrong[0], 1e-6
+    slope = (s.values([scaled(1 + step)])[first] - s.right[first]) / step
+    error = np.asarray(s.got[first], np.float64) - s.right[first]
+    finite = np.isfinite(slope) & np.isfinite(error)
+    norm = float(np.square(slope[finite]).sum())
+    off = float((slope[finite] * error[finite]).sum()) / norm if norm else 0.0
+    if abs(off) < 1e-6 or abs(off) > 0.05:
+        return []
+    apart = s.away(wrong, s.values([scaled(1 + off)]))
+    return [Explanation((f"scale is off by a factor of {1 + off:.6g}",), tuple(wrong), apart)] if apart < np.inf else []
+
+
+def rows_by_a_factor(s: Search) -> list[Explanation]:
+    return _rows(s, s.left)
+
+
+def _rows(s: Search, wrong: list[str]) -> list[Explanation]:
+    """Whether each row is right but for a factor that is as near to 1 as an lse that is rounded would make it.
+
+    The gradients of the same weights follow.
+    """
+    out = s.got.get("out")
+    if "out" in wrong and s.row_factor is None and isinstance(out, np.ndarray) and np.isfinite(out).all():
+        s.row_factor = _factor_of_rows(s, out)
+    factor = s.row_factor
+    if factor is None or s.before.get("lse", 0.0) > GOOD_RMS:
+        return []
+    forward = Change("rows", {"weights": lambda x, w: w * factor})  # and so Delta, if it is made of that output
+    values = s.values([forward], backward=[*s.base, Change("rows", {"p": lambda x, p: p * factor})])
+    found, worst = [], 0.0
+    for t in [t for t in wrong if t in values]:
+        apart = distance(s.got[t], values[t], s.sigma[t])
+        unchanged = distance(s.got[t], s.right[t], s.sigma[t])
+        if apart[0] <= MATCH_RMS and apart[1] <= MATCH_MAX and apart[1] < unchanged[1] / 2:
+            found.append(t)
+            worst = max(worst, apart[0])
+    name = "each row is off by a factor, as of exp(s - lse) with a rounded lse"
+    return [Explanation((name,), tuple(found), worst)] if found else []
+
+
+def _factor_of_rows(s: Search, out: Array) -> Array | None:
+    """(..., L, 1) the factor of each row of out, by least squares; None where it is not near 1, or nowhere off."""
+    want, lse, sigma = s.right["out"], s.right["lse"], s.sigma["out"]
+    unit = float(np.finfo(s.problem.dtype).eps) / 2
+    near_one = 4 * unit * np.maximum(np.abs(np.where(np.isfinite(lse), lse, 0)), 4)[..., None]
+    weight = np.where(np.isfinite(sigma) & (sigma > 0), 1 / np.maximum(sigma, 1e-300), 0)
+    norm = np.square(want * weight).sum(-1, keepdims=True)
+    norm = np.where(norm == 0, np.inf, norm)
+    off = ((out - want) * want * weight * weight).sum(-1, keepdims=True) / norm
+    if (np.abs(off) <= near_one + 6 / np.sqrt(norm)).all() and np.abs(off).max(initial=0.0) > 2 * unit:
+        return np.asarray(1 + off, np.float64)
+    return None
+
+
+def _roundings() -> dict[str, Precision]:
+    """One rounding at a time, and all of a class."""
+    plain, found = PRECISIONS["float32"], {}
+    for knob in ("inputs", "scores", "weights", "dweights", "dscores", "out"):
+        for bits, storage in ((11, "float16"), (8, "bfloat16")):
+            low: dict[str, Any] = {knob: 2.0**-bits}
+            found[f"{knob} rounded to {bits} bits"] = dataclasses.replace(plain, storage=storage, **low)
+    classes = {f"all that {n} rounds": p for n, p in PRECISIONS.items() if n not in ("float64", "float32", "float8")}
+    return found | classes
+
+
+def _rounding(s: Search, wrong: list[str]) -> list[Explanation]:
+    """The one rounding, or the class of precision, whose predicted errors are as large as those that are seen.
+
+    All tensors that it reaches have to be wrong, on the sides, forward or backward, that are asked for. Where no single one
+    explains everything, each tensor gets its own.
+    """
+    if not wrong or s.problem.dtype == np.float64 or s.large:
+        return []
+    names = _roundings()
+    if s.memory.left < 0 or any(n in s.memory.known for n in names):  # it rounds the same everywhere
+        ends = tuple(n.partition(" ")[2] for n in s.memory.known if " rounded to " in n)
+        names = {n: p for n, p in names.items() if n in s.memory.known or (n[:4] == "out " and n[4:] in ends)}
+    found = [fit for name, precision in names.items() for fit in _fits(s, wrong, name, precision)]
+    best: list[Explanation] = []
+    left = set(wrong)
+    while left and found:
+        whole = [f for f in found if set(f[1].tensors) >= left] or found
+        e = min(whole, key=lambda f: (len(left - set(f[1].tensors)), f[0]))[1]
+        if not left & set(e.tensors):
+            break
+        best.append(dataclasses.replace(e, tensors=tuple(t for t in e.tensors if t in left)))
+        left -= set(e.tensors)
+        found = [f for f in found if set(f[1].tensors) <= left]
+    return best
+
+
+def _fits(s: Search, wrong: list[str], name: str, precision: Precision) -> list[tuple[float, Explanation]]:
+    """Whether the errors are as large as this rounding makes them: how far off, in logarithms, and what it explains."""
+    truth = s.problem.truth(precision)
+    if truth is None:
+        return []
+    dtype, bad, outputs = s.problem.dtype, {t for t in s.returned if s.before[t] > GOOD_RMS}, set(s.outputs)
+    off = {t: distance(s.got[t], truth.values[t], truth.sigma[t]) for t in s.returned}
+    reached = {t for t in s.returned if median(truth.sigma[t], dtype) > 8 * median(s.sigma[t], dtype)}
+    if name.startswith("weights"):
+        reached -= {"dq", "dk", "dbias", "dsink"}  # by way of the output alone, if that is what Delta is made of
+    backward = bool(reached & outputs) and not reached & outputs & bad
+    reached = {t for t in reached if (t in outputs) in {t in outputs for t in wrong}}
+    fits = {t for t in bad if 0.3 <= off[t][0] <= 1.7 and off[t][1] <= 16}
+    last = name.startswith("out ")
+    if last:  # each tensor by itself, and seen in its digits
+        fits = {t for t in fits if t != "lse" and (round_to(s.got[t], precision.format) == s.got[t]).all()}
+        text = name if fits >= reached and "out" in bad else f"{{}} {name.partition(' ')[2]}"
+    else:
+        fits, text = fits if fits >= reached else set(), name
+    fits &= set(wrong)
+    if not fits:
+        return []
+    size = max(abs(math.log(off[t][0] / 0.85)) for t in fits) - last  # digits say more than sizes
+    order = tuple(t for t in s.returned if t in fits)
+    where = "in the backward" if backward and name.startswith(("weights", "inputs", "scores")) else ""
+    return [(size, Explanation((text.format(", ".join(order)),), order, max(off[t][0] for t in order), where))]
+
+
+HYPOTHESES = (
+    Hypothesis("NaN came through a product with weight 0", "a run a product", masked_nan),
+    Hypothesis("gradients of keys that nobody sees were never written", "a run", unwritten),
+    Hypothesis("the forward does one thing otherwise", "a run a change", change_of_the_forward),
+    Hypothesis("the forward is off by a factor, or rounds", "a truth a rounding", rounding_of_the_forward),
+    Hypothesis("the forward does two things otherwise", "a run a pair of changes", two_changes_of_the_forward),
+    Hypothesis("each output is wrong for a reason of its own", "nothing more", change_of_each_output),
+    Hypothesis("the backward does what the forward does", "three runs", the_same_in_the_backward),
+    Hypothesis("a buffer of gradients was not cleared", "nothing more", added_to_the_call_before),
+    Hypothesis("the backward does one thing otherwise", "two runs a change", change_of_the_backward),
+    Hypothesis("what is NaN or 0 everywhere is evidence of little", "nothing more", no_evidence),
+    Hypothesis("what is left is off by a factor, or rounded", "a truth a rounding", factor_or_rounding),
+    Hypothesis("each row is off by a factor", "a run", rows_by_a_factor),
+)

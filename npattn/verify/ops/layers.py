@@ -1,0 +1,195 @@
+"""What the ops beside attention share: how their candidates are called, with parameters in any layout; changes; masks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from npattn.ops.checks import Array
+from npattn.verify.op import Calls, Case, Change, Problem, Values
+
+Rng = np.random.Generator
+Route = Callable[[Array], Array]  # moves, repeats or leaves out elements; its backward is `adjoint`
+Mistake = dict[str, Callable[[Any, Any], Any]]  # stages of a `Change`
+
+
+def same(a: Array) -> Array:
+    return a
+
+
+def adjoint(route: Route, shape: tuple[int, ...], g: Array) -> Array:
+    """The gradient of what was routed: each element collects what came of it."""
+    total = np.zeros(int(np.prod(shape)), g.dtype)
+    index = route(np.arange(total.size).reshape(shape))
+    np.add.at(total, index.ravel(), g.ravel())
+    return total.reshape(shape)
+
+
+class LayerCalls(Calls):
+    """Inputs and parameters in the order of the forward; gradients as a mapping, or a tuple in the order of the inputs.
+
+    Parameters are a NamedTuple of npattn, or in the layout of another library where the function's own names ask for it:
+    ``to`` and ``back`` have for such a name what makes the arguments, and what makes npattn's parameters of their gradients.
+    """
+
+    def __init__(
+        self, text: str, keywords: tuple[str, ...], cotangents: tuple[str, ...] = (), *,
+        to: Mapping[str, Callable[[Any], list[Any]]] | None = None,
+        back: Mapping[str, Callable[[dict[str, Any]], Any]] | None = None,
+    ) -> None:  # fmt: skip
+        self.text, self.keywords, self.assumed, self.cotangents = text, keywords, keywords, cotangents
+        self.to, self.back = to or {}, back or {}
+
+    def arguments(
+        self, candidate: Any, problem: Problem, takes: frozenset[str], backward: bool
+    ) -> tuple[dict[str, Any], list[str]]:
+        given = dict(problem.options)
+        if backward:
+            given |= {name: problem.cotangents[name] for name in self.cotangents if name in problem.cotangents}
+        return given, [name for name in given if name not in takes]
+
+    def forward(self, candidate: Any, problem: Problem, given: dict[str, Any]) -> Any:
+        return candidate.forward(*self._inputs(problem, candidate.forward), **given)
+
+    def backward(self, candidate: Any, problem: Problem, given: dict[str, Any], values: dict[str, Any]) -> Any:
+        first = next(iter(problem.cotangents.values()))
+        returned = candidate.backward(first, *self._inputs(problem, candidate.backward), **given)
+        if hasattr(returned, "_asdict"):
+            returned = returned._asdict()
+        if isinstance(returned, (tuple, list)) and len(returned) == len(problem.gradients):
+            returned = dict(zip(problem.gradients, returned, strict=True))
+        elif len(problem.gradients) == 1 and isinstance(returned, np.ndarray):
+            returned = {problem.gradients[0]: returned}
+        if not isinstance(returned, Mapping):
+            kind = type(returned).__name__
+            return f"the backward returns a {kind}, expected a mapping with {', '.join(problem.gradients)}"
+        found = dict(returned)
+        name = next((n for n in self.back if n in found), "")
+        params = self.back[name](found) if name else found.pop("params", found.pop("dparams", None))
+        found |= {} if params is None else of_params(params)
+        return {n if n in problem.gradients else f"d{n}": x for n, x in found.items()}
+
+    def _inputs(self, problem: Problem, function: Callable[..., Any]) -> list[Any]:
+        """The inputs, with params in the layout that the function's own names ask for."""
+        inputs = dict(problem.inputs)
+        params, names = inputs.pop("params", None), _names(function)
+        name = next((n for n in self.to if n in names), "")
+        if params is None or not name:
+            return list(problem.inputs.values())
+        try:
+            return [*inputs.values(), *self.to[name](params)]
+        except ValueError as error:  # widths or biases that the other layout cannot have
+            raise NotImplementedError(str(error)) from error
+
+
+def _names(function: Callable[..., Any]) -> set[str]:
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # compiled functions may have no signature
+        return set()
+
+
+def of_params(params: Any) -> Values:
+    """The gradients of parameters by our names."""
+    return {f"d{name}": x for name, x in params._asdict().items() if x is not None}
+
+
+# --- changes ---------------------------------------------------------------------------------------------------------------
+
+
+def changes(rows: Mapping[str, Mistake], likely: tuple[str, ...] = ()) -> dict[str, Change]:
+    """The record's changes. One of a forward stage changes the backward with it, as automatic differentiation would."""
+    return {name: Change(name, stages, likely=name in likely) for name, stages in rows.items()}
+
+
+def zero(x: Any, value: Any) -> Any:
+    return 0 * value
+
+
+def times(factor: Callable[[Any], float]) -> Callable[[Any, Any], Any]:
+    return lambda x, value: value * factor(x)
+
+
+def to_value(value: Any) -> Callable[[Any, Any], Any]:
+    """Another value, or another route, whatever the honest one is."""
+    return lambda x, _: value
+
+
+def plain_outer(a: Array, b: Array) -> Array:
+    a, b = (y.reshape(len(y), -1, y.shape[-1]) for y in (a, b))
+    result: Array = a.swapaxes(-1, -2) @ b
+    return result
+
+
+def of_first_sequence(left: str, right: str) -> Callable[[Any, Any], Any]:
+    return lambda x, _: plain_outer(getattr(x, left)[:, :1], getattr(x, right)[:, :1])
+
+
+def sum_of_first_sequence(name: str) -> Callable[[Any, Any], Any]:
+    return lambda x, _: getattr(x, name)[:, 0].sum(-2)
+
+
+def product(left: str, right: str) -> Callable[[Any, Any], Any]:
+    return lambda x, _: getattr(x, left) @ getattr(x, right)
+
+
+def exchanged(a: str, b: str) -> Mistake:
+    """Two parameters change places, as in a packed array of another order, and so do their gradients."""
+
+    def given(name: str) -> Callable[[Any, Any], Any]:
+        return lambda x, value: getattr(x.problem.inputs["params"], name).reshape(value.shape)
+
+    return {a: given(b), b: given(a), "finish": lambda x, d: d | {f"d{a}": d[f"d{b}"], f"d{b}": d[f"d{a}"]}}
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------------------
+
+
+def normal(rng: Rng, *shape: int) -> Array:
+    return rng.standard_normal(shape)
+
+
+def weight(rng: Rng, *shape: int) -> Array:
+    """Of such a size that what comes out is as large as what goes in."""
+    return np.asarray(rng.standard_normal(shape) * shape[0] ** -0.5)
+
+
+def case(
+    op: str, draw: Callable[..., Problem], name: str, feature: str = "", *, dtype: str = "float32", **sizes: Any
+) -> Case:
+    return Case(op, name, [feature or name], partial(draw, **sizes), dtype)
+
+
+def _rows(shape: tuple[int, ...], dead: Callable[[Array], Array]) -> Array:
+    """A mask (L, S) that leaves these queries without a key."""
+    L, S = shape[-2:]
+    return np.array(np.broadcast_to(~dead(np.arange(L))[:, None], (L, S)))
+
+
+def _seen(shape: tuple[int, ...]) -> Array:
+    """All keys but the last third."""
+    L, S = shape[-2:]
+    return np.array(np.broadcast_to(np.arange(S) < S - S // 3, (L, S)))
+
+
+def _causal(shape: tuple[int, ...]) -> Array:
+    """The last query stands at the last key."""
+    L, S = shape[-2:]
+    return np.tri(L, S, S - L, dtype=bool)
+
+
+MASKS: dict[str, Callable[[Rng, tuple[int, ...]], Array]] = {
+    "mask": lambda rng, n: rng.random((n[0], 1, *n[2:])) < 0.7,
+    "mask (L, S)": lambda rng, n: rng.random(n[2:]) < 0.7,
+    "mask of each head": lambda rng, n: rng.random(n) < 0.7,
+    "mask of keys": lambda rng, n: rng.random((n[0], 1, 1, n[3])) < 0.7,
+    "causal": lambda rng, n: _causal(n),
+    "dead rows": lambda rng, n: _rows(n, lambda i: (i == 1) | (i == n[2] - 1)),
+    "every row dead": lambda rng, n: np.zeros(n[2:], bool),
+    "dead query 1": lambda rng, n: _rows(n, lambda i: i == 1),
+    "last third": lambda rng, n: _seen(n),
+}

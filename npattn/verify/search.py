@@ -1,0 +1,254 @@
+"""One wrong case, and what could explain it: how near what was returned is to what a change gives.
+
+A hypothesis is a function of a `Search`. It says which of the tensors that are left it explains. Which are tried, and in which
+order, is `Op.hypotheses`; those of every op stand in `npattn.verify.explain`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from npattn.ops.checks import Array
+from npattn.tolerances import GOOD_RMS, MATCH_MAX, MATCH_NEARER, MATCH_RMS, ROUGH_MAX, ROUGH_NEARER, ROUGH_RMS
+from npattn.verify.op import Change, Problem, Values, facts
+from npattn.verify.stages import CANNOT, Variants, attempt
+
+LARGE = 200_000  # elements of the scores, above which only what has been seen in smaller cases is tried first
+UNKNOWN = "nothing that is known"
+NEVER_WRITTEN = "wrong for keys that nobody sees, and for no other: never written?"
+DETACHED = "a gradient of 0 everywhere: detached, or not computed"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What matches what was returned."""
+
+    names: tuple[str, ...]  # one change, or two together
+    tensors: tuple[str, ...]
+    distance: float  # rms, in sigma
+    where: str = ""  # "in the backward", or nothing
+    others: tuple[str, ...] = ()  # what cannot be told apart from it here
+
+    @property
+    def text(self) -> str:
+        name = " and ".join(self.names)
+        if self.distance == math.inf:  # it is no match
+            return f"{', '.join(self.tensors)}: {name}{self.where}"
+        where = f" {self.where}" if self.where else ""
+        more = f"{'; '.join(self.others[:3])}{'; ...' if len(self.others) > 3 else ''}"
+        others = f" (here the same as: {more})" if self.others else ""
+        return f"{', '.join(self.tensors)}: matches {name}{where} to {self.distance:.2g} sigma{others}"
+
+
+class Hypothesis(NamedTuple):
+    """A kind of explanation."""
+
+    name: str
+    cost: str  # "a run", "a run a change", "a run a pair of changes": how many runs of the equations it takes
+    test: Callable[[Search], list[Explanation]]
+
+
+# --- how near --------------------------------------------------------------------------------------------------------------
+
+
+def distance(got: Any, value: Array, sigma: Array) -> tuple[float, float]:
+    """rms and maximum of the difference in sigma, inf where shapes, NaN or inf differ.
+
+    sigma is that of the reference, and never below its median: what a change makes of an exact 0 has a rounding error too.
+    """
+    if not isinstance(got, np.ndarray) or got.shape != value.shape:
+        return np.inf, np.inf
+    x, y = np.asarray(got, np.float64), np.asarray(value, np.float64)
+    same = (x == y) | (np.isnan(x) & np.isnan(y))
+    finite = np.isfinite(x) & np.isfinite(y)
+    if not (same | finite).all():
+        return np.inf, np.inf
+    floor = median(sigma, got.dtype)
+    unit = float(np.finfo(got.dtype).eps) if got.dtype.kind == "f" else 2.0**-23
+    scale = np.maximum(np.maximum(np.where(np.isfinite(sigma), sigma, 0), floor), unit * np.abs(y) + 1e-300)
+    with np.errstate(all="ignore"):
+        units = np.where(same, 0.0, np.abs(x - y) / scale)
+    if not units.size:
+        return 0.0, 0.0
+    return float(np.sqrt(np.square(units).mean())), float(units.max())
+
+
+def near(apart: tuple[float, float], before: float) -> bool:
+    """Whether this is a match, for a tensor that is ``before`` sigma away from the reference.
+
+    Within rounding and clearly nearer than the reference. A change may make the problem worse conditioned: then far nearer.
+    """
+    rms, most = apart
+    matches = rms <= MATCH_RMS and most <= MATCH_MAX and rms < before / MATCH_NEARER
+    return matches or (rms <= ROUGH_RMS and most <= ROUGH_MAX and rms < before / ROUGH_NEARER)
+
+
+def median(sigma: Array, dtype: Any) -> float:
+    """The median over elements with an error of their own: near the smallest normal number is only what exp loses there."""
+    tiny = float(np.finfo(np.float64 if np.dtype(dtype) == np.float64 else np.float32).smallest_normal)  # low ones: in float32
+    known = sigma[np.isfinite(sigma) & (sigma > 1e6 * tiny)]
+    return float(np.median(known)) if known.size else 0.0
+
+
+def flat_of(wrong: Iterable[str], got: dict[str, Any], right: Values, outputs: Iterable[str]) -> dict[str, str]:
+    """Tensors that are NaN, or one number, everywhere, where the truth is not; and what to say of each."""
+    found: dict[str, str] = {}
+    for t in wrong:
+        x, want = np.asarray(got[t], np.float64), right.get(t)
+        if want is None or x.size < 2 or np.array_equal(want, np.broadcast_to(want.flat[0], want.shape), equal_nan=True):
+            continue
+        if np.isnan(x).all():
+            found[t] = "NaN everywhere"
+        elif (x == x.flat[0]).all():
+            found[t] = DETACHED if t not in outputs and not x.any() else f"{x.flat[0]:.6g} everywhere"
+    return found
+
+
+# --- one case --------------------------------------------------------------------------------------------------------------
+
+
+class Memory:
+    """What was seen in the cases before: a `npattn.verify.explain.Diagnostician` has it."""
+
+    align: str
+    seconds: float  # for one search
+    left: float  # for all of them; after that only what has been seen is tried
+    pairs_left: int
+    known: Any  # how often each name was found
+    earlier: list[dict[str, Any]]  # the options of calls before this one
+    returned: list[dict[str, Any]]  # what calls before this one returned
+
+    right: dict[Any, Any]  # cases that hold
+
+    def excluded(self, change: Change, base: list[Change], in_backward: bool) -> bool:
+        raise NotImplementedError
+
+    def contradicted(self, change: Change) -> bool:
+        raise NotImplementedError
+
+
+class Search:
+    """What was returned for one problem, what changes give, and what is explained so far."""
+
+    def __init__(
+        self, memory: Memory, problem: Problem, given: dict[str, Any], sigma: Values, got: dict[str, Any], wrong: list[str],
+        base: list[Change], more: Iterable[Change] = (),
+    ) -> None:  # fmt: skip
+        self.memory, self.problem, self.given, self.sigma, self.got, self.base = memory, problem, given, sigma, got, base
+        self.wrong, self.found = wrong, list[Explanation]()
+        here = facts(problem, given)
+        changes = [c for c in problem.op.changes.values() if c.needs <= here and c not in base] + list(more)
+        changes.sort(key=lambda c: (-memory.known[c.name], not c.convention, bool(c.tile)))
+        self.known = sum(c.name in memory.known for c in changes)
+        self.changes = changes if memory.left >= 0 else changes[: self.known]
+        self.large = math.prod(problem.shape) > LARGE
+        self.dtype = np.longdouble if problem.dtype == np.float64 else np.float64
+        self.returned = [t for t in sigma if isinstance(got.get(t), np.ndarray)]
+        self.variants: Variants | None = None
+        with contextlib.suppress(*CANNOT):
+            self.variants = Variants(problem, given, memory.align, base, self.dtype)
+        self.right = {} if self.variants is None else self.variants.unchanged
+        self.before = {t: distance(got[t], self.right[t], sigma[t])[0] if t in self.right else np.inf for t in self.returned}
+        self.only_nan = False  # whether only the places of NaN and inf are wrong
+        self.followed: tuple[Change, ...] = ()  # what the forward does, and the backward may do too
+        self.partly: dict[str, list[tuple[float, Change]]] = {}  # what explains one output, by output
+        self.backward_done = False  # whether nothing more is to be looked for in the backward
+        self.row_factor: Array | None = None
+        self.until = time.thread_time() + memory.seconds
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return self.problem.outputs
+
+    @property
+    def left(self) -> list[str]:
+        """The tensors that are wrong, and not explained yet."""
+        explained = {t for e in self.found for t in e.tensors}
+        return [t for t in self.wrong if t not in explained]
+
+    @property
+    def clear(self) -> list[str]:
+        """Those of `left` that are wrong by more than a little."""
+        return [t for t in self.left if self.before[t] > GOOD_RMS]
+
+    def values(self, changes: Iterable[Change], **options: Any) -> Values:
+        call = (self.problem, self.given, self.memory.align)
+        return attempt(*call, [*self.base, *changes], dtype=self.dtype, low=self.problem.dtype, **options)
+
+    def changes_forward(self, change: Change) -> bool:
+        return self.variants is not None and self.variants.changes_forward(change)
+
+    def outputs_with(self, change: Change) -> Values:
+        """The outputs with one change of the forward."""
+        with contextlib.suppress(*CANNOT):
+            return {} if self.variants is None else self.variants.forward(change)
+        return {}
+
+    def kept(self, returned: Array | None) -> Variants | None:
+        """For changes of the backward alone, which starts from this output: most of it is computed once."""
+        with contextlib.suppress(*CANNOT):
+            return Variants(self.problem, self.given, self.memory.align, self.base, self.dtype, returned)
+        return None
+
+    def away(self, tensors: Iterable[str], values: Values) -> float:
+        """The largest distance of these tensors from what a change gives, inf where one does not match."""
+        worst = 0.0
+        for t in tensors:
+            if t not in values:
+                return np.inf
+            apart = distance(self.got[t], values[t], self.sigma[t])
+            right = self.before[t] <= GOOD_RMS  # then it has to stay right
+            if not (apart[0] <= MATCH_RMS if right else near(apart, self.before[t])):
+                return np.inf
+            worst = max(worst, apart[0])
+        return worst
+
+    def enough(self, tried: int, matches: list[Any]) -> bool:
+        """Whether to stop: all that is known was tried in a large case, or the time is over."""
+        return (self.large and tried >= self.known and bool(matches)) or time.thread_time() > self.until
+
+    def best(
+        self, matches: list[tuple[float, Change]], backward: bool = False
+    ) -> tuple[tuple[float, Change], tuple[str, ...]]:
+        """The nearest that no case before this one excludes; those that are as near stay in the order they were tried in."""
+        ties = nearest(matches)
+        if len(ties) > 1:
+            ties = [m for m in ties if not self.memory.excluded(m[1], self.base, backward)] or ties
+        return ties[0], tuple(m[1].name for m in ties[1:])
+
+
+def nearest(matches: list[tuple[float, Change]]) -> list[tuple[float, Change]]:
+    """The nearest, and those that are as near."""
+    least = min(d for d, _ in matches)
+    return [m for m in matches if m[0] <= max(1.3 * least, least + 0.05)]
+
+
+def joined(explanations: Iterable[Explanation]) -> list[Explanation]:
+    """One explanation for each name, with all its tensors."""
+    found: dict[tuple[str, ...], Explanation] = {}
+    for e in explanations:
+        old = found.get(e.names)
+        if old is not None:
+            e = dataclasses.replace(e, tensors=(*old.tensors, *e.tensors), distance=max(old.distance, e.distance))
+        found[e.names] = e
+    return list(found.values())
+
+
+def factor(s: Search, tensor: str) -> list[Explanation]:
+    """Whether a tensor is right but for a factor."""
+    got, want = np.asarray(s.got[tensor], np.float64), s.right[tensor]
+    finite = np.isfinite(want) & np.isfinite(got)
+    norm = float(np.square(want[finite]).sum())
+    factor = float((got[finite] * want[finite]).sum()) / norm if norm else 1.0
+    apart = distance(s.got[tensor], np.asarray(factor * want), s.sigma[tensor])
+    if abs(factor - 1) > 1e-6 and factor and near(apart, s.before[tensor]):
+        return [Explanation((f"{tensor} is {factor:.6g} times what it should be",), (tensor,), apart[0])]
+    return []

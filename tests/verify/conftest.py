@@ -1,0 +1,53 @@
+"""The command, run in the tests' own process. That it starts one for the candidate is what test_worker.py is about."""
+
+import pytest
+
+from npattn import cli
+from npattn.verify import CASES, CASES_OF
+from npattn.verify.api import examine_all
+from npattn.verify.report import Facts
+from npattn.verify.worker import Served
+
+
+class InThisProcess(Served):
+    """A `Worker` that starts no process: a start takes most of a second."""
+
+    faults = ()
+
+    def __init__(self, spec, timeout):
+        super().__init__(spec, lambda *message: None)
+        self.facts = Facts.of(self.candidate)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *what):
+        pass
+
+    def examine(self, case, seed):
+        return examine_all(self.candidate, case, seed, self.settings, self.diagnostician)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """``npattn verify`` with these arguments in an empty folder: its exit status, and what it prints."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "Worker", InThisProcess)
+
+    def run(*arguments):
+        status = cli.main(["verify", *arguments])
+        captured = capsys.readouterr()
+        assert not (captured.out and captured.err)
+        return status, captured.out or captured.err
+
+    return run
+
+
+@pytest.fixture
+def one_of_each(monkeypatch):
+    """One case of each feature, in place of all cases of attention."""
+    first = {feature: case for case in reversed(CASES) for feature in case.features}
+    cases = [case for case in CASES if case in first.values()]
+    assert len(cases) < len(CASES) / 4
+    monkeypatch.setitem(CASES_OF, "attention", cases)
+    return cases
