@@ -101,20 +101,43 @@ def check(options, seed, *, elements, blockwise=True, central=True):
     forward, backward = functions(problem, attention_forward, attention_backward)
     _, cache = forward(**inputs)
     terms = sums_of_terms(cache, problem.dout, problem.dlse)
-    gradcheck(forward, backward, inputs, terms=terms, zero=zero, elements=elements)
-    if central:
-        gradcheck(forward, backward, inputs, method="central", terms=terms, zero=zero, elements=1)
+    methods = ("complex", "central") if central else ("complex",)
+    for method in methods:
+        n = elements if method == "complex" else 0
+        gradcheck(forward, backward, inputs, method=method, terms=terms, zero=zero, elements=n)
     if not blockwise:
         return
+    dout = problem.dout if problem.dlse is None else (problem.dout, problem.dlse)
+    want = backward(dout, cache)
     for way in WAYS.values():
         tiles = functions(problem, partial(blockwise_of, way), blockwise_backward)
-        if way is WAYS["one head at a time"]:
-            gradcheck(*tiles, inputs, terms=terms, zero=zero, elements=1)
-            if central:
-                gradcheck(*tiles, inputs, method="central", terms=terms, zero=zero, elements=0)
         # element by element: where dense is right, which the complex step has shown, blockwise is
-        dout = problem.dout if problem.dlse is None else (problem.dout, problem.dlse)
-        same(tiles[1](dout, tiles[0](**inputs)[1]), backward(dout, cache), terms)
+        same(tiles[1](dout, tiles[0](**inputs)[1]), want, terms)
+    *line, total = along_a_line(*tiles, inputs, terms)  # of the last way, in bundles of heads
+    for method in methods:
+        gradcheck(*line, {"t": 0.0}, method=method, terms={"t": total})
+
+
+def along_a_line(forward, backward, inputs, terms):
+    """The same pair as a function of one number t: all inputs at once move along random directions, x + t u."""
+    rng = np.random.default_rng(3)
+    directions = {n: rng.standard_normal(np.shape(x)) / 4 * np.isfinite(x) for n, x in numbers(inputs)}
+
+    def at(t):
+        for name, x in inputs.items():
+            step = t * directions[name] if np.ndim(directions[name]) else t * float(directions[name])
+            yield name, x.with_parameter(x.parameter + step) if hasattr(x, "with_parameter") else x + step
+
+    def slope(dout, cache):
+        return sum((g * directions[n]).sum() for n, g in numbers(backward(dout, cache)._asdict()) if n in directions)
+
+    total = sum(np.max(terms[n]) * np.abs(u).sum() for n, u in directions.items())
+    return lambda t: forward(**dict(at(t))), lambda dout, cache: {"t": slope(dout, cache)}, total
+
+
+def numbers(named):
+    """(name, array) of each, of a bias object that of its parameter."""
+    return ((name, getattr(x, "parameter", x)) for name, x in named.items() if x is not None)
 
 
 def same(got, expected, terms):
@@ -130,7 +153,7 @@ def same(got, expected, terms):
 
 @pytest.mark.parametrize("options", GRID, ids=" + ".join)
 def test_gradients_of_every_option_and_pair(options):
-    check(options, seed=GRID.index(options), elements=20)
+    check(options, seed=GRID.index(options), elements=20 if len(options) == 1 else 6)
 
 
 def test_no_option_at_all():

@@ -61,6 +61,7 @@ RIGHT = {
 
 
 @pytest.mark.parametrize("name", FINDINGS)
+@pytest.mark.slow
 def test_findings(name):
     candidate = Candidate(name, *PEERS[name].load())
     status = {case.name: examine(candidate, case, settings=Settings(power=False)).status for case in CASES}

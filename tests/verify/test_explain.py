@@ -146,6 +146,7 @@ def shows(change, problem, options, align, want, sigma):
     )
 
 
+@pytest.mark.slow
 def test_each_change_shows_in_some_case():
     left = dict(CHANGES)
     cases = [c for c in CASES if c.sizes["S"] < 10_000 and c.dtype == "float32"]
