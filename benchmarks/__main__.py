@@ -40,7 +40,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="--plot or --write what was stored; of rows with the same name those of the last file",
     )  # fmt: skip
     parser.add_argument("--plot", metavar="DIR", type=Path, help="draw what was measured (needs matplotlib)")
-    parser.add_argument("--write", metavar="README", type=Path, help="fill the part between two comments, and docs/speed.png")
+    parser.add_argument("--write", metavar="PAGE", type=Path, help="fill docs/speed.md, and draw speed.png beside it")
     parser.add_argument("--threads", metavar="N", type=int, help="for everybody (default: as many as there are processors)")
     parser.add_argument("--no-company", action="store_true", help="do not check that figures are the same alone and in company")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # for tests
@@ -91,10 +91,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     if "numpy" not in sys.modules:
         machine.limit(given.threads)
-    from benchmarks import plots, readme
+    from benchmarks import plots, speed
 
     if given.write:
-        readme.check(given.write)
+        speed.check(given.write)
     if given.plot:
         try:
             plots.pyplot()
@@ -172,8 +172,8 @@ def how(commands: list[str], page: str) -> str:
 
 
 def summarize(given: argparse.Namespace, results: dict[str, Any], commands: list[str]) -> None:
-    """What is aimed at, plots and README."""
-    from benchmarks import plots, readme, targets
+    """What is aimed at, the plots and the page."""
+    from benchmarks import plots, speed, targets
 
     rows, facts = results["results"], results["environment"]
     found = targets.targets(rows)
@@ -187,7 +187,7 @@ def summarize(given: argparse.Namespace, results: dict[str, Any], commands: list
     if given.plot and not written:
         print(f"--plot: there is no picture of {' and '.join(sorted({row['verb'] for row in rows}))}")
     if given.write:
-        written += readme.write(given.write, rows, facts, found, how(commands, given.write.name))
+        written += speed.write(given.write, rows, facts, found, how(commands, given.write.name))
     for file in written:
         print(f"written: {file}")
 

@@ -260,12 +260,13 @@ def softmax_loops(scores, allowed=None, dweights=None, dlse=None):
 
 
 def silu_loops(x, dy):
-    """x / (1 + exp(-x)), and the gradient x of sum(dy * y)."""
+    """x s with s = 1 / (1 + exp(-x)), and the gradient x of sum(dy * y): dy (s + x s t), where t = 1 - s."""
     y, dx = np.zeros(np.shape(x)), np.zeros(np.shape(x))
     for at in np.ndindex(*np.shape(x)):
-        value = float(np.asarray(x)[at])
-        s = 1 / (1 + math.exp(-value))
-        y[at], dx[at] = value * s, float(np.asarray(dy)[at]) * (s + value * s * (1 - s))
+        value, up = float(np.asarray(x)[at]), float(np.asarray(dy)[at])
+        s, t = (0.0 if z > 700 else 1 / (1 + math.exp(z)) for z in (-value, value))
+        y[at] = value * s if s else 0.0
+        dx[at] = up * (s + value * s * t if s and t else s)
     return {"y": y, "x": dx}
 
 

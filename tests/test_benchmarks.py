@@ -16,7 +16,7 @@ from npattn.tolerances import TERMS_EPS
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import attention, harness, machine, memory, multihead, plots, readme, rivals, rnn, roofline, scaling, targets
+from benchmarks import attention, harness, machine, memory, multihead, plots, rivals, rnn, roofline, scaling, speed, targets
 from benchmarks.__main__ import how, main, parse, together
 from benchmarks.__main__ import stored as read_stored
 from benchmarks.cases import Case, draw, heads, truth
@@ -295,7 +295,7 @@ def test_fits():
     assert scaling.line(lengths, [5 + 7 * x for x in lengths]) == pytest.approx((5, 7, 0))
 
 
-# --- what is aimed at, README, plots -------------------------------------------------------------------------------------
+# --- what is aimed at, the page, plots -------------------------------------------------------------------------------------
 
 
 def grid_of_results(torch=1.5):
@@ -334,13 +334,13 @@ def test_targets(capsys):
 
 
 @pytest.mark.usefixtures("alone")
-def test_readme_is_filled_between_its_comments(tmp_path, monkeypatch):
-    page = tmp_path / "README.md"
+def test_the_page_is_filled_between_its_comments(tmp_path, monkeypatch):
+    page = tmp_path / "speed.md"
     page.write_text("before\n<!-- benchmark -->\nold\n<!-- /benchmark -->\nafter\n")
     monkeypatch.setattr(plots, "throughput", lambda *args: False)
     facts = machine.facts()
     rows = grid_of_results()
-    readme.write(page, rows, facts, targets.targets(rows, avx2=False), "the command")
+    speed.write(page, rows, facts, targets.targets(rows, avx2=False), "the command")
     text = page.read_text()
     assert text.startswith("before\n<!-- benchmark -->\n")
     assert text.endswith("<!-- /benchmark -->\nafter\n")
@@ -350,7 +350,7 @@ def test_readme_is_filled_between_its_comments(tmp_path, monkeypatch):
     assert facts["BLAS"] in text
     page.write_text("no comments")
     with pytest.raises(SystemExit, match="expected one <!-- benchmark -->"):
-        readme.check(page)
+        speed.check(page)
     with pytest.raises(SystemExit):
         main(["rnn", "--write", str(page)])
 
@@ -362,12 +362,12 @@ def test_plots(tmp_path, monkeypatch, capsys):
     rows += [{**r, "verb": "rnn", "errors": dict.fromkeys(r["ratios"], 1e-7)} for r in rows[:3]]
     made = plots.draw_all(rows, machine.facts(), tmp_path / "all")
     assert [f.name for f in made] == ["throughput.png", "speedup.png", "rnn.png", "memory.png"]
-    page = tmp_path / "README.md"
+    page = tmp_path / "speed.md"
     page.write_text("<!-- benchmark --><!-- /benchmark -->")
     some = [Case(L, 64, mask="causal", backward=b) for L in (8, 16) for b in (False, True)]
     monkeypatch.setattr(attention, "grid", lambda size: some)
     stored(tmp_path, "attention", "--only", "L=8 ", "--plot", str(tmp_path / "plots"), "--write", str(page))
-    for file in (*made, tmp_path / "plots" / "throughput.png", tmp_path / "docs" / "speed.png"):
+    for file in (*made, tmp_path / "plots" / "throughput.png", tmp_path / "speed.png"):
         assert file.read_bytes().startswith(b"\x89PNG")
     assert "| forward | 8 |" in page.read_text()
     assert "![" in page.read_text()
@@ -385,7 +385,7 @@ def test_plots(tmp_path, monkeypatch, capsys):
         (["--only", "L=8 ("], "--only is L=8 (, which is no regular expression"),
         (["--threads", "0"], "--threads is 0, expected at least 1"),
         (["--json", "nowhere/x.json"], "there is no directory nowhere"),
-        (["rnn", "--write", "README.md"], "--write is for attention"),
+        (["rnn", "--write", "speed.md"], "--write is for attention"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_measured(arguments, message, capsys):
@@ -406,9 +406,9 @@ def test_what_was_stored_in_parts_is_one_result(tmp_path):
         file.write_text(json.dumps(part))
     results, commands = together(files[:2])
     assert [(row["name"], row["seconds"]) for row in results["results"]] == [("a", 1), ("b", 2), ("c", 2)]
-    assert how(commands, "README.md") == (
+    assert how(commands, "speed.md") == (
         "python -m benchmarks --json 1.json && python -m benchmarks attention --only b --json 2.json"
-        " && python -m benchmarks --from 1.json 2.json --write README.md"
+        " && python -m benchmarks --from 1.json 2.json --write speed.md"
     )
     with pytest.raises(SystemExit, match=r"processor is another, and in .*a\.json it is one"):
         together(files)

@@ -273,9 +273,6 @@ def _shared(used: str, letters: str, biases: bool) -> Mistake:
     return {**{b: given(a) for a, b in pairs}, "finish": finish}
 
 
-# -- multi-head attention
-
-
 def _interleaved(x: Any, route: partial[Array]) -> Route:
     """(.., L, D H) -> (.., H, L, D)"""
     heads = route.keywords["heads"]

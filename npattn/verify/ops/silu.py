@@ -74,7 +74,7 @@ def _times(x: Array, s: Array) -> Array:
 _MISTAKES = {
     # forward
     "the logistic function alone": {"y": lambda x, _: x.s, "slope": lambda x, _: x.s * x.t},
-    "x of the other sign in the exp": {"inside": lambda x, v: -v},
+    "x of the other sign in the exp": {"inside": lambda x, v: -v, "xt": lambda x, v: -v},
     "gelu by a logistic function (1.702 x)": {"inside": lambda x, v: 1.702 * v, "xt": lambda x, v: 1.702 * v},
     "relu": {"y": lambda x, _: np.maximum(x.x, 0), "slope": lambda x, _: (x.x > 0) * 1.0},
     "exp overflows": {"s": lambda x, s: np.where(np.isinf(np.exp(-x.x.astype(x.low))), np.nan, s)},
@@ -104,7 +104,7 @@ def _candidate() -> Pair:
 SILU = Op(
     name="silu",
     outputs=("y",),
-    axes={"y": "BLF", "dx": "BLF"},
+    axes={"y": "BHLF", "dx": "BHLF"},
     reference=reference,
     forward=forward,
     backward=backward,
