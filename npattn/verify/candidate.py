@@ -22,7 +22,7 @@ import numpy as np
 
 from npattn.peers import PEERS
 from npattn.verify.conventions import Convention, near
-from npattn.verify.op import Change, Op, Problem, Truth
+from npattn.verify.op import Change, Op, Problem, Truth, parts
 from npattn.verify.ops import OPS
 from npattn.verify.precision import PRECISIONS, Precision
 
@@ -194,12 +194,12 @@ def _called(who: str, call: Callable[[], Any], problem: Any, *given: dict[str, A
 
 def _marks(problem: Any, *more: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     """All that a function could change of the arrays that it is given, by name."""
-    found: dict[str, tuple[Any, ...]] = {}
-    for name, x in [item for given in (problem.inputs, problem.cotangents, *more) for item in given.items()]:
-        parts = x if isinstance(x, dict) else x._asdict() if hasattr(x, "_asdict") else {name: x}
-        found |= {n: (y.shape, y.dtype, y.flags.writeable, y.strides, y.tobytes())
-                  for n, y in parts.items() if isinstance(y, np.ndarray)}  # fmt: skip
-    return found
+    return {
+        part or name: (x.shape, x.dtype, x.flags.writeable, x.strides, x.tobytes())
+        for given in (problem.inputs, problem.cotangents, *more)
+        for name, part, x in parts(given)
+        if isinstance(x, np.ndarray)
+    }
 
 
 MARKS = ("has another shape", "has another dtype", "can be written or not, as it could not before", "has other strides", "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -57,6 +57,18 @@ class Truth:
         return self.bound()
 
 
+def parts(values: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(name, part, x) of all values: of a NamedTuple or mapping each part, of anything else itself, as the part ""."""
+    for name, x in values.items():
+        inner = x._asdict() if hasattr(x, "_asdict") else x if isinstance(x, Mapping) else {"": x}
+        yield from ((name, part, y) for part, y in inner.items())
+
+
+def in_each(f: Callable[[Any], Any], x: Any) -> Any:
+    """f(x); of a NamedTuple, f of each of its parts."""
+    return type(x)(*(in_each(f, y) for y in x)) if isinstance(x, tuple) and hasattr(x, "_fields") else f(x)
+
+
 def better(dtype: Any) -> Any:
     """A dtype in which the truth about ``dtype`` can be computed, or None where this machine has none."""
     if np.dtype(dtype) != np.float64:
@@ -68,8 +80,6 @@ def cast(x: Any, dtype: Any) -> Any:
     """A floating array, or what is made of such arrays, in another dtype; ``object`` stands for the numbers of mpmath."""
     if hasattr(x, "with_parameter"):  # a bias of `npattn.ops.biases`
         return x.with_parameter(cast(x.parameter, dtype))
-    if isinstance(x, tuple) and hasattr(x, "_fields"):
-        return type(x)(*(cast(y, dtype) for y in x))
     if not isinstance(x, np.ndarray) or x.dtype.kind not in "fc":
         return x
     if dtype is not object:
@@ -104,11 +114,8 @@ class Problem:
     @property
     def given(self) -> dict[str, Any]:
         """Every array by its own name: inputs, each parameter, and the options that have a gradient."""
-        found: dict[str, Any] = {}
-        for name, x in self.inputs.items():
-            found |= x._asdict() if hasattr(x, "_asdict") else {name: x}
-        found |= {name: self.options[name] for name in self.op.differentiable if name in self.options}
-        return {name: x for name, x in found.items() if x is not None}
+        options = {name: self.options[name] for name in self.op.differentiable if name in self.options}
+        return {part or name: x for name, part, x in parts(self.inputs | options) if x is not None}
 
     @property
     def gradients(self) -> tuple[str, ...]:
@@ -140,13 +147,11 @@ class Problem:
         """The same with f of every value; an array that is given twice stays one array."""
         done: dict[int, Any] = {}
 
-        def of(x: Any) -> Any:
-            if isinstance(x, tuple) and hasattr(x, "_fields"):
-                return type(x)(*map(of, x))
+        def once(x: Any) -> Any:
             return done.setdefault(id(x), f(x))
 
-        parts = ({name: of(x) for name, x in part.items()} for part in (self.inputs, self.options, self.cotangents))
-        return Problem(self.op, *parts)
+        of_each = ({n: in_each(once, x) for n, x in values.items()} for values in (self.inputs, self.options, self.cotangents))
+        return Problem(self.op, *of_each)
 
     def astype(self, dtype: Any) -> Problem:
         """All floating arrays in another dtype."""

@@ -23,7 +23,7 @@ from npattn.ops.allowed import quiet
 from npattn.ops.checks import Array
 from npattn.tolerances import PLANTED
 from npattn.verify.candidate import Candidate
-from npattn.verify.op import Change, Problem, Truth, facts
+from npattn.verify.op import Change, Problem, Truth, facts, parts
 from npattn.verify.ops import OPS
 from npattn.verify.precision import Precision, of_dtype
 from npattn.verify.rounding import LEVELS, accepts, units
@@ -134,10 +134,9 @@ def digest(problem: Problem, given: Mapping[str, Any], align: str, precision: Pr
     if "mask" in problem.options:
         del arrays["mask"]
         arrays["mask"] = problem.op.given(problem)["mask"]
-    for name, x in arrays.items():
-        for part in x if isinstance(x, tuple) else (x,):
-            text.update(f"{name} {getattr(part, 'shape', '')} {getattr(part, 'dtype', part)}".encode())
-            text.update(part.tobytes() if isinstance(part, np.ndarray) else b"")
+    for name, _, x in parts(arrays):
+        text.update(f"{name} {getattr(x, 'shape', '')} {getattr(x, 'dtype', x)}".encode())
+        text.update(x.tobytes() if isinstance(x, np.ndarray) else b"")
     return text.hexdigest()
 
 

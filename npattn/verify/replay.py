@@ -13,7 +13,7 @@ import npattn
 from npattn.verify.api import examine_all
 from npattn.verify.candidate import Candidate, call_backward, call_forward
 from npattn.verify.judge import Result, Settings, as_given
-from npattn.verify.op import Problem
+from npattn.verify.op import Problem, parts
 
 
 def fails(candidate: Candidate, case: Any, seed: int, settings: Settings) -> bool:
@@ -96,8 +96,4 @@ def save(path: Path, candidate: Candidate, case: Any, seed: int, settings: Setti
 
 def _flat(arrays: dict[str, Any]) -> dict[str, Any]:
     """Copies of the arrays, those of parameters by the names of both."""
-    flat: dict[str, Any] = {}
-    for name, x in arrays.items():
-        parts = x.items() if isinstance(x, dict) else x._asdict().items() if hasattr(x, "_asdict") else [("", x)]
-        flat |= {f"{name}_{part}" if part else name: np.array(value) for part, value in parts if value is not None}
-    return flat
+    return {f"{name}_{part}" if part else name: np.array(x) for name, part, x in parts(arrays) if x is not None}
