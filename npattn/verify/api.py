@@ -31,18 +31,18 @@ def verify(
     expected_failures: Mapping[str, str] | None = None, stop: bool = False, diagnose: bool = True,
     on_result: Callable[[Result], None] | None = None,
 ) -> Report:  # fmt: skip
-    """Verify a function of yours, a `Candidate`, or a built-in one by its name.
+    """Verify a function of yours, a `Candidate`, or a built-in candidate by its name.
 
     op, level, precision, convention, rules : names, as for ``npattn verify``; a `Candidate` has its own op and convention
-    cases, seeds      : what is run, in place of all cases of the op (``npattn.verify.CASES``) with seed 0: cases of that table,
-                        or a `Case` of your own, as ``Case("mine", ("causal top_left",), sizes={"H": 8, "G": 2, "L": 512, "S":
-                        512, "D": 96, "E": 96})``; options are the names of ``npattn.verify.OPTIONS``
-    expected_failures : case (or a pattern with *) -> reason; they still run, and are reported when they hold
-    stop              : go no further than the first case that is wrong
-    diagnose          : look for what it does instead
+    cases, seeds      : what to run; unless given, all cases of the op (``npattn.verify.CASES``) with seed 0. A case comes from
+                        that table, or is a `Case` of your own, such as ``Case("mine", ("causal top_left",), sizes={"H": 8,
+                        "G": 2, "L": 512, "S": 512, "D": 96, "E": 96})``; its options are names of ``npattn.verify.OPTIONS``
+    expected_failures : case (or a pattern with *) -> reason; these cases still run, and are reported when they pass
+    stop              : stop after the first wrong case
+    diagnose          : look for what the function does instead
     on_result         : is called with each `Result`
-    The function runs in this process. If it ends the process, or hangs, your program does. The shell command starts a process
-    for it. Raises CandidateError for a name that is not known.
+    The function runs in this process: if it ends the process or hangs, so does your program. The shell command runs it in a
+    process of its own. Raises CandidateError for an unknown name.
 
     >>> from npattn import attention
     >>> from npattn.verify import CASES
@@ -72,10 +72,10 @@ def verify(
 def check(
     forward: Callable[..., Any], backward: Callable[..., Any] | None = None, *, require: Iterable[str] = (), **options: Any
 ) -> Report:
-    """`verify`, then raise AssertionError with what is wrong, or where nothing (of ``require``) was tested.
+    """`verify`, then raise AssertionError if something is wrong, if nothing was tested, or if a feature of ``require`` was not.
 
-    Raises CandidateError for a feature that no case has. Warns where no mask was tested, and the function has keywords that
-    verify does not know.
+    Raises CandidateError for a feature that no case has. Warns if no mask was tested and the function has keywords that verify
+    does not know.
 
     >>> from npattn import attention
     >>> check(attention, require=["causal", "grouped heads"]).wrong
@@ -97,14 +97,14 @@ def parametrize(
     function: Callable[..., Any] | Candidate | str, backward: Callable[..., Any] | None = None, *,
     expected_failures: Mapping[str, str] | None = None, **options: Any,
 ) -> Callable[[Callable[..., None]], Any]:  # fmt: skip
-    """For pytest: one test for each case, with the case's name as its id. The test itself may take the report, or nothing.
+    """For pytest: one test for each case, with the case's name as its id. The test function takes the report or no argument.
 
     @npattn.verify.parametrize(my_attention, backward=my_backward, expected_failures={"NaN seen later": "issue 12"})
     def test_my_attention(report):
         assert report.passed
 
-    A test fails with what is wrong, and is skipped where the case is not supported or refused. An expected failure still runs,
-    and fails once it holds.
+    A test fails if the case is wrong. It is skipped if the case is refused or not supported. An expected failure still runs,
+    and its test fails once the case passes.
     """
     import pytest
 
@@ -157,7 +157,7 @@ def _candidate(function: Any, backward: Any, convention: str | Convention, op: s
 def each_result(
     examined: Callable[[Any, int], Result], cases: Iterable[Any], seeds: Iterable[int], expected: Mapping[str, str], stop: bool
 ) -> Iterator[Result]:
-    """The results of all cases and seeds. With ``stop`` up to the first that is wrong and not expected to be."""
+    """The results of all cases and seeds. With ``stop`` they end at the first case that is wrong and not expected to be."""
     for seed, case in itertools.product(seeds, cases):
         result = dataclasses.replace(examined(case, seed), expected=expected.get(case.name, ""))
         yield result
@@ -168,7 +168,7 @@ def each_result(
 def examine_all(
     candidate: Candidate, case: Any, seed: int, settings: Settings, diagnostician: Diagnostician | None = None
 ) -> Result:
-    """`examine`, and where the case holds the exact conditions, too."""
+    """`examine`; if the case passes, its exact conditions are examined too."""
     result = examine(candidate, case, seed, settings, diagnostician)
     if result.status != "ok":
         return result
@@ -176,11 +176,11 @@ def examine_all(
 
 
 def fits(candidate: Candidate, report: Report, cases: list[Any], settings: Settings) -> str:
-    """The precision class under which what is wrong would hold, where it is not the declared one, or that of the inputs.
+    """The name of another precision class under which the wrong cases would pass; "" if there is none.
 
-    A kernel that rounds to a small format does so everywhere, in the forward as well, so that a few small cases tell. Each
-    class is tried on inputs that its format holds, as with `--precision`: the rounding of other inputs would hide the rest.
-    The classes of a format are tried from the strictest to the laxest.
+    A kernel that rounds to a small format does so everywhere, also in the forward. So a few small cases are enough. Each class
+    is tried on inputs that its format can hold, as with `--precision`: the rounding of other inputs would hide the other
+    roundings. The classes of a format are tried from the strictest to the laxest.
     """
     declared = settings.precision
     if candidate.record.eager is None:
@@ -194,22 +194,22 @@ def fits(candidate: Candidate, report: Report, cases: list[Any], settings: Setti
     some = [c for c in small if c.family == "normal"][:5]
     if declared is None and (not some or some[0].name != "plain"):
         return ""
-    some += [c for c in small if c.family in ("x5", "x30")][:2]  # scores that are rounded show only in large ones
+    some += [c for c in small if c.family in ("x5", "x30")][:2]  # rounded scores show only where scores are large
     holds: dict[str, int] = {}
     for name, precision in PRECISIONS.items():
         if precision.dtype == np.float32 and name not in ("float32", "float8") and precision != declared:
             holds[name] = sum(_under(candidate, case, precision) for case in some)
     best = max(holds, key=lambda name: holds[name])
-    if 2 * holds[best] <= len(some):  # another mistake may hide in some
+    if 2 * holds[best] <= len(some):  # half of them: some may contain another mistake, too
         return ""
-    # Short sums that are kept in a small format look like a class. What fits has to fit every small case without options:
-    # those with long sums and hard inputs, too.
+    # If short sums are kept in a small format, the errors of a few cases look like those of a class. So the class also has to
+    # fit every other small case without options, among them those with long sums and hard inputs.
     last = Settings(power=False, precision=PRECISIONS[best])
     return "" if any(examine(candidate, c, 0, last).status == "wrong" for c in small if not c.options) else best
 
 
 def _under(candidate: Candidate, case: Any, precision: Precision) -> bool:
-    """Whether a case holds under a class, and its output is rounded as the class says, which every digit shows."""
+    """Whether a case passes under a class. The digits of its output must be rounded if the class rounds it, and only then."""
     outcome = call_forward(candidate, candidate.record.canonical(case.problem(0))).values.get("out")
     if not isinstance(outcome, np.ndarray) or outcome.dtype.kind != "f":
         return False

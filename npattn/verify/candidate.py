@@ -1,9 +1,9 @@
-"""What is verified: a function of yours, or a built-in one. What it takes, how it is called, and what came back.
+"""What is verified: a function of yours, or a built-in one. What it takes, how it is called, and what it returned.
 
 A candidate is a plain function ``(q, k, v, *, mask, bias, scale, softcap, sink, dropout_mask)`` on NumPy arrays of shape
-(B, H, L, D) that returns out or (out, lse), and likewise for the other ops. What it supports is read off its signature: a
+(B, H, L, D) that returns out or (out, lse). The other ops have similar functions. Its signature says what it supports: a
 keyword that it does not take is "not supported", and a NotImplementedError is "refused". Any other exception is a failure. Its
-convention says in which words it is spoken to.
+convention says in which form its arguments are given.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ OWN = Convention()  # npattn's
 
 
 class CandidateError(Exception):
-    """There is nothing that could be verified: a usage error."""
+    """A usage error: nothing can be verified as it was asked for."""
 
 
 def said(error: BaseException) -> str:
-    """The first line of what an exception says, if its str can be had."""
+    """The first line of an exception's message; its ``__str__`` may raise itself."""
     try:
         lines = str(error).strip().splitlines()
     except BaseException as worse:
@@ -43,7 +43,7 @@ def said(error: BaseException) -> str:
 
 
 def library_of(function: Callable[..., Any]) -> str:
-    """The library of tensors that a function, or the module it stands in, knows of; or nothing."""
+    """The tensor library that a function's module belongs to or imports; "" if there is none."""
     inner = inspect.unwrap(function) if callable(function) else function
     homes = [str(getattr(inner, "__module__", ""))]
     homes += [x.__name__ for x in getattr(inner, "__globals__", {}).values() if inspect.ismodule(x)]
@@ -53,7 +53,7 @@ def library_of(function: Callable[..., Any]) -> str:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A forward, perhaps a backward, and the convention that they follow."""
+    """A forward, a backward unless there is none, and the convention that they follow."""
 
     name: str
     forward: Callable[..., Any]
@@ -81,7 +81,7 @@ class Candidate:
 
     @property
     def strangers(self) -> list[str]:
-        """Optional parameters of the forward that verify gives no value: perhaps a keyword by another name."""
+        """Parameters of the forward that verify does not know. One of them may be a known option under another name."""
         calls = self.record.calls
         known = {*calls.keywords, *calls.positional, "return_lse", "args", "kwargs", "options"}
         return sorted(self.takes(self.forward) - known) if calls.positional else []
@@ -89,11 +89,11 @@ class Candidate:
     def arguments(
         self, problem: Problem, function: Callable[..., Any], backward: bool = False
     ) -> tuple[dict[str, Any], list[str]]:
-        """The keyword arguments of this problem in npattn's own form, and those that the function does not take."""
+        """The keyword arguments of this problem in npattn's own form, and the names that the function does not take."""
         return self.record.calls.arguments(self, problem, self.takes(function), backward)
 
     def said(self, problem: Problem, given: dict[str, Any]) -> dict[str, Any]:
-        """The same arguments as the candidate's convention says them."""
+        """The same arguments in the form of the candidate's convention."""
         return self.record.calls.said(self, problem, given)
 
     def changes(self) -> list[Change]:
@@ -101,12 +101,12 @@ class Candidate:
         return self.record.calls.changes(self.convention)
 
     def undefined(self, problem: Problem, features: list[str]) -> str:
-        """Why the convention leaves this case open, or nothing."""
+        """Why the convention does not define the result of this case; "" if it does."""
         scale = problem.options.get("scale")
         return self.convention.undefined(features, isinstance(scale, float) and scale < 0)
 
     def truth(self, problem: Problem, precision: Precision) -> Truth | None:
-        """What is right by the candidate's convention; tensors that it leaves open are left out."""
+        """The right values by the candidate's convention, without the tensors that it leaves undefined."""
         if self.convention.float64 == "float32" and problem.dtype == np.float64:
             precision = PRECISIONS["float32"]
         return self.record.calls.truth(self, problem, precision)
@@ -117,12 +117,12 @@ class Candidate:
 
 @dataclass
 class Outcome:
-    """What came of calling a candidate once: its tensors, or why there are none."""
+    """The result of one call of a candidate: its tensors, or why there are none."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    status: str = ""  # of all tensors that are not there
+    status: str = ""  # of every tensor that is in neither ``values`` nor ``missing``
     text: str = ""
-    missing: dict[str, str] = field(default_factory=dict)  # tensors that were not returned, and what is said of it
+    missing: dict[str, str] = field(default_factory=dict)  # tensors that were not returned, and the text to report
 
 
 def call_forward(candidate: Candidate, problem: Problem) -> Outcome:
@@ -163,9 +163,9 @@ def call_backward(candidate: Candidate, problem: Problem, values: dict[str, Any]
 
 
 def _plain(x: Any) -> Any:
-    """An array of a subclass as what it is beneath, so that nothing of the subclass runs while it is judged.
+    """An array of a subclass as a plain array, so that no method of the subclass runs while it is judged.
 
-    A masked array has no numbers where it masks, and a matrix multiplies otherwise: they stay, and are refused as no array.
+    Masked arrays (no number in a masked place) and matrices (another meaning of *) stay as they are: the judge refuses them.
     """
     return np.ndarray.view(x, np.ndarray) if is_array(x) else x
 
@@ -175,16 +175,16 @@ def is_array(x: Any) -> bool:
 
 
 def _called(who: str, call: Callable[[], Any], problem: Any, *given: dict[str, Any]) -> Any:
-    """What a candidate returns, or an Outcome where it refuses, raises, or writes into what it was given."""
+    """What a candidate returns, or an Outcome if it refuses, raises, or writes into its inputs."""
     before = _marks(problem, *given)
     try:
-        with np.errstate():  # what it sets ends here
+        with np.errstate():  # restores the state if the candidate changes it
             returned = call()
     except NotImplementedError as error:
         return Outcome(status="refused", text=said(error) or f"{who}raises NotImplementedError")
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # SystemExit and GeneratorExit are answers of a candidate, too
+    except BaseException as error:  # a candidate may raise SystemExit or GeneratorExit, too
         return Outcome(status="wrong", text=f"{who}raises {_described(error)}")
     if written := _written(before, _marks(problem, *given)):
         what = "the backward modifies an input" if who else "an input was modified"
@@ -193,7 +193,7 @@ def _called(who: str, call: Callable[[], Any], problem: Any, *given: dict[str, A
 
 
 def _marks(problem: Any, *more: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """All that a function could change of the arrays that it is given, by name."""
+    """By name, everything about the given arrays that a function could change."""
     return {
         part or name: (x.shape, x.dtype, x.flags.writeable, x.strides, x.tobytes())
         for given in (problem.inputs, problem.cotangents, *more)
@@ -206,7 +206,7 @@ MARKS = ("has another shape", "has another dtype", "can be written or not, as it
 
 
 def _written(before: dict[str, tuple[Any, ...]], after: dict[str, tuple[Any, ...]]) -> str:
-    """Which arrays are not what they were, and in what."""
+    """Which arrays have changed, and in what; "" if none has."""
     found = []
     for name, old in before.items():
         what = next((text for text, a, b in zip(MARKS, old, after[name], strict=True) if a != b), None)
@@ -216,7 +216,7 @@ def _written(before: dict[str, tuple[Any, ...]], after: dict[str, tuple[Any, ...
 
 
 def _described(error: BaseException) -> str:
-    """An exception: what and where."""
+    """The class, message and line of an exception."""
     try:
         frames = traceback.extract_tb(error.__traceback__)
         where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
@@ -235,7 +235,7 @@ BUILT_IN: dict[str, tuple[str, Callable[[], Any]]] = {
 
 
 def op_of(name: str, op: str | None) -> str:
-    """The op of a candidate by that name; raises CandidateError where it is a built-in one of another."""
+    """The op of the candidate of that name. Raises CandidateError if it is a built-in one for another op."""
     own_op = BUILT_IN[name][0] if name in BUILT_IN else None
     if own_op is not None and op not in (None, own_op):
         raise CandidateError(f"the built-in candidate {name} is for --op {own_op}, not {op}")
@@ -306,7 +306,7 @@ def _module(where: str) -> Any:
         if spec is None or spec.loader is None:
             raise ImportError(f"{where} is not a Python file")
         module = importlib.util.module_from_spec(spec)
-        # Registered, as dataclasses ask for; and its folder stays on the path, for imports inside its functions.
+        # dataclasses look their module up in sys.modules. The folder stays on the path for imports inside the functions.
         name = path.stem if path.stem not in sys.modules else f"npattn candidate {path}"
         sys.modules[name] = module
         if str(path.parent) not in sys.path:

@@ -1,7 +1,7 @@
 """Exact conditions that need no tolerance: the same call gives the same bits, and nothing reaches what it must not reach.
 
-Each is a `Check` of its own name beside the tensors of a case. They are made on a few small
-cases, `Op.conditioned`.
+Each condition is a `Check` with a name of its own, beside those of the tensors of a case. Only a few small cases are examined
+for them: `Op.conditioned`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from npattn.verify.rounding import accepts, units
 
 
 def examine_conditions(candidate: Candidate, case: Any, seed: int, settings: Settings) -> list[Check]:
-    """The conditions of a case, if it is one of `Op.conditioned`; none where the candidate supports or returns nothing."""
+    """The conditions of a case of `Op.conditioned`. None for other cases, or if the candidate supports or returns nothing."""
     if case.name not in candidate.record.conditioned:
         return []
     problem, precision = as_given(case, seed, settings)
@@ -33,7 +33,7 @@ def examine_conditions(candidate: Candidate, case: Any, seed: int, settings: Set
         return [Check("repeat", "wrong", f"{error}, when it is called again", worst=math.inf)]
     if truth is None:
         return []
-    out = values.get("out")  # the first call gave one that holds
+    out = values.get("out")  # in the first call it was right
     dtypes = [np.dtype(d) for d in problem.dtypes("out", precision)]
     if "out" in truth.values and (out is None or out.shape != truth.values["out"].shape or out.dtype not in dtypes):
         return [Check("repeat", "wrong", "out is not returned as before, when it is called again", worst=math.inf)]
@@ -46,7 +46,7 @@ def conditions(
 ) -> Iterator[Check]:  # fmt: skip
     """All conditions of one case; ``values`` is what the candidate returned first."""
     precision = precision or of_dtype(problem.dtype)
-    level = "good" if level == "bounded" else level  # det is not cut to one sequence
+    level = "good" if level == "bounded" else level  # `_batch` cuts sigma to one sequence, not det
     first = {n: x for n, x in values.items() if is_array(x)}
     if not first:
         return
@@ -68,7 +68,7 @@ def conditions(
         try:
             if there:
                 yield test()
-        except CallError as error:  # inputs may be spoiled: nothing after that would mean anything
+        except CallError as error:  # the inputs may have been overwritten: no later condition would mean anything
             yield Check(name, "wrong", f"{error}, in a call for this condition", worst=math.inf)
             return
     text = relatives.outside(problem, truth, first)
@@ -77,7 +77,7 @@ def conditions(
 
 
 class CallError(Exception):
-    """A call that held before raises, or writes into its inputs."""
+    """A call that was right the first time raises now, or writes into its inputs."""
 
 
 def _call(candidate: Candidate, problem: Any) -> dict[str, Array]:
@@ -110,9 +110,9 @@ def _same(name: str, what: str, want: dict[str, Array], got: dict[str, Array]) -
 def _other(
     candidate: Candidate, problem: Problem, first: dict[str, Array], saved: dict[str, Array], precision: Precision, level: str
 ) -> Check:
-    """Calls with other numbers, another shape or another mask overwrite nothing and leave nothing behind.
+    """Calls with other numbers, another shape or another mask overwrite no earlier result and leave no state behind.
 
-    A backward after them belongs to its own forward, and another mask or bias of the same shape is the one that counts.
+    A backward after them uses its own forward's results. A call with another mask or bias of the same shape uses that one.
     """
     relatives = problem.op.relatives
     for p in (relatives.otherwise(problem), relatives.first_sequence(problem)):
@@ -140,7 +140,7 @@ def _other(
 
 
 def _threads(candidate: Candidate, problem: Problem, want: dict[str, Array]) -> Check:
-    """Two problems at once, each several times."""
+    """Two problems in two threads at once, each several times: the results are those of calls one after the other."""
     smaller = problem.op.relatives.first_sequence(problem) or problem
     alone = _call(candidate, smaller)
     found: list[Check] = []
@@ -169,12 +169,12 @@ def _judged(name: str, what: str, got: dict[str, Array], want: dict[str, Array],
 
 
 def _strided(candidate: Candidate, strided: Problem, truth: Truth, level: str) -> Check:
-    """The same numbers in views."""
+    """The same numbers in views with strides give right results."""
     return _judged("strides", "for strided inputs", _call(candidate, strided), truth.values, truth.sigma, level)
 
 
 def _batch(candidate: Candidate, alone: Problem, truth: Truth, level: str) -> Check:
-    """The first sequence alone gives what it gives among others."""
+    """The first sequence of a batch alone gives the same results as within the batch."""
     batched = {n for n, letters in alone.op.axes.items() if letters[:1] == "B" and n != "dbias"}
     got = {n: x for n, x in _call(candidate, alone).items() if n in batched}
     want = {n: truth.values[n][:1] for n in got if n in truth.values}

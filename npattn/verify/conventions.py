@@ -3,10 +3,10 @@
 Each field of a `Convention` is one of the conflicts C1 to C22 (docs/conventions.md); its first value is npattn's own. How a
 value is used depends on the field:
 
-    given      it changes what a candidate is given: the same problem, said in its own words
-    expected   it changes what is expected of it
-    undefined  it says that some cases have no defined result; they are not tested
-    recorded   it is a fact about a library that no case of verify depends on yet
+    given      the same problem is given to the candidate in another form
+    expected   another result is expected of the candidate
+    undefined  some cases have no defined result, and are not tested
+    recorded   a fact about a library; no case of verify depends on it yet
 """
 
 from __future__ import annotations
@@ -115,12 +115,12 @@ class Convention:
         return [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
 
     def changes(self, use: str = "") -> dict[str, str]:
-        """The fields that differ from npattn's, of one use or of all."""
+        """The fields that differ from npattn's: those with this use, or all of them."""
         own = Convention()
         return {n: v for n, v in self.items() if v != getattr(own, n) and use in ("", FIELDS[n].use)}
 
     def undefined(self, features: list[str], negative_scale: bool) -> str:
-        """Why a case has no defined result, or nothing."""
+        """Why a case has no defined result; "" if it has one."""
         if self.masked_nan == "poisons" and "NaN containment" in features:
             return "masked_nan=poisons"
         if self.scale_on == "both" and negative_scale:
@@ -204,7 +204,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """For an error: the name that may be meant."""
+    """For an error message: the known name that is nearest to a misspelt one."""
     close = difflib.get_close_matches(name, list(names), 1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 

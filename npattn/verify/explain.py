@@ -1,8 +1,8 @@
-"""What an implementation is doing instead: known mistakes and other conventions, tried until one gives what it gives.
+"""What a wrong implementation does instead: known mistakes and other conventions are tried until one gives the same result.
 
-For each case that is wrong the hypotheses of its op are tried in order (`Op.hypotheses`; those of every op stand here). Most
-of them run the equations again with a change, and compare what comes out with what the candidate returned. What matches is
-named, with its distance in sigma. Where nothing matches, the places of the error are described.
+For each wrong case the hypotheses of its op are tried in order (`Op.hypotheses`; those for every op are here). Most of them run
+the equations again with a change and compare the result with what the candidate returned. A match is reported with its distance
+in sigma. If nothing matches, the report says in which places of a tensor the error lies.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from npattn.verify.search import (
 )  # fmt: skip
 from npattn.verify.stages import attempt
 
-SHOWS = 30  # sigma: a mistake that is so far from the truth would have been seen
+SHOWS = 30  # sigma: a mistake that moves a tensor this far from the truth would have been noticed
 
 # --- the hypotheses of every op --------------------------------------------------------------------------------------------
 
 
 def one_change(s: Search) -> list[Explanation]:
-    """One change that gives all that was returned, or one for each tensor."""
+    """One change that explains everything that was returned, or else one change for each tensor."""
     whole: list[tuple[float, Change]] = []
     partly: dict[str, list[tuple[float, Change]]] = {t: [] for t in s.left}
     for change in s.changes if s.left else ():
@@ -61,24 +61,24 @@ def one_change(s: Search) -> list[Explanation]:
             (apart, change), *others = nearest(some)
             tensors = (t,) if t else tuple(s.left)
             found.append(Explanation((change.name,), tensors, apart, others=tuple(c.name for _, c in others)))
-    # What is flat is evidence of little: of a mistake only if it gives something else of what was returned, too.
+    # Many changes give a constant tensor. So it counts only if the change also explains a tensor that is not constant.
     flat = flat_of(s.returned, s.got, s.right, s.outputs).keys()
     return [e for e in joined(found) if not set(e.tensors) <= flat or (whole and set(s.returned) > flat)]
 
 
 def a_factor(s: Search) -> list[Explanation]:
-    """A tensor that is right but for a factor."""
+    """A tensor that is right up to a constant factor."""
     return [e for t in s.clear if np.isfinite(s.before[t]) for e in factor(s, t)]
 
 
 def one_number_everywhere(s: Search) -> list[Explanation]:
-    """What is NaN, 0 or one number everywhere is said to be so."""
+    """Names a tensor that is NaN, 0 or one other number everywhere."""
     flat = {t: name for t, name in flat_of(s.wrong, s.got, s.right, s.outputs).items() if t in s.left}
     return [Explanation((n,), tuple(t for t in flat if flat[t] == n), math.inf) for n in dict.fromkeys(flat.values())]
 
 
 def hidden_nan(s: Search) -> list[Explanation]:
-    """A tensor with 0 where NaN is right, and else as it should be."""
+    """A tensor that has 0 where NaN would be right, and is right elsewhere."""
     found = []
     for t in s.left:
         nan = np.isnan(s.right.get(t, np.zeros(0)))
@@ -89,7 +89,7 @@ def hidden_nan(s: Search) -> list[Explanation]:
 
 
 def the_same_again(s: Search) -> list[Explanation]:
-    """A tensor that is, to the last bit, what an earlier call returned."""
+    """A tensor that is equal to what an earlier call returned, to the last bit."""
     seen = [t for t in s.left for call in s.memory.returned if t in call and np.array_equal(call[t], s.got[t], equal_nan=True)]
     return joined(Explanation(("what an earlier call returned: state is kept",), (t,), 0.0) for t in dict.fromkeys(seen))
 
@@ -99,7 +99,7 @@ OF_EVERY_OP = (
     Hypothesis("it is one number everywhere", "nothing more", one_number_everywhere),
     Hypothesis("what an earlier call returned is returned again", "nothing more", the_same_again),
 )
-"""At last, whatever the op is."""
+"""They are tried last, for every op."""
 
 HYPOTHESES = (
     Hypothesis("one thing is done otherwise", "a run a change", one_change),
@@ -110,24 +110,24 @@ HYPOTHESES = (
 
 
 class Diagnostician(Memory):
-    """Explains case after case; what it has found once is tried first in the next."""
+    """Explains case after case. What it found in one case is tried first in the next."""
 
     def __init__(self, align: str = "top_left", seconds: float = 2.0, pairs: int = 3, total: float = 12.0) -> None:
         self.align, self.seconds = align, seconds
-        self.left = total  # seconds of computing for all cases; after them only what has been seen is tried
-        self.pairs_left = pairs  # searches for two changes are expensive: only for the first few cases that need one
+        self.left = total  # seconds of computing for all cases; then only changes that were already found are tried
+        self.pairs_left = pairs  # a search for two changes at once is expensive: only the first few cases get one
         self.known: Counter[str] = Counter()
-        self.right: dict[frozenset[str], tuple[Any, ...]] = {}  # cases that hold, one for each set of facts
+        self.right: dict[frozenset[str], tuple[Any, ...]] = {}  # right cases, one for each set of facts
         self.ruled_out: dict[str, bool] = {}
         self.earlier: list[dict[str, Any]] = []
         self.returned: list[dict[str, Any]] = []
-        self.sought = False  # whether a case that holds was looked for
-        self.unnamed: list[tuple[Problem, dict[str, Any], Values, Values, Values]] = []  # a few cases without a name
+        self.sought = False  # whether a right case was looked for
+        self.unnamed: list[tuple[Problem, dict[str, Any], Values, Values, Values]] = []  # a few cases that were not explained
 
     def saw(
         self, problem: Problem, given: dict[str, Any], sigma: Values, values: Values, got: dict[str, Any], wrong: Iterable[str]
     ) -> None:
-        """Remember a call: whoever holds here does not make a mistake that would show here."""
+        """Remember a call. If it was right, the candidate does not make any mistake that would show in it."""
         here = facts(problem, given)
         if not list(wrong) and math.prod(problem.shape) <= LARGE and here not in self.right:
             self.right[here] = (problem, given, sigma, values, [t for t in values if t in got])
@@ -136,7 +136,7 @@ class Diagnostician(Memory):
         self.returned = [*self.returned[-7:], got]
 
     def excluded(self, change: Change, base: list[Change], in_backward: bool) -> bool:
-        """Whether a case that holds would have been wrong with this change."""
+        """Whether a case that was right would have been wrong with this change."""
         key = f"{change.name} {in_backward}"
         if key not in self.ruled_out:
             self.ruled_out[key] = any(self._shows(change, base, in_backward, *case) for case in self.right.values())
@@ -153,7 +153,7 @@ class Diagnostician(Memory):
         return any(distance(values[t].astype(problem.dtype), other[t], sigma[t])[0] > SHOWS for t in tested if t in other)
 
     def contradicted(self, change: Change) -> bool:
-        """Whether a case without a name would look otherwise: there the mistake shows, and does not give what was returned."""
+        """Whether this change is visible in a case that was not explained, but does not give what was returned there."""
         for problem, given, got, truth, sigma in self.unnamed:
             dtype = np.longdouble if problem.dtype == np.float64 else np.float64
             values = attempt(problem, given, self.align, [change], dtype=dtype, low=problem.dtype)
@@ -169,19 +169,19 @@ class Diagnostician(Memory):
         self, problem: Problem, given: dict[str, Any], sigma: Values, got: dict[str, Any], wrong: Iterable[str],
         base: Iterable[Change] = (),
     ) -> list[Explanation]:  # fmt: skip
-        """What the candidate is doing instead, as far as it can be named.
+        """What the candidate does instead, as far as it is recognised.
 
-        got   : what it returned, by tensor; wrong : the tensors of it that are wrong
+        got   : what it returned, by tensor; wrong : those of the tensors that are wrong
         base  : the changes that its declared convention makes
         """
-        # What is wrong by its shape or dtype has been said.
+        # A wrong shape or dtype has been reported already.
         wrong = [t for t in wrong if t in sigma and isinstance(got.get(t), np.ndarray) and got[t].shape == sigma[t].shape]
         if not wrong:
             return []
         started, op = time.thread_time(), problem.op
         s = Search(self, problem, given, sigma, got, wrong, list(base), op.more_changes(self.earlier, given))
         for hypothesis in (*(op.hypotheses or HYPOTHESES), *OF_EVERY_OP):
-            more = hypothesis.test(s)  # one of them takes back what was found before
+            more = hypothesis.test(s)  # `no_evidence` replaces s.found
             s.found = [*s.found, *more]
         self.left -= time.thread_time() - started
         self.known.update(name for e in s.found if e.distance < math.inf for name in e.names)
@@ -194,7 +194,7 @@ class Diagnostician(Memory):
 
 
 class Listener(Diagnostician):
-    """Remembers for another, and explains nothing."""
+    """Hands what it sees to another diagnostician, and explains nothing itself."""
 
     def __init__(self, owner: Diagnostician) -> None:
         super().__init__(owner.align)
@@ -208,7 +208,7 @@ class Listener(Diagnostician):
 
 
 def _unknown(tensors: Iterable[str], searched: bool = True) -> Explanation:
-    """Says that there is no explanation."""
+    """The entry that says that there is no explanation."""
     where = " matches; see the places above"
     if not searched:
         where = " matches of what was found before: the time to look for more is up; see the places above"
@@ -219,7 +219,7 @@ def _unknown(tensors: Iterable[str], searched: bool = True) -> Explanation:
 
 
 def places(letters: str, words: dict[str, str], off: Array) -> str:
-    """Where in a tensor the elements lie that are off: which rows, columns, heads; the ends of tiles."""
+    """Where in a tensor the wrong elements lie: which rows, columns and heads, and whether a tile begins there."""
     parts = [f"{off.sum()} of {off.size} elements"]
     for axis, letter in enumerate(letters[-off.ndim :]):
         hit = np.flatnonzero(off.any(tuple(a for a in range(off.ndim) if a != axis)))

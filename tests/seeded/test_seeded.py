@@ -15,8 +15,20 @@ def test_without_a_bug_all_cases_hold(make, every):
     check(candidate, cases=cases[::every] if cases and every > 1 else None, diagnose=False)
 
 
+WRONG_NAMES = {  # in more cases than right ones, and why
+    "lengths by the column in the tile": "lengths are ignored: so they are, but for the first tile",
+    "mask of the first rows": "in one case it is as if a partial tile were left out",
+    "last rows stored too early": "a row that is not divided by 0 yet is NaN, as of a score of +inf",
+    "maximum of the last tile": "in a window the last tile is the one that the other sign leaves",
+    "R3 sink over the softcap": "in one of two cases the error is of the size of a rounding to 8 bits",
+    "masked tile not guarded": "exp(-inf + inf) is NaN, as of a score of +inf",
+}
+
+
 @pytest.mark.slow
 def test_every_bug_is_caught_and_most_are_named():
+    """Measured: 59 caught, 41 named, 6 of a wrong name. A busy machine has less time to look for names: a few may be missing."""
     verdicts = {bug: verdict for bug, _, verdict, *_ in measure_all()}
     assert "MISSED" not in verdicts.values()
-    assert list(verdicts.values()).count("named") >= len(verdicts) / 2
+    assert {bug for bug, verdict in verdicts.items() if verdict == "MISNAMED"} <= set(WRONG_NAMES)
+    assert list(verdicts.values()).count("named") >= 38
