@@ -1,17 +1,17 @@
-"""Checks of hand-written gradients against the forward alone: yours or ours.
+"""Checks of hand-written gradients, yours or npattn's, that use nothing but the forward.
 
     gradcheck(attention_forward, attention_backward, {"q": q, "k": k, "v": v})
 
-needs of the pair no more than the contract of this package: ``forward(**inputs) -> (out, cache)`` and
-``backward(dout, cache) -> gradients``.  Two anchors:
+needs no more than the contract of this package: ``forward(**inputs) -> (out, cache)`` and ``backward(dout, cache) ->
+gradients``. It compares with one of two derivatives:
 
-complex step   Im f(x + i h u) / h with h = 1e-40: the derivative along u to the last bits, because nothing is subtracted
-               (Squire and Trapp 1998). The forward has to let complex numbers through: no ``abs``, ``max`` or cast on the way.
+complex step   Im f(x + i h u) / h with h = 1e-40: the derivative along u up to the last bits, because nothing is subtracted
+               (Squire and Trapp 1998). The forward has to let complex numbers through, without ``abs``, ``max`` or cast.
 central        (f(x + h u) - f(x - h u)) / 2h for three steps h, extrapolated to h = 0 (Romberg), with the error estimated
                from the last two extrapolations and from rounding. Works for every forward in float64.
 
-A comparison raises `GradcheckError`, and refuses to pass where it has tested nothing: a gradient that is zero everywhere
-has to be named (``zero=("b_k",)``), and then it must be zero to the same bound.
+A comparison raises `GradcheckError` if gradients differ, and also if nothing was tested: a gradient that is zero everywhere
+has to be named (``zero=("b_k",)``), and then it must be zero within the same bound.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class GradcheckError(AssertionError):
 
 @dataclass(frozen=True)
 class Checked:
-    """What one input's gradient was checked with: by which method, how often, and how near both sides came."""
+    """How the gradient of one input was checked: by which method, how often, and how large the difference was."""
 
     name: str
     method: str  # "complex" or "central"
-    derivatives: int  # how many were compared: of single elements, and along directions
-    error: float  # the largest difference of both sides, over what rounding allows there: at most 1
+    derivatives: int  # how many were compared: by single elements, and along directions
+    error: float  # the largest difference, divided by the allowed one: at most 1
     size: float  # the largest derivative
 
 
@@ -47,14 +47,14 @@ class Checked:
 
 
 def _children(tree: Any) -> list[tuple[str, Any]] | None:
-    """The named parts of a mapping, NamedTuple or sequence; None for a leaf."""
+    """The named parts of a mapping, NamedTuple, sequence or bias object; None for a leaf."""
     if isinstance(tree, Mapping):
         return [(str(name), x) for name, x in tree.items()]
     if hasattr(tree, "_fields"):
         return list(zip(tree._fields, tree, strict=True))
     if isinstance(tree, (tuple, list)):
         return [(str(i), x) for i, x in enumerate(tree)]
-    if hasattr(tree, "with_parameter"):  # a bias object: its parameter under its own name
+    if hasattr(tree, "with_parameter"):  # a bias object
         return [("parameter", tree.parameter)]
     return None
 
@@ -80,7 +80,7 @@ def _rebuild(tree: Any, leaves: list[Any]) -> Any:
 
 
 def _find(tree: Any, path: str) -> Any:
-    """The part of a tree of gradients that stands where ``path`` stands in the inputs."""
+    """The part of a tree of gradients at the path of an input."""
     for part in path.split("."):
         parts = _children(tree)
         names = None if parts is None else dict(parts)
@@ -96,14 +96,14 @@ def _as_outputs(out: Any) -> list[Array]:
 
 
 class Derivative(NamedTuple):
-    """One derivative, from both sides."""
+    """One derivative, by the backward and by the complex step or central difference."""
 
     place: Any  # the index of an element, or "along" a random direction
     analytic: float
     numeric: float
-    doubt: float  # the estimated error of numeric
+    doubt: float  # the estimated error of ``numeric``
     step: float
-    weight: float  # sum of |u|: so many elements' errors add up
+    weight: float  # sum of |u|, at least 1: the errors of that many elements add up
 
 
 def _real(x: Any) -> Any:
@@ -191,7 +191,7 @@ def _complex(x: Array) -> Array:
 
 
 def complex_step(outputs: Callable[[list[Array]], list[Array]], values: list[Array], at: int, u: Array) -> list[Array]:
-    """The derivative of every output along u, a direction of the input ``at``."""
+    """The derivative of every output along u, a direction of the input with index ``at``."""
     inputs = [_complex(x) for x in values]
     inputs[at] = values[at] + 1j * COMPLEX_STEP * u
     result = outputs(inputs)
@@ -208,7 +208,7 @@ def central_difference(
 ) -> tuple[float, float, float]:
     """The derivative of sum(dout * out) along u, its estimated error, and the largest step of the three that gave it.
 
-    Where the estimate is poor, because a kink or a fast change lies within the step, smaller steps are tried.
+    If the estimated error is large, because of a kink or a fast change within the step, smaller steps are tried.
     """
     x, eps = values[at], float(np.finfo(values[at].dtype).eps)
     touched = float(np.abs(np.where(u != 0, x, 0)).max())  # u is 0 where x is not finite
@@ -226,7 +226,7 @@ def central_difference(
 def _romberg(
     outputs: Callable[[list[Array]], list[Array]], values: list[Array], at: int, u: Array, dout: list[Array], h: float
 ) -> tuple[float, float, float]:
-    """Central differences at h, h/2, h/4, extrapolated to 0; how far the extrapolations lie apart; their rounding error."""
+    """Central differences at h, h/2, h/4, extrapolated to 0; the estimated error of that; the rounding error."""
     slopes, bends, rounding = [], [], 0.0
     middle = outputs(values)
     for step in (h, h / 2, h / 4):
@@ -237,7 +237,7 @@ def _romberg(
             moved[at] = values[at] + sign * step * u
             ends.append(outputs(moved))
         for c, a, b, m in zip(dout, *ends, middle, strict=True):
-            ok = np.isfinite(m)  # an lse of -inf stays what it is
+            ok = np.isfinite(m)  # an lse of -inf does not change
             if not (np.isfinite(a) == ok).all() or not (np.isfinite(b) == ok).all():
                 return 0.0, np.inf, 0.0
             slope += float((c[ok] * (a[ok] - b[ok])).sum())
@@ -248,9 +248,9 @@ def _romberg(
         rounding = 4 * float(np.finfo(values[at].dtype).eps) * size / step
     first, second = (4 * slopes[1] - slopes[0]) / 3, (4 * slopes[2] - slopes[1]) / 3
     value = (16 * second - first) / 15
-    # The slopes to both sides differ by O(h) where f is smooth; a kink at the point itself keeps them apart.
+    # The slopes on both sides of the point differ by O(h) if f is smooth; if f has a kink at the point, they stay different.
     kink = bends[2] if bends[2] > 0.5 * bends[0] and bends[2] > 8 * rounding else 0.0
-    # The extrapolations lie about as far apart as the value is off; 4 covers what oscillates within the step.
+    # The differences of the extrapolations are about as large as the error; the factor 4 covers oscillation within the step.
     return value, 4 * (abs(first - second) + abs(second - value)) + kink, rounding
 
 
@@ -274,11 +274,11 @@ def gradcheck(
                  left out
     method     : "complex" or "central"
     zero       : names of the inputs whose gradient is zero by its mathematics
-    terms      : for each name the largest sum of |terms| of one element, where rounding errors are judged against it
-                 (otherwise against the largest derivative of that input)
-    elements   : so many elements of each input are checked one by one (drawn, if there are more), and so many
-    directions : random directions over all of its elements at once
-    Returns what was checked, a row an input. The cotangent is random: a cotangent of ones tests nothing in a softmax.
+    terms      : for each name, the largest sum of |terms| of one element: rounding errors are judged against it (unless given,
+                 against the largest derivative of that input)
+    elements   : how many elements of each input are checked one by one, drawn at random if it has more
+    directions : how many random directions over all elements of each input are checked
+    Returns a row for each input. The cotangent is random, since a cotangent of ones tests nothing in a softmax.
 
     >>> rows = gradcheck(lambda x, w: (x @ w, (x, w)), lambda dy, c: (dy @ c[1].T, c[0].T @ dy),
     ...                  [np.eye(3), np.ones((3, 2))])
@@ -286,7 +286,7 @@ def gradcheck(
     [('0', 10), ('1', 7)]
     """
     check_one_of("gradcheck", "method", method, ("complex", "central"))
-    # A stream of our own: with default_rng(seed) the cotangent could be the very numbers that the caller drew as inputs.
+    # A stream of its own: with default_rng(seed) the cotangent could be the same numbers that the caller drew as inputs.
     rng, pair = np.random.default_rng([STREAM, seed]), _Pair(forward, backward, inputs)
     dout, grads = _cotangent_and_gradients(pair, rng)
     unknown = [name for name in zero if not any(_is(name, leaf) for leaf in pair.names)]
@@ -327,7 +327,7 @@ def gradcheck(
 
 
 def _cotangent_and_gradients(pair: _Pair, rng: np.random.Generator) -> tuple[list[Array], list[Array]]:
-    """A random cotangent, and the gradients that the backward gives for it; raises where the pair breaks the contract."""
+    """A random cotangent, and the gradients that the backward gives for it. Raises if the pair breaks the contract."""
     before = [x.copy() for x in pair.values]
     outs, cache, out = pair.run(pair.values)
     if any(np.isnan(x).any() for x in outs):
@@ -344,9 +344,9 @@ def _cotangent_and_gradients(pair: _Pair, rng: np.random.Generator) -> tuple[lis
 
 
 def _judge(name: str, x: Array, rows: list[Derivative], method: str, overall: float, terms: Any, zero: bool) -> Checked:
-    """Raises where one input's gradient is wrong, or where its derivatives test nothing.
+    """Raise if the gradient of an input is wrong, or if its derivatives test nothing.
 
-    Rounding is judged against the sum of |terms|, or, where that is not known, against the largest derivative.
+    Rounding is judged against the sum of |terms|, or, if that is not known, against the largest derivative.
     """
     eps = float(np.finfo(x.dtype).eps)
     largest = max((abs(r.numeric) / r.weight for r in rows), default=0.0)
@@ -385,16 +385,16 @@ def _agree(
     outputs: Callable[[list[Array]], list[Array]], values: list[Array], at: int, u: Array, dout: list[Array],
     name: str, slope: float,
 ) -> None:  # fmt: skip
-    """Whether a part of the forward stops the complex step: then it does not see what a central difference sees."""
+    """Raise if a part of the forward stops the complex step, which then differs from a central difference."""
     step = float(np.finfo(values[at].dtype).eps) ** (1 / 3) / float(np.abs(u).max())
     ends = [outputs([x + sign * step * u if i == at else x for i, x in enumerate(values)]) for sign in (1, -1)]
     rough = 0.0
     for c, a, b in zip(dout, *ends, strict=True):
-        ok = np.isfinite(a) & np.isfinite(b)  # an lse of -inf stays what it is
+        ok = np.isfinite(a) & np.isfinite(b)  # an lse of -inf does not change
         rough += float((c[ok] * (a[ok] - b[ok])).sum()) / (2 * step)
     if abs(slope - rough) <= WORST_CENTRAL_ERROR * abs(rough):
         return
-    value, doubt, _ = central_difference(outputs, values, at, u, dout)  # or that difference was too rough
+    value, doubt, _ = central_difference(outputs, values, at, u, dout)  # one difference may be too rough
     known = WORST_CENTRAL_ERROR * abs(value)
     if doubt <= known and abs(slope - value) > known:
         raise TypeError(
@@ -412,7 +412,7 @@ def _is(named: str, leaf: str) -> bool:
 
 
 def _directions(rng: np.random.Generator, x: Array, elements: int, directions: int) -> list[tuple[Any, Array]]:
-    """Unit vectors of (some of) the elements, with their index, and random directions over all."""
+    """Unit vectors for elements (some, if there are many), each with its index, and random directions over all elements."""
     if not x.size:
         return []
     finite = np.flatnonzero(np.isfinite(x))  # a bias of -inf has no derivative
@@ -434,8 +434,8 @@ def hessian_vector_product(
 
         H u = Im backward(dout, forward(x + i h u)) / h
 
-    ``direction`` has the structure of ``inputs``, ``dout`` that of the output; the result that of ``inputs``.  Needs a
-    forward and a backward that let complex numbers through, as those of this package do.
+    ``direction`` and the result have the structure of ``inputs``, ``dout`` that of the output. Forward and backward have to
+    let complex numbers through, as those of this package do.
 
     >>> square = (lambda x: (x * x, x), lambda dy, x: (2 * x * dy,))
     >>> hessian_vector_product(*square, [np.array([3.0, 4.0])], [np.array([1.0, 10.0])], np.ones(2))

@@ -1,1 +1,1 @@
-"""The ops, one file for each or for a family. The public names are those of ``npattn``; nothing is exported here."""
+"""The ops, one file for each op or family of ops. The public names are in ``npattn``; nothing is exported here."""

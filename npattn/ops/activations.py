@@ -1,4 +1,4 @@
-"""Activations: functions of each number by itself, each with its backward.
+"""Activations: elementwise functions, each with its backward.
 
     s = 1 / (1 + exp(-x))                            (1)    the logistic function
     y = x s                                          (2)    silu, also called swish
@@ -31,7 +31,7 @@ class SiluGrads(NamedTuple):
 
 
 def logistic(x: Array) -> Array:
-    """1 / (1 + exp(-x)), of an exp that never overflows."""
+    """1 / (1 + exp(-x)), computed with an exp that never overflows."""
     e = np.exp(np.where(x.real >= 0, -x, x))
     return np.asarray(np.where(x.real >= 0, 1, e) / (1 + e))
 

@@ -1,4 +1,4 @@
-"""What is not allowed is selected away, never multiplied by 0, because 0 * NaN = NaN; and sums over what is allowed."""
+"""Pairs that are not allowed are selected away, never multiplied by 0, because 0 * NaN = NaN. Sums over allowed pairs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from npattn.ops.checks import Array
 
-# Inf and NaN may lie in places that are not allowed, and a row without keys has log 0: that is not the caller's error.
+# inf and NaN may lie in places that are not allowed, and a row without keys has log 0: the caller needs no warning of these.
 quiet = np.errstate(divide="ignore", over="ignore", under="ignore", invalid="ignore")
 
 
@@ -21,7 +21,7 @@ def select(allowed: Array | None, x: Array, other: float = 0.0) -> Array:
 def product(w: Array, x: Array, allowed: Array | None) -> Array:
     """out_i = sum over the allowed j of w_ij x_j: the matrix product w @ x for weights w that are 0 elsewhere.
 
-    Where x is finite that is all; otherwise the x_j that are not finite are added one by one where they are allowed.
+    If x is finite, it is that product. Otherwise the x_j that are not finite are added one by one, only where they are allowed.
     """
     finite: Any = np.isfinite(x).all(-1, keepdims=True)
     if allowed is None or finite.all():
@@ -41,10 +41,10 @@ def swap(x: Array) -> Array:
 
 
 def weight_gradient(x: Array, dy: Array, heads: int = 1, axis: int = 1) -> Array:
-    """x^T dy summed over all tokens, (..., M) and (..., N) -> (M, N), where tokens of zeros count as nothing.
+    """x^T dy summed over all tokens, (..., M) and (..., N) -> (M, N). Tokens with x = 0 or dy = 0 add nothing, not even NaN.
 
-    A token that nobody sees has dy = 0 exactly, and a query without keys x = 0: what stands beside it may be NaN. Heads see
-    for themselves: they own equal parts of the rows (axis 0) or columns (axis 1) of the result.
+    A token that no query sees has dy = 0 exactly, and a query without keys has x = 0; the other factor may be NaN. This is
+    decided for each head: it owns an equal part of the rows (axis 0) or columns (axis 1) of the result.
     """
     tokens = math.prod(x.shape[:-1])
     a, b = x.astype(dy.dtype, copy=False).reshape(tokens, x.shape[-1]), dy.reshape(tokens, dy.shape[-1])

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention, forwards and backwards: the page that everything else explains.
+"""Scaled dot-product attention, forwards and backwards: the other modules refer to this page.
 
     scores = scale * q k^T                      (..., H, L, S)      (1)
     scores = softcap * tanh(scores / softcap)                       (2)    where a softcap is given
@@ -44,7 +44,7 @@ from npattn.ops.softmax import normalize, normalize_backward
 
 
 def plain_forward(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-    """out and weights. A test holds it, and its backward, equal to what follows."""
+    """out and weights. A test checks that it and its backward are equal to the code with all options."""
     scores = q.shape[-1] ** -0.5 * (q @ swap(k))  # (1)  (..., H, L, S)
     e = np.exp(scores - scores.max(-1, keepdims=True))
     weights = e / e.sum(-1, keepdims=True)  # (5)  (..., H, L, S)
@@ -123,7 +123,7 @@ def attention_forward(
 
     q : (..., H, L, D)   k : (..., G, S, D)   v : (..., G, S, E); rank 2 means one head. Head h reads group h // (H // G).
     mask         : boolean, (L, S) or (..., H, L, S), axes may be 1, True = may attend; or a mask of `npattn.ops.masks`
-    bias         : is added to the scores; an array of such a shape, or an object of `npattn.ops.biases`
+    bias         : is added to the scores; an array of a shape as for mask, or an object of `npattn.ops.biases`
     scale        : a Python float, D ** -0.5 unless given; softcap : a positive float
     sink         : (H,), one more logit for every query of a head
     dropout_mask : 0 or 1/(1-p) for each pair, drawn by the caller

@@ -1,7 +1,7 @@
-"""What is added to a score, and the gradient of its parameters.
+"""Biases: what is added to the scores, and the gradients of their parameters.
 
 A bias is an array over pairs, (L, S) or (..., H, L, S) with axes of size 1 where it does not vary, or an object that never
-needs the whole L x S array. Bound to the shape of the scores, either gives
+needs the whole L x S array. Bound to the shape of the scores, both have these methods:
 
     tile(index, rows, cols)                         the values of ``scores[index][..., rows, cols]``
     new_gradient()                                  zeros, in the computing dtype
@@ -53,7 +53,7 @@ class ArrayBound(ParameterBound):
         self.shape, self.dtype, self.computing = shape, bias.dtype, check_dtype("bias", bias=bias)
         self.view = broadcast_pairs(op, "bias", bias, shape)
         self.own = bias.shape
-        # The gradient is summed over the axes along which the bias does not vary: a view of it with the full rank.
+        # The shape of a view of the gradient with full rank. Axes of size 1 are those along which dscores is summed.
         self.full = (1,) * (len(shape) - bias.ndim) + bias.shape
 
     def tile(self, index: Index, rows: slice, cols: slice) -> Array:
@@ -76,7 +76,7 @@ class ArrayBound(ParameterBound):
 
 
 def check_heads(op: str, name: str, x: object, shape: Shape, axis: int) -> Array:
-    """The axis of x that goes over heads has H elements."""
+    """x, after a check that its axis of heads has H elements."""
     a, H = check_array(op, name, x), shape[-3] if len(shape) > 2 else 1
     if a.shape[axis] != H:
         expected = f"(H={H},)" if a.ndim == 1 else f"({a.shape[0]}, H={H})"
@@ -87,7 +87,7 @@ def check_heads(op: str, name: str, x: object, shape: Shape, axis: int) -> Array
 def alibi_slopes(num_heads: int, dtype: Any = np.float64) -> Array:
     """The slopes of the ALiBi paper, (H,): 2^(-8 h / H) for h = 1 .. H where H is a power of two.
 
-    Otherwise those of the power of two below, then every other one of the power of two above (Press et al. 2022).
+    Otherwise those of the next lower power of two, then every other slope of the next higher one (Press et al. 2022).
 
     >>> alibi_slopes(4)
     array([0.25      , 0.0625    , 0.015625  , 0.00390625])
@@ -101,10 +101,10 @@ def alibi_slopes(num_heads: int, dtype: Any = np.float64) -> Array:
 
 
 def _keep(bias: Any, parameter: str) -> None:
-    """The parameter and the positions are copied where a bias is made: like a mask, it is a value."""
+    """Copies the parameter and the positions when a bias is made, so that later writes to them do not change it."""
     object.__setattr__(bias, parameter, np.array(getattr(bias, parameter)))
     positions = Positions.make(type(bias).__name__, bias.q_pos, bias.k_pos, bias.align, bias.offset)
-    for name in ("q_pos", "k_pos", "offset"):  # `replace` makes positions from these once more
+    for name in ("q_pos", "k_pos", "offset"):  # `replace` makes the positions again from these copies
         object.__setattr__(bias, name, getattr(positions, name))
     object.__setattr__(bias, "positions", positions)
 
@@ -113,8 +113,8 @@ def _keep(bias: Any, parameter: str) -> None:
 class Alibi:
     """Attention with linear biases: bias_hij = -slopes_h |q_pos_i - k_pos_j| (Press et al. 2022).
 
-    slopes : (H,), as ``alibi_slopes(H, q.dtype)``: of the dtype of q, or of its computing dtype. Positions, ``align`` and
-    ``offset`` as in `npattn.causal`.
+    slopes : (H,), such as ``alibi_slopes(H, q.dtype)``, in the dtype of q or its computing dtype. Positions, ``align`` and
+    ``offset`` are as in `npattn.causal`.
     """
 
     slopes: Array
@@ -166,12 +166,12 @@ class AlibiBound(ParameterBound):
 
 @dataclass(frozen=True, eq=False)
 class RelativeTable:
-    """A learned table of biases, one row a bucket of relative positions: bias_hij = table[bucket_ij, h].
+    """A learned table of biases, with one row for each bucket of relative positions: bias_hij = table[bucket_ij, h].
 
     table   : (number of buckets, H), as T5 and Swin store it
-    buckets : integers over pairs, (L, S) or (..., H, L, S) with axes of size 1, or a function that gives the bucket of a
-              relative position k_pos - q_pos (an integer array), which never needs the whole array
-    Positions, ``align`` and ``offset`` as in `npattn.causal`; they are for a function only.
+    buckets : integers over pairs, (L, S) or (..., H, L, S) with axes of size 1; or a function from relative positions
+              k_pos - q_pos (an integer array) to buckets, for which the whole array is never made
+    Positions, ``align`` and ``offset`` are as in `npattn.causal`; only a function uses them.
 
     >>> table = RelativeTable(np.zeros((9, 2)), lambda r: np.clip(r, -4, 4) + 4)
     """

@@ -1,20 +1,20 @@
-"""Attention in tiles, by online softmax, on all cores: the contract of `npattn.attention` in O(L + S) memory.
+"""Attention in tiles, by online softmax, on all cores: the results of `npattn.attention` in O(L + S) memory.
 
-A tile of scores fits into the second-level cache. For a tile of queries the keys are visited a tile at a time. With the top
-score m seen so far, and e_j = exp(s_j - m'):
+A tile of scores fits into the second-level cache. For a tile of queries the keys are visited a tile at a time. With m the
+largest score so far, and e_j = exp(s_j - m'):
 
-    m' = max(m, max_j s_j)             r = exp(m - m')               (5a)   what was summed up is rescaled to the new top
+    m' = max(m, max_j s_j)             r = exp(m - m')               (5a)   earlier sums are rescaled to the new maximum
     z' = r z + sum_j e_j               a' = r a + sum_j e_j v_j      (5b)
     out = a / z                        lse = m + log z               (5c)   after the last tile
 
-It is tried with m = 0, where (5a) is nothing: z shows in the end whether exp has left its range. The backward visits each tile
-once, with p_j = exp(s_j - lse) / total: total, the sum of exp(s_j - lse), is 1 but for the rounding of lse, and is kept beside
-it, so that p is as good as the dense weights. sum_j p_j dp_j is dout . out; that it is subtracted from dp is one more column of
-the product: [do, -off] [v, 1]^T = do v^T - off (both over total).
+First it is tried with m = 0, without (5a): z shows in the end whether exp has left its range. The backward visits each tile
+once, with p_j = exp(s_j - lse) / total. Here total is the sum of exp(s_j - lse): it is 1 up to the rounding of lse, and is kept
+so that p is as exact as the dense weights. sum_j p_j dp_j is dout . out. One more column in the product subtracts it from dp:
+[do, -off] [v, 1]^T = do v^T - off (both divided by total).
 
-(1) to (4), (6) and (7) are those of `npattn.ops.attention`. What sees NaN, inf or numbers that overflow is left to them:
-forwards a tile of queries, backwards all heads that read the same keys. docs/blockwise.md derives all of it. Milakov and
-Gimelshein 2018; Dao et al. 2022. Which blocks are computed: npattn/ops/tiles.py.
+(1) to (4), (6) and (7) are those of `npattn.ops.attention`. If NaN, inf or an overflow is seen, its dense code takes over: in
+the forward for a tile of queries, in the backward for all heads that read the same keys. docs/blockwise.md derives all of it.
+Milakov and Gimelshein 2018; Dao et al. 2022. Which blocks are computed: npattn/ops/tiles.py.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ from npattn.ops.tiles import SIZES, Heads, Plan, Sizes, in_parts, within
 
 
 class Kept(NamedTuple):
-    """What the forward keeps for the backward beside the call and lse, of a call with heads."""
+    """What the forward keeps for the backward besides the call and lse. Always with an axis of heads."""
 
     out: Array  # (..., H, L, E) in the computing dtype
-    total: Array  # (..., H, L) sum of exp(scores - lse): 1 but for rounding, 0 without a key, NaN where not all is finite
+    total: Array  # (..., H, L) sum of exp(scores - lse): 1 up to rounding, 0 without a key, NaN if the dense code took over
     sizes: Sizes
 
 
@@ -65,9 +65,9 @@ def blockwise_forward(
 ) -> tuple[Any, AttentionCache]:  # fmt: skip
     """`npattn.attention_forward` without an array of L x S elements; ``cache.weights`` is None.
 
-    Beyond inputs and outputs it needs a copy of out, a few numbers a query, some tiles a thread, and a copy of a k that does
-    not lie by rows. Masks, biases and dropout masks are asked for their tiles, and tiles without an allowed pair are skipped.
-    The result does not depend on the number of threads.
+    Beyond inputs and outputs it needs a copy of out, a few numbers for each query, some tiles for each thread, and a copy of k
+    if its rows are not contiguous. Masks, biases and dropout masks are asked for their tiles, and tiles without an allowed pair
+    are skipped. The result does not depend on the number of threads.
     """
     out, cache = forward(bind("blockwise", q, k, v, mask, bias, scale, softcap, sink, dropout_mask, return_lse))
     return (out, cache.lse) if return_lse else out, cache
@@ -101,7 +101,7 @@ def blockwise(
 
 
 def forward(call: Call, sizes: Sizes = SIZES, keep: bool = True) -> tuple[Array, AttentionCache]:
-    """out, and the cache. keep : the backward is to follow, whatever the caller writes into out"""
+    """out, and the cache. keep : the cache gets a copy of out, so that the caller may write into out before the backward"""
     c = with_heads(call)
     plan = Plan(c._replace(k=by_rows(c.k)), sizes)
     kept = np.empty((*c.q.shape[:-1], c.v.shape[-1]), c.computing)
@@ -127,9 +127,9 @@ def forward(call: Call, sizes: Sizes = SIZES, keep: bool = True) -> tuple[Array,
 
 
 def attend(plan: Plan, heads: Heads, i: int, buffers: Buffers, a: Array, steady: bool) -> tuple[Array, Array] | None:
-    """lse and total of the queries of tile i of some heads, and their out in a; None where a number is not finite.
+    """lse and total of the queries of tile i of some heads; their out is written into a. None if a number is not finite.
 
-    steady : m stays 0, and None is returned where that loses digits, too
+    steady : m stays 0; None is also returned if that loses digits
     """
     c, rows, blocks = plan.call, plan.rows[i], list(itertools.chain(*plan.blocks(heads, i)))
     given = c.q[heads.index][..., rows, :].astype(c.computing, copy=False)
@@ -142,7 +142,7 @@ def attend(plan: Plan, heads: Heads, i: int, buffers: Buffers, a: Array, steady:
     k, v = c.k[heads.group], c.v[heads.group]
     sink = sink_of(c, heads)
     m = np.zeros(q.shape[:-1], c.computing).real + (0.0 if steady else sink.real)
-    alone = select(sink != -np.inf, np.exp(sink - m))  # one more logit, without a value
+    alone = select(sink != -np.inf, np.exp(sink - m))  # the sink's term of z: one more logit, without a value
     z, a[...] = alone.copy(), 0
     for block in blocks:
         at, cols = within(block.rows, rows), block.cols
@@ -171,8 +171,8 @@ def attend(plan: Plan, heads: Heads, i: int, buffers: Buffers, a: Array, steady:
             e *= c.dropout.tile(heads.index, block.rows, cols)  # (6)
         a[..., at, :] += times(e, only(pairs.seen, v_j), buffers.take("e v", *n, high, E))  # (7), (5b)
         if steady and block is blocks[0] and not np.isfinite(z).all():
-            return None  # as soon as that shows
-    least = np.finfo(c.computing).eps if steady else 0.0  # below it, terms that are lost as subnormal numbers would count
+            return None  # early: the rest would be for nothing
+    least = np.finfo(c.computing).eps if steady else 0.0  # below it, lost subnormal terms would count
     seen: Any = (z != alone) & (z.real >= least)
     if not seen.all():
         seen = plan.who_sees(heads, i, buffers)
@@ -180,12 +180,12 @@ def attend(plan: Plan, heads: Heads, i: int, buffers: Buffers, a: Array, steady:
         return None
     a /= np.where(z == 0, 1, z)[..., None]  # (5c)
     lse = finite(m) + np.log(z)  # (5c)
-    lse = np.where(seen & (z != 0), lse, sink)  # to the last bit
+    lse = np.where(seen & (z != 0), lse, sink)  # exactly the sink
     return lse, np.where(seen, total_of(z, finite(m), lse), 0)
 
 
 def sink_of(c: Call, heads: Heads) -> Array:
-    """The sink of each of these heads, beside (..., L); -inf where there is none."""
+    """The sink of each of these heads, (..., 1) to be broadcast over L; -inf if there is none."""
     if c.sink is None:
         return np.asarray(-np.inf, c.computing)
     return np.asarray(c.sink.astype(c.computing, copy=False)[heads.names][..., None])
@@ -195,7 +195,7 @@ def sink_of(c: Call, heads: Heads) -> Array:
 
 
 class Backward:
-    """The gradients of one call with heads. What is known of a query is 0 where it has no key."""
+    """The gradients of one call with an axis of heads. Everything about a query without keys is set to 0."""
 
     def __init__(self, c: Call, kept: Kept, lse: Array, dout: Array, dlse: Array | None) -> None:
         self.c, self.kept, self.lse, self.dout, self.dlse = c._replace(k=by_rows(c.k)), kept, lse, dout, dlse
@@ -207,8 +207,8 @@ class Backward:
             np.zeros(x.shape, dtype) for x, dtype in ((c.q, c.computing), (c.k, c.k.dtype), (c.v, c.v.dtype))
         )
         self.dbias: Any = None if c.bias is None else c.bias.new_gradient()
-        self.dscales, self.dsinks = dict[int, Any](), dict[int, Array]()  # of each of the plan's heads
-        self.sound = set[int]()  # the heads that see finite numbers alone
+        self.dscales, self.dsinks = dict[int, Any](), dict[int, Array]()  # by `Heads.number`
+        self.sound = set[int]()  # numbers of the heads that see only finite numbers
 
     def run(self) -> tuple[Array, Array, Array, Any, Any, Any]:
         """dq, dk, dv, dbias, dsink and dscale."""
@@ -222,7 +222,7 @@ class Backward:
         whole = [group for group in groups if all(heads.number in self.sound for heads in group)]
         rest = [group for group in groups if not all(heads.number in self.sound for heads in group)]
         tasks = list(itertools.product(range(len(plan.cols)), whole))
-        # Each task has a total of its own if that is not much; otherwise one thread adds to the same.
+        # Each task has a gradient of the bias of its own if they are small; otherwise one thread adds to a single one.
         apart = isinstance(dbias, np.ndarray) and dbias.size * len(tasks) <= sizes.apart
         totals = [c.bias.new_gradient() if apart else dbias for _ in tasks]
         on(self.differentiate, zip(tasks, totals, strict=True), turns=self.turns, most=most if apart else alone)
@@ -238,14 +238,14 @@ class Backward:
         return self.dq, self.dk, self.dv, dbias, dsink, dscale
 
     def prepare(self, heads: Heads, buffers: Buffers) -> None:
-        """What is known of each query, and whether all of it is finite."""
+        """What each query needs in all its tiles, and whether everything that these heads see is finite."""
         index, E = heads.index, self.c.v.shape[-1]
         do, off, total, lse = (x[index] for x in (self.dout, self.off, self.kept.total, self.lse))
         alive, total = total != 0, select(total != 0, total, 1.0)
         do = only(alive, do.astype(self.c.computing, copy=False))
         np.einsum("...le,...le->...l", do, self.kept.out[index], out=off)  # (7), (5): sum_j p_j dp_j = dout . out
         if self.dlse is not None:
-            off -= select(lse != -np.inf, self.dlse[index])  # what dp is less of in (5)
+            off -= select(lse != -np.inf, self.dlse[index])  # (5) subtracts off from dp
         do1 = self.do1[index]
         np.divide(do, total[..., None], out=do1[..., :E])
         self.shift[index], do1[..., E] = select(lse != -np.inf, lse), -off / total
@@ -263,7 +263,7 @@ class Backward:
         return result
 
     def differentiate(self, task: tuple[tuple[int, list[Heads]], Any], buffers: Buffers) -> None:
-        """dk and dv of a tile of keys of one group (or of small heads), and what these keys give to dq and dbias."""
+        """dk and dv of a tile of keys of one group (or of small heads), and what these keys add to dq and dbias."""
         ((j, group), dbias), c, plan, turns = task, self.c, self.plan, self.turns
         cols, (D, E) = plan.cols[j], (c.k.shape[-1], c.v.shape[-1])
         k = c.k[group[0].group][..., cols, :].astype(c.computing, copy=False)
@@ -280,7 +280,7 @@ class Backward:
                 k_j, v_j = k[..., near, :], v[..., near, :]
                 n, high, wide = q_i.shape[:-2], rows.stop - rows.start, near.stop - near.start
                 s, dp = buffers.take("scores", *n, high, wide), buffers.take("dp", *n, high, wide)
-                dots(q_i, k_j, s)  # (1), of the same arrays as forwards: the last bit of a large score counts
+                dots(q_i, k_j, s)  # (1), from the same arrays as in the forward: the last bit of a large score counts
                 if c.softcap is not None:
                     s /= c.softcap
                     t = np.tanh(s, out=buffers.take("tanh", *n, high, wide))
@@ -318,19 +318,19 @@ class Backward:
         self.dk[group[0].group][..., cols, :], self.dv[group[0].group][..., cols, :] = sum_k, sum_v
 
     def finish(self, heads: Heads, buffers: Buffers) -> None:
-        """What is done once a query, when the sums over its keys are there."""
+        """What is done once for each query, after the sums over its keys."""
         x, y = self.c.q[heads.index].astype(self.c.computing, copy=False), self.dq[heads.index]
         dscale = np.einsum("...ld,...ld->...l", x, y).sum()  # (1): sum_ij dscores_ij q_i . k_j
         self.dscales[heads.number] = dscale if np.isfinite(dscale) else (x * y).sum(where=y != 0)
         y *= self.c.scale  # (1)
         if self.c.sink is not None:
             sink, total = sink_of(self.c, heads), self.kept.total[heads.index]
-            some = np.asarray(sink != -np.inf)  # a sink of -inf is none, also beside NaN
+            some = np.asarray(sink != -np.inf)  # a sink of -inf is none, even if other numbers are NaN
             p_sink = select(some, np.exp(sink - self.shift[heads.index]) / select(total != 0, total, 1.0))
             self.dsinks[heads.number] = -select(some, p_sink * self.off[heads.index]).sum(-1)  # (5)
 
     def by_rows(self, group: list[Heads], buffers: Buffers) -> None:
-        """Heads that read the same keys, by the equations of `npattn.ops.attention`, a few queries at a time."""
+        """Heads that read the same keys, by the code of `npattn.ops.attention`, a few queries at a time."""
         c, plan = self.c, self.plan
         places = {plan.group_of(index) for heads in group for index in plan.each_index(heads)}
         sums = {place: tuple(np.zeros(x[place].shape, c.computing) for x in (self.dk, self.dv)) for place in places}
@@ -355,7 +355,7 @@ class Backward:
 
 
 def all_seen_are_finite(plan: Plan, heads: Heads, buffers: Buffers) -> bool:
-    """Whether nobody sees a key or value that is not finite: its score may be -inf, or capped, and nothing else shows it."""
+    """Whether all keys and values that are seen are finite. Scores need not show it: they may be -inf, or capped."""
     good = [some for some in (finite_or_not(x[heads.group]) for x in (plan.call.k, plan.call.v)) if some is not None]
     if not good:
         return True
@@ -368,11 +368,11 @@ def all_seen_are_finite(plan: Plan, heads: Heads, buffers: Buffers) -> bool:
     return True
 
 
-# --- what is left to the equations of `npattn.ops.attention` --------------------------------------------------------------
+# --- what the code of `npattn.ops.attention` takes over --------------------------------------------------------------------
 
 
 def attend_by_rows(plan: Plan, heads: Heads, i: int, a: Array) -> tuple[Array, Array]:
-    """lse, and out in a, of the queries of tile i. Their total is NaN: the backward is left to those equations, too."""
+    """lse of the queries of tile i; out is written into a. Their total is NaN, so that the backward uses dense code, too."""
     lse = np.empty(a.shape[:-1], plan.call.computing)
     for index, own in zip(plan.each_index(heads), np.ndindex(a.shape[:-2]), strict=True):
         for few in some_rows(plan, plan.rows[i]):
@@ -388,7 +388,7 @@ def some_rows(plan: Plan, rows: slice) -> list[slice]:
 
 
 def dense_rows(plan: Plan, index: Shape, rows: slice) -> Call:
-    """The call of some queries of one head alone."""
+    """The call for some queries of one head alone."""
     c, group = plan.call, plan.group_of(index)
     q, k, v = (x.astype(c.computing, copy=False)[None] for x in (c.q[index][rows], c.k[group], c.v[group]))
     mask, bias, dropout = (None if x is None else Part(x, index, rows, plan.S) for x in (c.mask, c.bias, c.dropout))

@@ -1,7 +1,7 @@
-"""Masks that are bound to the shape of the scores: which pairs of a tile are allowed, and what is known of whole tiles.
+"""Masks that are bound to the shape of the scores: which pairs of a tile are allowed, and the states of whole tiles.
 
-`npattn.ops.masks` makes them, one class here for each rule there. A tile is computed from a number for each query and each key
-wherever the rule allows it; its state comes from the least and the largest of these numbers alone.
+`npattn.ops.masks` makes them: for each kind of mask there is a class here. Where possible, a mask has one number for each query
+and each key. A tile is computed from these, and its state from the least and the largest of them alone.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ class InverseBound(Bound):
 
 
 def narrow(*views: Array) -> list[Array]:
-    """The same as int32 where all numbers are small: they are compared twice as fast."""
+    """The same views as int32 if all numbers are small enough, because int32 is compared twice as fast."""
     once = [x[tuple(slice(0, 1) if n == 0 else ALL for n in x.strides)] for x in views]
     small = all(x.size == 0 or (x.min() > -NEAR and x.max() < NEAR) for x in once)
     return [np.broadcast_to(x.astype(np.int32), view.shape) for x, view in zip(once, views, strict=True)] if small else [*views]
 
 
 def extremes(x: Array, parts: Sequence[slice]) -> tuple[Array, Array]:
-    """The least and the largest of each of these parts of x, which lie side by side; over all other axes, too."""
+    """The least and the largest of x in each of these adjacent parts of the last axis, over all other axes."""
     others, first = tuple(range(x.ndim - 1)), parts[0].start
     if x.shape[-1] == 1:  # one number stands for all
         return x.min(others).repeat(len(parts)), x.max(others).repeat(len(parts))
@@ -82,7 +82,7 @@ def extremes(x: Array, parts: Sequence[slice]) -> tuple[Array, Array]:
 
 @dataclass(eq=False)
 class TokensBound(Bound):
-    """What is known of each pair from the difference of one number a query and one a key, views (..., H, L) and (..., H, S)."""
+    """A mask that depends on one number for each query minus one for each key: views (..., H, L) and (..., H, S)."""
 
     shape: Shape
     q: Array
@@ -109,7 +109,7 @@ class WindowBound(TokensBound):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.q.dtype == np.int32:  # no distance is larger
+        if self.q.dtype == np.int32:  # a larger limit would overflow, and no distance reaches it
             self.left, self.right = (None if x is None else min(x, 2 * NEAR) for x in (self.left, self.right))
 
     def _holds(self, distance: Any) -> Any:
@@ -129,7 +129,7 @@ class WindowBound(TokensBound):
         return np.broadcast_to(self._between(k[0] - q[1][:, None], k[1] - q[0][:, None]), (len(rows), len(cols)))
 
     def _between(self, nearest: Any, farthest: Any) -> Any:
-        """The state of pairs whose distances lie between these."""
+        """The state of a tile whose distances lie between these two."""
         beyond = False if self.right is None else nearest > self.right
         beyond = beyond if self.left is None else beyond | (farthest < -self.left)
         within = self._holds(nearest) & self._holds(farthest)
@@ -153,7 +153,7 @@ class SegmentsBound(TokensBound):
         return q, k
 
     def _between(self, first: Any, last: Any, least: Any, most: Any) -> Any:
-        """The state of pairs whose queries and keys have ids between these. Ids that do not meet are of different segments."""
+        """The state of a tile from the ranges of ids of its queries (first to last) and its keys (least to most)."""
         apart = np.maximum(first, least) > np.minimum(last, most)
         same = np.minimum(first, least) == np.maximum(last, most)
         return np.where(apart, EMPTY, np.where(same, FULL, PARTIAL))

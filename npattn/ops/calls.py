@@ -1,7 +1,7 @@
 """One call of attention: its inputs, checked, and its options, bound once to the shape of the scores.
 
-This happens before the first equation: `npattn.attention` and `npattn.blockwise` compute with a `Call`, and check nothing. Of
-rank 2 they see one head (`with_heads`); what they return gets the rank of the inputs back in the end (`as_given`, `grads_of`).
+This happens before the first equation: `npattn.attention` and `npattn.blockwise` compute with a `Call`, and check nothing.
+Inputs of rank 2 become one head (`with_heads`), and results get the rank of the inputs back (`as_given`, `grads_of`).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class AttentionCache(NamedTuple):
     """What the backward needs: the call, and what the forward computed. ``cache.q`` and so on are those of the call."""
 
     call: Call
-    weights: Array | None  # (..., H, L, S) before dropout; None where they were never all there (blockwise)
+    weights: Array | None  # (..., H, L, S) before dropout; None from blockwise, which never has all of them
     lse: Array  # (..., H, L) natural log of the sum of exp(scores) over the allowed keys, and of exp(sink)
     kept: Any = None  # of blockwise: see `npattn.ops.blockwise.Kept`
 
@@ -59,12 +59,12 @@ class AttentionCache(NamedTuple):
 
 
 class AttentionGrads(NamedTuple):
-    """The gradients of `attention`, as its inputs were given. That of scale is always there, the others if the input was."""
+    """The gradients of `attention`, in the form of its inputs. None for options that were not given, except scale."""
 
     q: Array
     k: Array
     v: Array
-    bias: Any  # as the bias was given: an array of its shape, or an object that holds its parameters' gradients
+    bias: Any  # an array of the bias's shape, or a bias object that holds the gradients of its parameters
     sink: Array | None
     scale: Any  # a NumPy scalar in the computing dtype
 
@@ -152,7 +152,7 @@ def check_cotangents(op: str, cache: AttentionCache, dout: Any, dlse: Any) -> No
 
 
 def with_heads(c: Call) -> Call:
-    """The call itself, or, where it has rank 2, the same of one head: (1, L, D)."""
+    """The call itself; if it has rank 2, the same call with an axis of one head, (1, L, D)."""
     if c.q.ndim > 2:
         return c
     (L, _), S = c.q.shape, len(c.k)
@@ -161,17 +161,17 @@ def with_heads(c: Call) -> Call:
 
 
 def lifted(c: Call, *arrays: Any) -> tuple[Any, ...]:
-    """Arrays that belong to this call, as `with_heads` has its inputs."""
+    """Arrays of this call with the axis of heads that `with_heads(c)` has."""
     return arrays if c.q.ndim > 2 else tuple(None if x is None else x[None] for x in arrays)
 
 
 def as_given(c: Call, *arrays: Any) -> tuple[Any, ...]:
-    """Results of `with_heads(c)`, of the rank of this call: the inverse of `lifted`."""
+    """Results of `with_heads(c)` in the rank of this call: the inverse of `lifted`."""
     return arrays if c.q.ndim > 2 else tuple(x[0] for x in arrays)
 
 
 def grads_of(c: Call, dq: Array, dk: Array, dv: Array, dbias: Any, dsink: Any, dscale: Any) -> AttentionGrads:
-    """Gradients in the computing dtype, as the inputs were given."""
+    """The gradients, from the computing dtype and an axis of heads to the form of the inputs."""
     dq, dk, dv = as_given(c, dq, dk, dv)
     return AttentionGrads(
         dq.astype(c.q.dtype, copy=False), dk.astype(c.k.dtype, copy=False), dv.astype(c.v.dtype, copy=False),
@@ -180,14 +180,14 @@ def grads_of(c: Call, dq: Array, dk: Array, dv: Array, dbias: Any, dsink: Any, d
     )  # fmt: skip
 
 
-# --- what every implementation asks of a call --------------------------------------------------------------------------------
+# --- what every implementation needs of a call -------------------------------------------------------------------------------
 
 
 def visible(c: Call | AttentionCache, index: Index = (), rows: slice = ALL, cols: slice = ALL) -> tuple[Any, Any]:
     """Which pairs are allowed (None: all), and the bias, of ``scores[index][..., rows, cols]``."""
     allowed = None if c.mask is None else c.mask.tile(index, rows, cols)
     bias = None if c.bias is None else c.bias.tile(index, rows, cols)
-    if bias is not None and (masked := bias.real == -np.inf).any():  # a bias of -inf is a mask in every respect
+    if bias is not None and (masked := bias.real == -np.inf).any():  # a bias of -inf masks exactly like a mask
         allowed = ~masked if allowed is None else allowed & ~masked
     return allowed, bias
 

@@ -1,8 +1,8 @@
 """Checks of shapes, dtypes and numbers at the public edge, and the messages they give.
 
-Every message says the operation, the argument, what was got, what was expected and where that comes from:
+Every message names the operation, the argument, what it got, what it expected, and what fixes that:
 ``attention: k has shape (2, 3, 5, 16), expected (B=2, G, S, D=8): D is fixed by q``.
-TypeError is for a kind (dtype, class), ValueError for a shape or a value.
+TypeError is for a wrong dtype or class, ValueError for a wrong shape or value.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def kind(x: object) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-MASKED = np.ma.MaskedArray  # NumPy imports it when it is first asked for: a fork amid that would hang the child
+MASKED = np.ma.MaskedArray  # NumPy imports np.ma at its first use, which is here: a fork during that would hang the child
 
 
 def converted(name: str, x: object, dtype: str = "np.float32") -> str:
-    """How to make an array of x, as the end of an error message; nothing where that is not known."""
+    """How to make an array of x, as the end of an error message; "" if that is not known."""
     library = type(x).__module__.partition(".")[0]
     if isinstance(x, MASKED):
         way = f"{name}.filled(value), and what it masks belongs into mask="
@@ -69,7 +69,7 @@ def check_flag(op: str, name: str, x: object) -> bool:
 
 
 def as_array(op: str, name: str, x: object, expected: str) -> Array:
-    """An array of what may also be given as a list or number."""
+    """x as an array, if x may also be a list or number."""
     if isinstance(x, np.ndarray):
         return check_array(op, name, x)
     try:
@@ -84,14 +84,14 @@ def check_class(op: str, name: str, x: object, cls: type, source: str = "") -> N
 
 
 def computing_dtype(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
-    """The dtype that arrays of this dtype are computed in (None: not one of ours)."""
+    """The dtype in which arrays of this dtype are computed; None if npattn does not support it."""
     if dtype == np.float16 or dtype.name == "bfloat16":
         return np.dtype(np.float32)
     return dtype if dtype in _COMPUTED_AS_THEY_ARE else None
 
 
 def check_dtype(op: str, **arrays: object) -> np.dtype[Any]:
-    """All the arrays have one dtype; returns the dtype they are computed in."""
+    """Check that all arrays have one dtype. Returns the dtype in which they are computed."""
     (first, x), *others = arrays.items()
     computing = computing_dtype(check_array(op, first, x).dtype)
     if computing is None:
@@ -106,7 +106,7 @@ def check_dtype(op: str, **arrays: object) -> np.dtype[Any]:
 
 
 def check_other_dtype(op: str, name: str, x: object, dtype: np.dtype[Any], computing: np.dtype[Any]) -> Array:
-    """The dtype of a bias, sink, dropout mask or parameter: the inputs' or the one they are computed in."""
+    """Check that a bias, sink, dropout mask or parameter has the inputs' dtype or their computing dtype. Returns it."""
     x = check_array(op, name, x)
     if x.dtype not in (dtype, computing):
         both = f"{dtype} or {computing}" if dtype != computing else f"{dtype}"
@@ -117,7 +117,7 @@ def check_other_dtype(op: str, name: str, x: object, dtype: np.dtype[Any], compu
 def check_cotangent(
     op: str, name: str, x: object, shape: Shape, dtype: np.dtype[Any], computing: np.dtype[Any]
 ) -> Array:
-    """The gradient of an output has its shape and dtype; returned in the computing dtype."""
+    """Check that the gradient of an output has its shape and dtype. Returns it in the computing dtype."""
     array = check_array(op, name, x)
     if array.dtype != dtype:
         raise TypeError(f"{op}: {name} has dtype {array.dtype}, expected {dtype}: it is fixed by the forward")
@@ -127,7 +127,7 @@ def check_cotangent(
 
 
 def check_number(op: str, name: str, x: object, computing: np.dtype[Any], *, positive: bool = False) -> Any:
-    """A finite Python (or NumPy scalar) number; complex only where the inputs are complex."""
+    """Check that x is a finite Python number or NumPy scalar, complex only if the inputs are complex."""
     allowed = numbers.Complex if computing.kind == "c" else numbers.Real
     if isinstance(x, (bool, np.bool_)) or not isinstance(x, allowed):
         raise TypeError(f"{op}: {name} is {kind(x)}, expected a Python float or None")
@@ -160,7 +160,7 @@ def check_integer(op: str, name: str, x: object, *, least: int) -> int:
 
 
 def integers(op: str, name: str, x: object) -> Array:
-    """A copy as int64."""
+    """A copy of x as an int64 array, after a check that it holds integers."""
     a = as_array(op, name, x, "integers")
     if a.size == 0 and not isinstance(x, np.ndarray):
         a = a.astype(np.int64)  # an empty list has no dtype of its own
@@ -178,7 +178,7 @@ def check_one_of(op: str, name: str, x: object, choices: Iterable[object]) -> No
 
 
 class Dims:
-    """The letters of the shape legend that the arguments of one call have fixed so far.
+    """The sizes of the letters of the shape legend that the arguments of one call have fixed so far.
 
     ``dims.fit("k", k, "... G S D")`` checks k against the letters that q has fixed and fixes the new ones.
     ``...`` stands for any number of leading dims.

@@ -1,4 +1,4 @@
-"""What the public functions share: the form without a cache, and errors about what people bring from other libraries."""
+"""What the public functions share: the form without a cache, and error messages for habits from other libraries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 
 def without_cache(forward: Callable[P, tuple[R, Any]]) -> Callable[P, R]:
-    """x of x_forward: the same arguments, and the output alone."""
+    """The function x of a function x_forward: the same arguments, but it returns only the output."""
 
     @functools.wraps(forward)
     def x(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -39,7 +39,7 @@ LENGTHS = "mask=npattn.key_lengths(n)"
 PACKED = "mask=npattn.packed(cu_seqlens_q, cu_seqlens_k)"
 SEGMENTS = "mask=npattn.segments(q_ids, k_ids)"
 WEIGHTS = "{op}_forward: weights are in its cache"
-# The keyword of another library -> one of ours that a function with such an option has, and what to write instead.
+# A keyword of another library -> (a keyword of npattn that only functions with such an option have, what to write instead).
 INSTEAD: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("causal", "is_causal", "use_causal_mask", "unidirectional"), ("softcap", CAUSAL)),
     **dict.fromkeys(("attn_mask", "attention_mask", "att_mask"), ("softcap", MASK)),
@@ -65,7 +65,7 @@ INSTEAD: dict[str, tuple[str, str]] = {
 
 
 def own_keywords(function: Callable[P, R]) -> Callable[P, R]:
-    """The same function; a keyword that it does not take is a TypeError that says what to write instead."""
+    """The same function, but for an unknown keyword it raises a TypeError that says what to write instead."""
     parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters]
     first = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -94,7 +94,7 @@ def _instead(op: str, name: str, names: list[str], first: list[str]) -> str:
 
 
 def says_layout(bind: Callable[..., R]) -> Callable[..., R]:
-    """The same checks of (op, q, k, v, ...); an error of shapes that fit the layout (B, L, H, D) says so."""
+    """The same checks of (op, q, k, v, ...), but if the shapes would fit in the layout (B, L, H, D) the error says so."""
 
     @functools.wraps(bind)
     def checked(op: str, q: Any, k: Any, v: Any, *options: Any) -> R:

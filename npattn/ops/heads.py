@@ -1,4 +1,4 @@
-"""Heads: H query heads read G key/value heads, and give their gradients back to them."""
+"""Heads: H query heads read G key/value heads, and their gradients are summed back into these."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def each_head(x: Array, heads: int, computing: np.dtype[Any]) -> Array:
 
 
 def group_sum(dx: Array, groups: int) -> Array:
-    """(..., H, S, D) -> (..., G, S, D): every head that read a group gives to its gradient."""
+    """(..., H, S, D) -> (..., G, S, D): the sum over the heads that read each group."""
     *lead, heads, n, width = dx.shape
     return dx if heads == groups else dx.reshape(*lead, groups, heads // groups, n, width).sum(-3)
 
 
 def heads_first(x: Array, shape: Shape) -> Array:
-    """One number a head, (H,), beside scores (..., H, L, S); H = 1 where the scores have rank 2."""
+    """One number for each head, (H,), as (H, 1, 1), to be broadcast with scores (..., H, L, S); (1, 1) for rank 2."""
     return x.reshape((*shape[-3:-2], 1, 1))
 
 

@@ -1,10 +1,10 @@
 """Which keys a query may see: an algebra (``&``, ``|``, ``~``) over positions, True = may attend.
 
-    (key_lengths(4) | window(1024, 0)) & causal()      # streaming: 4 keys that stay, a query's own, and 1024 before it
+    (key_lengths(4) | window(1024, 0)) & causal()      # streaming: the first 4 keys, a query's own, and 1024 before it
 
-A mask is a value: what it is made of is copied, so that an offset that is counted up later does not change it.
-An object of your own with ``bind(shape)`` that returns something with ``tile(index, rows, cols)``, and perhaps ``dense`` and
-``state``, is a mask too; index is what ``scores[index]`` takes: integers, and perhaps slices behind them.
+A mask is a value: it copies its arguments, so that a later change of an offset array does not change the mask.
+An object of your own is a mask, too, if its ``bind(shape)`` returns an object with ``tile(index, rows, cols)``, and optionally
+``dense`` and ``state``; index is what ``scores[index]`` takes: integers, which slices may follow.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Mask:
 
 
 def as_mask(op: str, mask: object) -> Any:
-    """A mask of the algebra, made from a boolean array where it is one."""
+    """The mask itself; a boolean array becomes an `ArrayMask`."""
     if is_bindable(mask) and not is_bias(mask):
         return mask
     if isinstance(mask, np.ndarray):
@@ -77,12 +77,12 @@ def as_mask(op: str, mask: object) -> Any:
 
 
 def _operand(op: str, other: object) -> Any:
-    """One side of an & or |: a mask is a value, so an array is copied."""
+    """One side of an & or |. An array is copied, since a mask is a value."""
     return as_mask(op, other.copy() if isinstance(other, np.ndarray) else other)
 
 
 def bound_mask(mask: Any, shape: Shape, op: str = "mask") -> Bound:
-    """A mask of ours or of somebody else's, bound."""
+    """The bound mask; that of a class that is not npattn's is wrapped in a `ForeignMask`."""
     bound = mask.bind(shape)
     return bound if isinstance(bound, Bound) else ForeignMask(op, bound, shape)
 
@@ -140,9 +140,9 @@ def causal(
 ) -> Mask:
     """Keys that do not stand after the query: k_pos <= q_pos.
 
-    Positions are integers, (L,) and (S,) or one row a sequence, (..., L) and (..., S); without them both count from 0.
-    Where L and S differ that would be a guess, so say ``align="top_left"``, ``align="bottom_right"`` or ``offset=n``
-    (query 0 stands at key n; one number, or one a sequence).
+    Positions are integers, (L,) and (S,), or (..., L) and (..., S) with one row for each sequence. Without them both count from
+    0. If L and S differ, that would be a guess, so say ``align="top_left"``, ``align="bottom_right"`` or ``offset=n`` (query 0
+    stands at key n; one number, or one for each sequence).
 
     >>> causal(align="bottom_right").bind((2, 4)).dense().astype(int)
     array([[1, 1, 1, 0],
@@ -162,7 +162,7 @@ def window(
 ) -> Mask:
     """Keys near the query: -left <= k_pos - q_pos <= right, both inclusive; None = no limit.
 
-    ``window(W, 0)`` are W + 1 keys, the query's own and W before it. Positions as in `causal`.
+    ``window(W, 0)`` allows W + 1 keys: the query's own and W before it. Positions are as in `causal`.
 
     >>> window(1, 0).bind((3, 3)).dense().astype(int)
     array([[1, 0, 0],
@@ -190,7 +190,7 @@ class Lengths(Mask):
             raise ValueError(
                 f"{self.op}: n reaches from {self.n.min()} to {self.n.max()}, expected 0 to {self.letter}={full}"
             )
-        # A length is one more position: index < n says that it stands no later than n - 1.
+        # A length is a window: index < n means that the index is not after position n - 1.
         last = per_sequence(self.op, "n", self.n, shape) - 1
         count = np.broadcast_to(np.arange(full), (*shape[:-2], full))
         if self.letter == "L":
@@ -222,7 +222,7 @@ class Keys(Mask):
 
 
 def keys(allowed: object) -> Mask:
-    """The keys that are True in ``allowed``, (S,) or one row a sequence, (..., S): the mask that a tokenizer gives."""
+    """The keys that are True in ``allowed``, (S,) or (..., S) with one row for each sequence: the mask of a tokenizer."""
     a = as_array("keys", "allowed", allowed, "(S,) or one row a sequence")
     if a.dtype != np.bool_:
         raise TypeError(f"keys: allowed has dtype {a.dtype}, expected bool (True = may attend): allowed.astype(bool)")
@@ -240,7 +240,7 @@ class Segments(Mask):
 
 
 def segments(q_ids: object, k_ids: object) -> Mask:
-    """Keys of the query's own segment: ids are integers, (L,) and (S,) or one row a sequence."""
+    """Keys of the query's own segment. ids : integers, (L,) and (S,), or with one row for each sequence"""
     return Segments(integers("segments", "q_ids", q_ids), integers("segments", "k_ids", k_ids))
 
 
@@ -256,7 +256,7 @@ class Blocks(Mask):
 
 
 def blocks(array: object, size: int | tuple[int, int]) -> Mask:
-    """Blocks of size x size pairs (or (rows, cols)) that are allowed or not; the last block may be cut short.
+    """Blocks of size x size pairs (or (rows, cols)) that are allowed or not; the last blocks may be smaller.
 
     ``array`` is boolean, of rank 2, (ceil(L / rows), ceil(S / cols)), or with the leading dims (..., H) before it.
     """
@@ -281,9 +281,9 @@ class Where(Mask):
 
 
 def where(function: Callable[[Array, Array], Array]) -> Mask:
-    """Pairs for which ``function(i, j)`` holds, with i (L, 1) and j (1, S) the indices of queries and keys, or parts of them.
+    """Pairs for which ``function(i, j)`` is True. i (L, 1) and j (1, S) are indices of queries and keys, or parts of them.
 
-    The function looks at each pair by itself: blockwise asks for one tile after the other.
+    The result for a pair may depend on its own i and j alone, since blockwise asks for one tile after the other.
 
     >>> where(lambda i, j: (i + j) % 2 == 0).bind((2, 3)).dense().astype(int)
     array([[1, 0, 1],
@@ -309,9 +309,9 @@ class Packed(Mask):
 
 
 def packed(cu_seqlens_q: object, cu_seqlens_k: object, align: str | None = None) -> Mask:
-    """Sequences packed one behind the other: segments, and causal within each if aligned.
+    """Sequences packed one after the other: each sees only itself, and ``align`` makes it causal.
 
-    ``cu_seqlens`` are the n + 1 ends of n sequences: 0, then where each one ends, last L (or S). ``align`` is None (not
+    ``cu_seqlens`` are n + 1 numbers for n sequences: 0, then the end of each; the last is L (or S). ``align`` is None (not
     causal), "top_left" (first query at first key) or "bottom_right" (last query at last key, as with a cache).
 
     >>> packed([0, 1, 3], [0, 2, 4], align="bottom_right").bind((3, 4)).dense().astype(int)

@@ -1,6 +1,6 @@
-"""Attention over two disjoint sets of keys, merged: what each of them gave, and its lse, are all that it takes.
+"""Attention over two disjoint sets of keys, from the out and lse of each.
 
-So keys can be spread over processes, or come one after the other, and each part is computed by whatever is at hand.
+So keys can be spread over processes, or come one after the other, and each part can be computed by any implementation.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from npattn.ops.softmax import normalize, normalize_backward
 class MergeCache(NamedTuple):
     """What `merge_backward` needs."""
 
-    out_a: Array  # (..., L, E), 0 where that part has no key; likewise out_b
+    out_a: Array  # (..., L, E), 0 in rows for which that part has no key; likewise out_b
     out_b: Array
-    weights: Array  # (..., L, 2) shares of the parts in the sum of exp; 0 where a part has no key
+    weights: Array  # (..., L, 2) w_a and w_b of (2); 0 where a part has no key
     lse: Array  # (..., L)
     dtype: np.dtype[Any]
 
@@ -37,14 +37,14 @@ class MergeGrads(NamedTuple):
 @own_keywords
 @quiet
 def merge_forward(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[tuple[Array, Array], MergeCache]:
-    """Attention over two disjoint sets of keys from that over each.
+    """Attention over the union of two disjoint sets of keys, from that over each.
 
         lse = log(exp(lse_a) + exp(lse_b))                                                          (1)
         w_a = exp(lse_a - lse),  w_b = exp(lse_b - lse)                                             (2)
         out = w_a out_a + w_b out_b                                                                 (3)
 
-    out_a, out_b : (..., L, E)   lse_a, lse_b : (..., L) in nats, in the computing dtype; -inf = no key, and then what stands
-    in that part's out is ignored. At most one part carries the sink: it would be counted twice.
+    out_a, out_b : (..., L, E)   lse_a, lse_b : (..., L) in nats, in the computing dtype; -inf = no key: then that row of the
+    part's out is ignored. At most one part may have the sink, which would be counted twice.
     Returns (out, lse), and the cache. Raises TypeError, ValueError.
     """
     op, dims = "merge", Dims("merge")

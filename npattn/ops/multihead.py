@@ -56,13 +56,13 @@ class MultiHeadParams(NamedTuple):
 
 
 class MultiHeadCache(NamedTuple):
-    """What the backward needs: the inputs and what was computed of them."""
+    """What the backward needs: the inputs, and what the forward computed from them."""
 
     x_q: Array
     x_k: Array
     x_v: Array
     params: MultiHeadParams
-    attention: AttentionCache  # of (4): its weights, before dropout, and lse are those of the heads
+    attention: AttentionCache  # of (4): it holds the weights of the heads, before dropout, and their lse
     concat: Array  # (..., L, H E)
     implementation: str
     options: tuple[Any, Any]  # the bias and the sink as they were given
@@ -80,7 +80,7 @@ class MultiHeadGrads(NamedTuple):
 
 
 def split_heads(x: Array, heads: int) -> Array:
-    """(..., L, H D) -> (..., H, L, D), as a view: first the columns fall into heads, then heads and tokens change places."""
+    """(..., L, H D) -> (..., H, L, D), as a view: the columns are split into heads, then the axes of heads and tokens swap."""
     result: Array = x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads if heads else 0).swapaxes(-3, -2)
     return result
 
@@ -124,13 +124,13 @@ def _project(x: Array, w: Array, b: Array | None, computing: np.dtype[Any]) -> A
 
 
 def _all_tokens(x: Array, w: Array) -> Array:
-    """x w, in one product for all sequences: NumPy would start one for each."""
+    """x w as one product for all sequences; for x of rank 3 NumPy would compute one product for each."""
     result: Array = np.matmul(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), w)
     return result.reshape(*x.shape[:-1], w.shape[-1])
 
 
 def _computed(name: str, option: Any, dtype: np.dtype[Any], computing: np.dtype[Any]) -> Any:
-    """An option of the inputs' dtype in the computing dtype, in which the heads are attended to."""
+    """An option in the computing dtype, since (4) is computed in it; the option may have the dtype of the inputs."""
     if is_bias(option):
         return option.with_parameter(_computed(name, option.parameter, dtype, computing))
     if isinstance(option, np.ndarray) and computing.kind != "c":  # a dropout mask of complex inputs is real
@@ -204,7 +204,7 @@ def multi_head_backward(dout: Array, cache: MultiHeadCache) -> MultiHeadGrads:
 def _project_backward(
     dy: Array, x: Array, w: Array, b: Array | None, heads: int, axis: int = 1
 ) -> tuple[Array, Array, Array | None]:
-    """Through y = x w + b: dx = dy w^T, dw = x^T dy and db = dy, each summed over all tokens."""
+    """The backward of y = x w + b: dx = dy w^T; dw = x^T dy and db = dy are summed over all tokens."""
     dx = _all_tokens(dy, swap(w.astype(dy.dtype, copy=False))).astype(x.dtype, copy=False)
     dw = weight_gradient(x, dy, heads, axis).astype(w.dtype, copy=False)
     db = None if b is None else dy.sum(tuple(range(dy.ndim - 1))).astype(b.dtype, copy=False)

@@ -1,17 +1,17 @@
-"""What is known of each pair (query i, key j): what a mask, a bias or a dropout mask has to say, and when it is asked.
+"""Masks, biases and dropout masks as functions of pairs (query i, key j): the protocol by which operations ask for tiles.
 
-A mask, bias or dropout mask knows nothing of shapes until an operation *binds* it once to the shape of its scores
-(..., H, L, S).  What is bound never needs the whole L x S array:
+A mask, bias or dropout mask does not depend on shapes until an operation *binds* it to the shape of its scores (..., H, L, S).
+The bound object never needs the whole L x S array. Its methods:
 
     dense()                    all pairs, (..., H, L, S)
-    tile(index, rows, cols)    those of ``scores[index][..., rows, cols]``, or what broadcasts to it; an index is integers,
-                               and perhaps slices behind them
+    tile(index, rows, cols)    those of ``scores[index][..., rows, cols]``, or an array that broadcasts to it; an index is
+                               integers, which slices may follow
     state(index, rows, cols)   EMPTY, PARTIAL or FULL (masks only; PARTIAL is always a right answer)
     varies(axis)               whether the pairs depend on this axis before (L, S) (masks only; True is always right)
-    alike(index, rows, cols)   a key: where it is equal for the same index, so are the tiles (masks only)
+    alike(index, rows, cols)   a key: tiles of the same index and size with equal keys are equal (masks only)
 
-`blockwise` asks for tiles from several threads, in any order, some of them twice, and keeps those of masks for a while: what is
-asked for twice must be the same, and an array that was returned must not change.
+`blockwise` asks for tiles from several threads, in any order, for some of them twice, and keeps those of masks for a while. So
+the same tile must always have the same values, and an array that was returned must not change.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from npattn.ops.checks import Array, Shape, kind
 EMPTY, PARTIAL, FULL = 0, 1, 2
 Index: TypeAlias = tuple[int | slice, ...]
 ALL = slice(None)
-AT_ONCE = 1 << 18  # pairs of a mask that are looked at together: 256 KiB of booleans, as many as a tile of scores has
+AT_ONCE = 1 << 18  # pairs of a mask that `states` computes at once: 256 KiB of booleans, as many as a tile of scores has
 
 
 class Bound:
-    """What is known of each pair of scores of one shape. A subclass gives ``tile``."""
+    """A mask, bias or dropout mask that is bound to a shape. A subclass defines ``tile``."""
 
     shape: Shape
 
@@ -43,11 +43,11 @@ class Bound:
     def state(self, index: Index, rows: slice, cols: slice) -> int:
         rows, cols = (slice(*x.indices(n)[:2]) for x, n in zip((rows, cols), self.shape[-2:], strict=True))
         if rows.stop <= rows.start or cols.stop <= cols.start or not all(self.shape):
-            return FULL  # no pair that is not allowed
+            return FULL  # there are no pairs, so none is forbidden
         return int(self.states(index, [rows], [cols])[0, 0])
 
     def states(self, index: Index, rows: Sequence[slice], cols: Sequence[slice]) -> Array:
-        """``state`` of each of these queries with each of these keys, which lie side by side."""
+        """``state`` of each part of the queries with each part of the keys. The parts of keys are adjacent."""
         if len(cols) > 1 and (rows[0].stop - rows[0].start) * (cols[-1].stop - cols[0].start) > AT_ONCE:
             halves = cols[: len(cols) // 2], cols[len(cols) // 2 :]
             return np.hstack([self.states(index, rows, half) for half in halves])
@@ -60,20 +60,20 @@ class Bound:
         return np.array(found)
 
     def cuts(self) -> tuple[Array, Array]:
-        """Queries and keys before which what is allowed changes, if that is the same for all: good places to end a tile."""
+        """Queries and keys before which the mask changes, if that is so in all heads: good places to end a tile."""
         return np.empty(0, int), np.empty(0, int)
 
     def varies(self, axis: int) -> bool:
-        """Whether what is known depends on this axis before (L, S). True is always a right answer."""
+        """Whether the values depend on this axis before (L, S). True is always a right answer."""
         return True
 
     def alike(self, index: Index, rows: slice, cols: slice) -> Any:
-        """A key that is equal for equal tiles of the same size and index, or for none."""
+        """A key: tiles of the same size and index with equal keys are equal. Equal tiles may have different keys."""
         return rows.start, cols.start
 
 
 class DenseBound(Bound):
-    """Values that are there already, as a view over all pairs."""
+    """Values that exist as an array: a view over all pairs."""
 
     def __init__(self, view: Array) -> None:
         self.view, self.shape = view, view.shape
@@ -90,7 +90,7 @@ class DenseBound(Bound):
 
 
 class Part(Bound):
-    """What is known of the pairs of some queries of one head alone, as of scores (1, rows, S)."""
+    """The part of a bound object for some queries of one head, bound to scores of shape (1, rows, S)."""
 
     def __init__(self, whole: Any, index: Index, rows: slice, keys: int) -> None:
         self.whole, self.index, self.rows, self.shape = whole, index, rows, (1, rows.stop - rows.start, keys)
@@ -128,7 +128,7 @@ class Part(Bound):
 
 
 class ForeignMask(Bound):
-    """A bound mask of somebody else's: it needs a tile, and what else it has is used."""
+    """A bound mask of a class that is not npattn's: it must have ``tile``; its other methods are used if it has them."""
 
     def __init__(self, op: str, mask: Any, shape: Shape) -> None:
         if not hasattr(mask, "tile"):
@@ -166,14 +166,14 @@ class Bindable(Protocol):
 
 
 Pairs: TypeAlias = Array | Bindable | None
-"""What is known of each pair, as an argument: an array, an object of the protocol, or nothing."""
+"""The type of the arguments mask, bias and dropout_mask: an array, an object of the protocol, or None."""
 
 
 def is_bindable(x: object) -> bool:
-    """An object of the protocol, and not its class."""
+    """Whether x is an object of the protocol, not a class of such objects."""
     return isinstance(x, Bindable) and not isinstance(x, type)
 
 
 def is_bias(x: object) -> bool:
-    """A bias object of ours: it has a parameter with a gradient."""
+    """Whether x is a bias object of npattn: it has a parameter with a gradient."""
     return hasattr(x, "with_parameter")

@@ -1,7 +1,7 @@
-"""Products of tiles, for all heads that are computed together, and the arrays that one thread puts them into.
+"""Products of tiles, for all heads that are computed together, and the buffers of a thread for their results.
 
-A tile of x belongs to query heads, (..., H, n, m), one of y to the groups that they read, (..., G, m, o). The heads of a group
-are no more than further rows (`by_group`): one product with more rows is faster than many with few.
+A tile of x belongs to query heads, (..., H, n, m), and a tile of y to the groups that they read, (..., G, m, o). The heads of
+a group are stacked as further rows (`by_group`): one product with more rows is faster than many with few.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 from npattn.ops.allowed import select, swap
 from npattn.ops.checks import Array
 
-FEW_ROWS, FEW_FEATURES = 16, 32  # rows of x, and columns of x or y: a product with fewer takes as long
+FEW_ROWS, FEW_FEATURES = 16, 32  # rows of x, and columns of x or y: a product with fewer of them takes as long as with these
 
 
 class Buffers:
-    """The arrays that one thread computes in, by name: allocated once, and again where one is too small."""
+    """The arrays in which one thread computes, by name. Each is allocated once, and again when it is too small."""
 
     def __init__(self, dtype: np.dtype[Any]) -> None:
         self.dtype, self.flat, self.one = dtype, dict[str, Array](), np.empty(0, dtype)
@@ -37,7 +37,7 @@ class Buffers:
 
 
 def by_rows(x: Array) -> Array:
-    """x, or a copy where BLAS cannot read it row by row: NumPy would make one for each product, or do without BLAS."""
+    """x, or a contiguous copy if BLAS cannot read its rows: else NumPy would copy x for each product, or not use BLAS."""
     row, one = x.strides[-2:]
     fits = x.flags.aligned and one == x.itemsize and row % one == 0 and row >= x.shape[-1] * one
     return x if fits else np.ascontiguousarray(x)
@@ -46,14 +46,14 @@ def by_rows(x: Array) -> Array:
 def by_group(x: Array, like: Array) -> Array:
     """(..., H, n, m) as (..., G, H / G n, m)."""
     if x.ndim < 3 or x.shape[-3] in (1, like.shape[-3]):
-        return x  # 1: the same for all heads
+        return x  # size 1: the same for all heads
     H, n, m = x.shape[-3:]
     G = like.shape[-3]
     return x.reshape(*x.shape[:-3], G, H // max(G, 1) * n, m)
 
 
 def times(x: Array, y: Array, out: Array) -> Array:
-    """x @ y for x of each head, (..., H, n, m), and y of each group, (..., G, m, o): heads of a group are more rows."""
+    """x @ y for x of each head, (..., H, n, m), and y of each group, (..., G, m, o)."""
     np.matmul(by_group(x, y), y, out=by_group(out, y))
     return out
 
@@ -62,7 +62,7 @@ def dots(x: Array, y: Array, out: Array) -> Array:
     """x @ y^T, for y (..., G, o, m)."""
     x, result = by_group(x, y), by_group(out, y)
     if 1 < x.shape[-2] <= FEW_ROWS < y.shape[-2]:
-        result[...] = swap(np.matmul(y, swap(x)))  # BLAS would copy all of y to turn it, for few rows of x
+        result[...] = swap(np.matmul(y, swap(x)))  # else BLAS would copy all of y to transpose it
     else:
         np.matmul(x, swap(y), out=result)
     return out
@@ -74,30 +74,30 @@ def sum_rows(x: Array, y: Array, out: Array) -> Array:
 
 
 def only(some: Array | None, x: Array) -> Array:
-    """x, and 0 in its other rows, which may be NaN: nobody sees them, or they see nobody. None: all."""
+    """x with 0 in the rows that are not in ``some`` (None: all). These rows are not seen, or see no key, and may be NaN."""
     return x if some is None or some.all() else select(some[..., None], x)
 
 
 def finite_or_not(x: Array) -> Array | None:
-    """Which rows of x are finite. None: all."""
+    """Which rows of x are finite; None if all are."""
     finite = np.isfinite(x)
     return None if finite.all() else np.asarray(finite.all(-1))
 
 
 def finite(m: Array) -> Array:
-    """The top score, and 0 in rows without one."""
+    """The maximum m, and 0 in rows without a score, in which m is -inf."""
     return select(np.asarray(m != -np.inf), m)
 
 
 def total_of(z: Array, shift: Array, lse: Array) -> Array:
-    """The sum of exp(scores - lse): 1, but for the rounding of lse."""
+    """The sum of exp(scores - lse), from z = sum of exp(scores - shift): 1 up to the rounding of lse."""
     wide = np.float64 if z.dtype == np.float32 else z.dtype
     total: Array = z.astype(wide) * np.exp(shift.astype(wide) - lse.astype(wide))
     return total.astype(z.dtype)
 
 
 def with_ones(x: Array, buffers: Buffers) -> Array:
-    """[x, 1], and 0 in rows of x that are not finite, which nobody sees."""
+    """[x, 1], with 0 for rows of x that are not finite, which no query sees."""
     result = buffers.take("v and 1", *x.shape[:-1], x.shape[-1] + 1)
     result[..., :-1], result[..., -1] = only(finite_or_not(x), x), 1
     return result

@@ -1,4 +1,4 @@
-"""The recurrent baseline: what attention is compared with.
+"""The recurrent layer, the baseline with which attention is compared.
 
     a_t = x_t w_x + b                 (B, N)      (1)    for all t in one product
     z_t = a_t + h_{t-1} w_h           (B, N)      (2)
@@ -32,7 +32,7 @@ class RNNCache(NamedTuple):
     x: Array  # (B, T, M)
     h0: Array | None  # (B, N)
     params: RNNParams
-    valid: Array | None  # (B, T, 1) steps before a sequence's length; None: all
+    valid: Array | None  # (B, T, 1) True for the steps within a sequence's length; None: all
     nonlinearity: str
     states: Array  # (B, T, N) h_t in the computing dtype, 0 after a sequence's length
     h_last: Array  # (B, N) the last valid state, h0 where the length is 0; in the dtype of x
@@ -42,7 +42,7 @@ class RNNGrads(NamedTuple):
     """The gradients of `rnn`; those of params have its names."""
 
     x: Array
-    h0: Array  # also where h0 was None and stood for zeros
+    h0: Array  # also if h0 was None, which means zeros
     params: RNNParams
 
 
@@ -54,14 +54,14 @@ def rnn_forward(
     """A recurrent layer over T steps, equations (1) to (3) of this page.
 
     x : (B, T, M)   h0 : (B, N), None = zeros   params : see `RNNParams`   nonlinearity : "tanh" or "relu"
-    lengths : integers (B,), 0 to T: later steps give output 0, take nothing in and pass nothing back, whatever x holds there
+    lengths : integers (B,), 0 to T: later steps have output 0 and leave state and gradients as they are, whatever x holds there
     Returns h (B, T, N), and the cache; ``cache.h_last`` (B, N) is the last valid state. Raises TypeError, ValueError.
     """
     check_one_of("rnn", "nonlinearity", nonlinearity, ("tanh", "relu"))
     valid, computing = _check(x, h0, params, lengths)
     (B, T, M), N = x.shape, params.w_h.shape[0]
     w_x, w_h = (p.astype(computing, copy=False) for p in params[:2])
-    states = np.empty((T, B, N), computing)  # a step lies in one piece
+    states = np.empty((T, B, N), computing)  # each step is contiguous
     np.matmul(by_step(x, computing).reshape(T * B, M), w_x, out=states.reshape(T * B, N))  # (1)
     if params.b is not None:
         states += params.b.astype(computing, copy=False)  # (1)
@@ -81,7 +81,7 @@ def rnn_forward(
 def rnn_backward(dh: Array, cache: RNNCache, dh_last: Array | None = None) -> RNNGrads:
     """The gradients of sum(dh * h) + sum(dh_last * h_last), backwards through time. dh : (B, T, N); dh_last : (B, N).
 
-    ``carry`` is the gradient of h_t through all later steps; steps after a sequence's length hand it on untouched. Raises
+    ``carry`` is the gradient of h_t through all later steps; steps after a sequence's length do not change it. Raises
     TypeError, ValueError.
     """
     check_class("rnn", "cache", cache, RNNCache, ", from rnn_forward")
@@ -122,7 +122,7 @@ def swap_steps(x: Array) -> Array:
 
 
 def by_step(x: Array, computing: np.dtype[Any]) -> Array:
-    """(B, T, N) -> (T, B, N), each step in one piece: that is how they are computed."""
+    """(B, T, N) -> (T, B, N), contiguous, since the steps are computed one by one."""
     return np.ascontiguousarray(swap_steps(x), computing)
 
 

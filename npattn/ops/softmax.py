@@ -2,8 +2,8 @@
 
     m = max_j s_j        e_j = exp(s_j - m)        z = sum_j e_j        p_j = e_j / z        lse = m + log z
 
-over the last axis and the allowed j only. Where none is allowed, p = 0 and lse = -inf. Shifting by m changes nothing
-but the range of exp: any m gives the same p, also in its derivative.
+over the last axis and the allowed j only. If none is allowed, p = 0 and lse = -inf. Subtracting m changes only the range of
+exp: any m gives the same p and the same derivative of p.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from npattn.ops.edge import own_keywords, without_cache
 
 
 def normalize(scores: Array, allowed: Array | None = None, sink: Array | None = None) -> tuple[Array, Array]:
-    """Weights and lse of scores that are -inf where not allowed; sink is one more logit a row that has no weight."""
+    """Weights and lse of scores that are -inf where not allowed. sink : one more logit in each row; its weight is left out"""
     top = scores.real.max(-1, keepdims=True, initial=-np.inf)
     some = top != -np.inf
     if sink is not None:
@@ -33,7 +33,7 @@ def normalize(scores: Array, allowed: Array | None = None, sink: Array | None = 
     e /= select(z != 0, z, 1.0)
     lse = top + np.log(z)
     if sink is not None:
-        lse = np.where(some, lse, sink)  # to the last bit; log would take a complex sink back to |Im| <= pi
+        lse = np.where(some, lse, sink)  # exactly the sink; log would move a complex one to |Im| <= pi
     return select(allowed, e), lse[..., 0]
 
 
@@ -42,7 +42,7 @@ def normalize_backward(weights: Array, dweights: Array, dlse: Any = None) -> tup
 
         ds_j = p_j (dp_j - sum_l p_l dp_l + dlse)
 
-    The mean is what is left of the Jacobian diag(p) - p p^T; d lse / d s_j = p_j. docs/attention-backward.md derives it.
+    The mean comes from p p^T in the Jacobian diag(p) - p p^T; d lse / d s_j = p_j. docs/attention-backward.md derives it.
     """
     dscores = weights * dweights
     mean = dscores.sum(-1, keepdims=True)
@@ -62,7 +62,7 @@ def _scores(op: str, name: str, scores: object, mask: object) -> tuple[Array, Ar
         raise ValueError(f"{op}: {name} has shape {x.shape}, expected (..., L, S): a mask over positions has two axes")
     bound = bind_mask(op, mask, x.shape)
     allowed = None if bound is None else bound.dense()
-    if (masked := x.real == -np.inf).any():  # a score of -inf is a mask in every respect
+    if (masked := x.real == -np.inf).any():  # a score of -inf masks exactly like a mask
         allowed = ~masked if allowed is None else allowed & ~masked
     return select(allowed, x, -np.inf), allowed
 
@@ -89,7 +89,7 @@ def softmax_forward(scores: Array, *, mask: Any = None) -> tuple[Array, SoftmaxC
         p_j = exp(s_j - m) / sum_l exp(s_l - m)                                                     (1)
 
     scores : (..., S); mask : boolean array of that rank (axes may be 1), or rank 2, or a mask of npattn.masks; True = counts.
-    Returns p (..., S), 0 where the mask forbids and in rows that it forbids whole, and the cache. Raises TypeError, ValueError.
+    Returns p (..., S), which is 0 where the mask is False, even in a whole row, and the cache. Raises TypeError, ValueError.
     """
     x, allowed = _scores("softmax", "scores", scores, mask)
     weights, _ = normalize(x, allowed)  # (1)
@@ -98,7 +98,7 @@ def softmax_forward(scores: Array, *, mask: Any = None) -> tuple[Array, SoftmaxC
 
 @quiet
 def softmax_backward(dweights: Array, cache: SoftmaxCache) -> SoftmaxGrads:
-    """ds_j = p_j (dp_j - sum_l p_l dp_l): dp_j less its mean under p, see `normalize_backward`.
+    """ds_j = p_j (dp_j - sum_l p_l dp_l): p times dp minus its mean under p, see `normalize_backward`.
 
     dweights : (..., S), as the weights. Returns the gradient of the scores, (..., S). Raises TypeError, ValueError.
     """
@@ -170,16 +170,16 @@ class CrossEntropyGrads(NamedTuple):
 def cross_entropy_forward(
     logits: Array, targets: Array, *, mask: Array | None = None, reduction: str = "mean"
 ) -> tuple[Array, CrossEntropyCache]:
-    """The cross-entropy of logits against one target class a position, in nats.
+    """The cross-entropy of logits with one target class for each position, in nats.
 
         loss = lse(logits) - logits[target]                                                         (1)
         reduced: the mean or the sum over the positions that count                                  (2)
 
     logits    : (..., V)
     targets   : (...), integers 0 .. V - 1
-    mask      : (...), boolean, True = counts; what lies elsewhere (NaN, a target of -100) reaches nothing
-    reduction : "mean" (0 where nothing counts), "sum" or "none" (one loss a position, 0 where it does not count)
-    Returns the loss in the computing dtype, shape () or (...), and the cache; NaN where all logits of a position are -inf.
+    mask      : (...), boolean, True = counts; other positions may hold anything (NaN, a target of -100)
+    reduction : "mean" (0 if no position counts), "sum" or "none" (the loss of each position, 0 where it does not count)
+    Returns the loss in the computing dtype, shape () or (...), and the cache; NaN if all logits of a position are -inf.
     Raises TypeError, ValueError.
     """
     op = "cross_entropy"
@@ -188,7 +188,7 @@ def cross_entropy_forward(
     x, _ = _scores(op, "logits", logits, None)
     dims.fit("logits", logits, "... V")
     top = x.real.max(-1, keepdims=True, initial=-np.inf)
-    x = x - select(top != -np.inf, top)  # lse - logits[target] of logits near 1e6 would lose all that is below 0.1
+    x = x - select(top != -np.inf, top)  # else lse - logits[target] of logits near 1e6 would lose all digits below 0.1
     if dims.fit("targets", targets, "...").dtype.kind not in "iu":
         raise TypeError(f"{op}: targets has dtype {targets.dtype}, expected integers")
     if mask is not None and dims.fit("mask", mask, "...").dtype != np.bool_:
@@ -215,7 +215,7 @@ def _divisor(cache: CrossEntropyCache) -> int:
 
 @quiet
 def cross_entropy_backward(dloss: Array, cache: CrossEntropyCache) -> CrossEntropyGrads:
-    """dlogits = (p - onehot(target)) dloss, over the number of positions that count where the loss is their mean.
+    """dlogits = (p - onehot(target)) dloss; for the mean, divided by the number of positions that count.
 
     dloss : as the loss, () or (...). Returns the gradient of the logits, (..., V). Raises TypeError, ValueError.
     """

@@ -1,11 +1,11 @@
-"""Whole tiles on threads of our own, each with a BLAS of one thread.
+"""Tasks of whole tiles on npattn's own threads, while BLAS uses one thread in each.
 
-A product of two tiles is too small to be worth sharing; whole tiles are not. So each of our threads takes one task after the
-other, and BLAS is kept from starting threads as well. That needs threadpoolctl (the extra npattn[fast]): without it there is
-one thread of ours, and BLAS has its own.
+The product of two tiles is too small to be shared between threads, a task of whole tiles is not. So each thread takes one task
+after the other, and BLAS must not start threads as well. That needs threadpoolctl (the extra npattn[fast]): without it npattn
+uses one thread, and BLAS its own.
 
-What concurrent.futures does not have: the calling thread takes part; an interrupt or an error in one thread ends all of them,
-those that wait, too, before BLAS gets its threads back; and sums that several threads add to have one order (`Turns`).
+This adds to concurrent.futures: the calling thread takes part; an interrupt or an error in one thread ends all threads, also
+those that wait, before BLAS gets its threads back; and sums to which several threads add have a fixed order (`Turns`).
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from npattn.ops.allowed import quiet
 
 
 class _Blas:
-    """The BLAS libraries of this process, and how many calls of ours keep them at one thread."""
+    """The BLAS libraries of this process, and how many calls of npattn limit them to one thread at the moment."""
 
     def __init__(self) -> None:
-        self.libraries: list[Any] | None = None  # looked for when they are needed
+        self.libraries: list[Any] | None = None  # None until they are needed for the first time
         self.lock, self.users, self.threads = threading.Lock(), 0, [1]
 
     @contextmanager
     def alone(self) -> Iterator[int]:
-        """How many threads BLAS would have used, which is how many we may use; within, it uses one.
+        """Limits BLAS to one thread; gives the number that it would have used, which is how many npattn may use.
 
-        Calls may overlap: the first sets the limit, the last takes it back.
+        Calls may overlap: the first sets the limit, the last removes it.
         """
         with self.lock:
             if self.libraries is None:
@@ -44,21 +44,21 @@ class _Blas:
             yield max(self.threads, default=1)
         finally:
             with self.lock:
-                self.users = max(self.users - 1, 0)  # 0 already in the child of a fork
+                self.users = max(self.users - 1, 0)  # in the child of a fork it is 0 already
                 if not self.users:
                     self.limit(self.threads)
 
     def own(self) -> None:
-        """One thread for this thread of ours, where BLAS counts for each thread by itself: OpenBLAS does if it has OpenMP."""
+        """Limits BLAS to one thread in the current thread, if it has a limit for each thread: OpenBLAS with OpenMP has."""
         for x in self.libraries or ():
             if getattr(x, "threading_layer", "") == "openmp":
                 x.set_num_threads(1)
 
     def limit(self, threads: list[int]) -> None:
-        """So many threads for each library.
+        """Set the number of threads of each library.
 
-        Since threadpoolctl 3.8 the thread that first sets OpenBLAS's number is in charge of it: what others set is ignored
-        while that one lives. But any thread may call us, and another one be the last. So nobody stays in charge.
+        Since threadpoolctl 3.8 the thread that first sets OpenBLAS's number controls it: while that thread lives, the numbers
+        of others are ignored. But the first and the last call may come from different threads. So no thread keeps control.
         """
         for x, n in zip(self.libraries or (), threads, strict=True):
             free = getattr(x, "clear_controlling_thread", lambda force: None)
@@ -79,14 +79,14 @@ BLAS = _Blas()
 
 
 def _forked() -> None:
-    """In the child of a fork: the threads that kept BLAS at one thread, or held the lock, are not there any more."""
+    """Resets BLAS in the child of a fork, where the threads that limited BLAS, or held the lock, do not exist."""
     users, BLAS.users, BLAS.lock = BLAS.users, 0, threading.Lock()
     if users:
         BLAS.limit(BLAS.threads)
 
 
 if hasattr(os, "register_at_fork"):
-    # The parent forks between two calls of `alone`: a fork amid a change of the limit would leave OpenBLAS' own lock taken.
+    # The parent forks only while it holds our lock: a fork during a change of the limit would leave OpenBLAS's own lock taken.
     os.register_at_fork(
         before=lambda: BLAS.lock.acquire(), after_in_parent=lambda: BLAS.lock.release(), after_in_child=_forked
     )
@@ -96,14 +96,14 @@ def share(
     work: Callable[[Any, Any], None], tasks: Iterable[Any], buffers: Callable[[], Any], turns: Turns | None = None,
     most: int | None = None, threads: int | None = None,
 ) -> None:  # fmt: skip
-    """work(task, buffers) for all tasks, on as many threads as BLAS has (or ``threads``), but ``most``; each has own buffers.
+    """work(task, buffers) for all tasks, on as many threads as BLAS has (or ``threads``), at most ``most``.
 
-    Tasks are begun in their order. An exception ends all threads, those that wait for their turn, too, and is raised.
+    Each thread has its own buffers. Tasks start in their order. An exception in one ends all threads, and is raised.
     """
     tasks = list(tasks)
     rest, claim, failed = iter(tasks), threading.Lock(), list[BaseException]()
 
-    @quiet  # the state of np.errstate is each thread's own
+    @quiet  # each thread has its own state of np.errstate
     def run() -> None:
         try:
             own = buffers()
@@ -128,27 +128,27 @@ def share(
         else:
             with ThreadPoolExecutor(others, initializer=BLAS.own) as pool:
                 helpers = list[Future[None]]()
-                try:  # this thread is one of them: to start another takes 0.1 ms
+                try:  # the calling thread works, too: to start another takes 0.1 ms
                     helpers.extend(pool.submit(run) for _ in range(others))
                     run()
                     wait(helpers)
                 except BaseException as error:  # an interrupt outside run, or a thread that cannot be started
                     fail(error)
-                    wait(helpers)  # the pool joins its threads: a second interrupt would take one that runs for ended
+                    wait(helpers)  # before the pool joins them: an interrupt in join may mark a running thread as ended
     if failed:
         raise failed[0]
 
 
 class Turns:
-    """Sums that several threads add to, each in a fixed order: so that their last bits do not depend on who was first."""
+    """A fixed order in which several threads add to each sum, so that its last bits do not depend on their timing."""
 
     def __init__(self) -> None:
         self.done: dict[Any, int] = {}
-        self.lock, self.stopped = threading.RLock(), False  # an interrupt may come between the steps of Condition's own with
+        self.lock, self.stopped = threading.RLock(), False  # taken instead of Condition's `with`, which an interrupt may break
         self.changed = threading.Condition(self.lock)
 
     def wait(self, place: Any, number: int) -> None:
-        """Until ``number`` others have added to this place."""
+        """Wait until ``number`` others have added to this place."""
         with self.lock:
             self.changed.wait_for(lambda: self.stopped or self.done.get(place, 0) == number)
 
@@ -158,7 +158,7 @@ class Turns:
             self.changed.notify_all()
 
     def stop(self) -> None:
-        """Nobody waits any more: somebody has failed."""
+        """End all waiting: a thread has failed."""
         with self.lock:
             self.stopped = True
             self.changed.notify_all()

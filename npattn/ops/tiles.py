@@ -1,8 +1,8 @@
-"""What `npattn.blockwise` computes, in which pieces, and what it knows of the pairs in them.
+"""The pieces in which `npattn.blockwise` computes, and the mask and bias of each.
 
-Heads that have little to compute are taken together (`Plan.heads`). Queries and keys are cut into tiles, and tiles into parts
-(`Plan.rows`, `Plan.cols`); the mask says which parts are empty, full, or neither, and `Plan.blocks` makes blocks of those that
-are not empty. `Plan.pairs_of` asks for what a block has besides q and k. How large all of these are: `Sizes`.
+Heads with few scores are computed together (`Plan.heads`). Queries and keys are cut into tiles, and tiles into parts
+(`Plan.rows`, `Plan.cols`). The mask says which parts are empty, full, or neither, and `Plan.blocks` makes blocks of those that
+are not empty. `Plan.pairs_of` gives the mask and bias of a block. `Sizes` says how large all of these are.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from npattn.ops.products import FEW_FEATURES, FEW_ROWS, Buffers, by_group
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the pieces are. docs/blockwise.md says more of the reasons."""
+    """How large the pieces are. docs/blockwise.md explains the reasons."""
 
-    # Queries and keys of a tile. Its scores are 1 MiB in float32, about a second-level cache: smaller tiles pay more for steps
-    # of Python and for the packing of factors, larger ones for memory. Where there are fewer of one there are more of the
-    # other, up to ``long``: a stretch of q or k of that length is 2 MiB for D = 64.
+    # Queries and keys of a tile. Its scores are 1 MiB in float32, about a second-level cache. Smaller tiles cost more time in
+    # Python and in the packing of factors, larger ones in memory access. If there are fewer queries than that, a tile has more
+    # keys, and vice versa, up to ``long``: q or k of that length is 2 MiB for D = 64.
     tile: Shape = (1024, 256)
     long: int = 8192
-    # What may be left out of a tile, or needs no mask, is found in steps of its sides over ``parts``: of 256 queries and 256
-    # keys. On the diagonal of causal() half of such a block is computed for nothing; the products of smaller ones are slower.
+    # Into how many parts the sides of a tile are cut, here of 256 queries and 256 keys. A part may be left out, or needs no
+    # mask. On the diagonal of causal() half of a part is computed for nothing; the products of smaller parts are slower.
     parts: Shape = (4, 1)
-    bundle: int = 1 << 17  # numbers of q in a tile: heads are computed together up to so many, 512 KiB in float32
-    tasks: int = 8  # pieces of work, four for each of two threads: where there are fewer, tiles are smaller, and square
+    bundle: int = 1 << 17  # numbers of q in a tile: heads are computed together up to this size, 512 KiB in float32
+    tasks: int = 8  # pieces of work, four for each of two threads: if there would be fewer, tiles are smaller, and square
     small: int = 1 << 25  # multiplications of a product, about 1 ms: fewer are not worth a second thread, which takes 0.1 ms
-    light: int = 1 << 20  # numbers of q, k or v: likewise for what is done once a query or key, some passes over 4 MiB
-    dense: int = 1 << 20  # scores at a time of what is left to the equations of `npattn.attention`, which have arrays of them
-    apart: int = 1 << 20  # numbers: gradients of a bias, one a task, that are summed up apart and need no lock
+    light: int = 1 << 20  # numbers of q, k or v: the same for work once for each query or key, some passes over 4 MiB
+    dense: int = 1 << 20  # scores at a time if the code of `npattn.attention` takes over, which has whole arrays of them
+    apart: int = 1 << 20  # numbers in all tasks' own gradients of a bias: if there were more, tasks share one gradient
     few_rows: int = FEW_ROWS  # of a product
     few_features: int = FEW_FEATURES
     threads: int | None = None  # as many as BLAS has, unless given
@@ -48,14 +48,14 @@ SIZES = Sizes()
 
 
 class Heads(NamedTuple):
-    """What is computed together: one head, or small ones, which are a slice of one of the axes before (L, D)."""
+    """Heads that are computed together: one head, or several small ones, a slice of one of the axes before (L, D)."""
 
     number: int
     index: Any  # where q has them
-    group: Any  # where k and v have theirs
-    names: Any  # for each of them, which of the H heads it is
-    of_mask: Any  # where the mask has what they see: only once if it is the same for all
-    pattern: str  # equal where they see the same keys
+    group: Any  # where k and v have the groups that they read
+    names: Any  # for each of them its number among the H heads
+    of_mask: Any  # where the mask has their pairs; shorter than index if they are the same for several heads
+    pattern: str  # a key: heads with equal keys have the same mask
 
 
 class Block(NamedTuple):
@@ -63,20 +63,20 @@ class Block(NamedTuple):
 
     rows: slice
     cols: slice
-    some: slice  # those of its rows that may not see all of it: the rest needs no mask
+    some: slice  # the rows that may not see all of its keys: other rows need no mask
 
 
 class Visible(NamedTuple):
-    """What is known of the pairs of a block, besides q and k."""
+    """The mask and bias of a block."""
 
     bias: Any = None
-    some: slice = slice(0)  # those rows of the block that may not see all of it
+    some: slice = slice(0)  # the rows of the block that may not see all of its keys
     allowed: Any = None  # which of their pairs are allowed. None: all
     edge: Any = None  # +inf where allowed, else -inf
-    seen: Any = None  # keys of the block that somebody of the group sees. None: all
+    seen: Any = None  # keys of the block that some query of the group sees. None: all
 
     def hide(self, s: Array) -> None:
-        """-inf where not allowed, without branches, and whatever stands there. NaN where allowed becomes inf."""
+        """-inf where not allowed, even in place of NaN, without branches. Where allowed, NaN becomes inf."""
         if self.allowed is not None:
             here = s[..., self.some, :]
             if s.dtype.kind == "c":
@@ -85,7 +85,7 @@ class Visible(NamedTuple):
                 np.fmin(here, self.edge, out=here)
 
     def select(self, x: Array, factor: Array) -> None:
-        """0 where not allowed. There x is 0 times a factor: nothing is to be done where that is finite."""
+        """0 where not allowed. There x is 0 times ``factor``, so nothing has to be done if the factor is finite."""
         if self.allowed is not None and not np.isfinite(factor[..., self.some, :]).all():
             np.copyto(x[..., self.some, :], 0, where=~self.allowed)
 
@@ -94,16 +94,16 @@ ALL_VISIBLE = Visible()
 
 
 class Plan:
-    """What is computed of a call with heads, forwards or backwards.
+    """The pieces in which a call with an axis of heads is computed.
 
-    It is the same in both directions: of other tiles the products could be rounded in another way.
+    Forward and backward have the same: the products of other tiles could be rounded in another way.
     """
 
     def __init__(self, call: Call, sizes: Sizes = SIZES) -> None:
         self.call, self.sizes = call, sizes
         self.lead, (self.L, self.D), (self.S, self.E) = call.q.shape[:-2], call.q.shape[-2:], call.v.shape[-2:]
         self.readers = self.lead[-1] // max(call.k.shape[-3], 1) or 1  # heads of a group
-        # Whether one thread is done before a second would have helped.
+        # Whether the work is too small for a second thread.
         rows, columns = max(self.L * self.readers, sizes.few_rows), max(self.D, self.E, sizes.few_features)
         self.small = math.prod(self.lead) // self.readers * rows * self.S * columns < sizes.small
         self.together = self._together()
@@ -113,24 +113,24 @@ class Plan:
         self.found: dict[tuple[str, int], list[list[Block]]] = {}
 
     def _together(self) -> int:
-        """How many heads at a time: 0 if each by itself."""
+        """How many heads are computed together; 0 if each by itself."""
         mask, sizes, heads, same = self.call.mask, self.sizes, math.prod(self.lead), self.readers
         (high, wide), large = sizes.tile, sizes.tile[0] <= self.L
-        if mask is not None:  # a block may be as narrow as a part, and as low as what lies between two cuts
+        if mask is not None:  # a block may be as small as a part of the keys by the queries between two cuts
             high, wide = min(high, max(self.L // (len(mask.cuts()[0]) + 1), high // 2)), self._part(2)[1]
-            large = large and any(mask.varies(axis) for axis in range(len(self.lead)))  # what one need not see another might
+            large = large and any(mask.varies(axis) for axis in range(len(self.lead)))  # a head may need what another skips
         rows, columns = max(min(self.L, high), sizes.few_rows), max(min(self.D, min(self.S, wide) // 2), sizes.few_features)
         few: int = 0 if large else min(
             sizes.bundle // (rows * columns),
             math.prod(sizes.tile) // (sizes.few_rows * max(self.S, 1)),  # their keys fit, too
-            heads if self.small else 2 * heads * min(-(-self.L // sizes.tile[0]), 2) // sizes.tasks,  # some are left to share
+            heads if self.small else 2 * heads * min(-(-self.L // sizes.tile[0]), 2) // sizes.tasks,  # tasks have to be left
         )  # fmt: skip
         if same > 1 and self.L * same <= sizes.few_rows and heads:
             few = max(few, same)
         return few // same * same if few > 1 else 0  # a group is not divided
 
     def _bundles(self) -> list[Heads]:
-        """All heads, small ones together."""
+        """All heads, small ones in bundles."""
         lead = self.lead
         indices = list[Any](np.ndindex(*lead))
         for axis, n in enumerate(lead):
@@ -144,7 +144,7 @@ class Plan:
         return [Heads(number, *rest, repr(rest[-1])) for number, rest in enumerate(found)]
 
     def _of_mask(self, index: Any) -> Any:
-        """An index that has the same pairs as this one, shorter along axes that make no difference."""
+        """An index of the mask with the same pairs: along axes on which the mask does not depend it takes one element."""
         mask = self.call.mask
         if mask is None:
             return ()
@@ -152,7 +152,7 @@ class Plan:
         return tuple(i if mask.varies(n) else slice(0, 1) if isinstance(i, slice) else 0 for n, i in enumerate(whole))
 
     def group_of(self, index: Any) -> Any:
-        """Where k and v have the groups that these heads read."""
+        """The index in k and v of the groups that these heads read."""
         if len(index) < len(self.lead):
             return index
         last, n = index[-1], self.readers
@@ -164,7 +164,7 @@ class Plan:
         return [tuple(map(int, np.unravel_index(n, self.lead))) for n in numbers.ravel()]
 
     def _part(self, divisor: int) -> Shape:
-        """How many queries and keys are a part of a tile. divisor: 2 in a bundle of heads, whose blocks may be narrow."""
+        """How many queries and keys a part of a tile has. divisor : 2 in a bundle of heads, whose blocks may be small"""
         return tuple(max(n // (m * divisor), 1) for n, m in zip(self.sizes.tile, self.sizes.parts, strict=True))
 
     def _tiles(self) -> tuple[list[list[slice]], list[list[slice]]]:
@@ -181,7 +181,7 @@ class Plan:
         return in_tiles(rows, high), in_tiles(cols, wide)
 
     def blocks(self, heads: Heads, i: int) -> list[list[Block]]:
-        """For each tile of keys what of it the queries of tile i may see: by its parts, of which equal ones are one."""
+        """For each tile of keys, its blocks for the queries of tile i. Adjacent parts that are alike form one block."""
         if (key := (heads.pattern, i)) not in self.found:
             self.found[key] = self._blocks(heads, i)
         return self.found[key]
@@ -208,7 +208,7 @@ class Plan:
         return found
 
     def pairs_of(self, heads: Heads, block: Block, buffers: Buffers) -> Visible:
-        """Which pairs of a block are allowed, and their bias. What is known of blocks that are seen alike is kept a while."""
+        """The mask and bias of a block. Without a bias, masks are kept for a while, for other blocks with the same mask."""
         c, (rows, cols, some), full = self.call, block, block.some.start == block.some.stop
         if c.bias is not None:  # it may be -inf anywhere
             allowed, bias = visible(c._replace(mask=None) if full else c, heads.index, rows, cols)
@@ -228,7 +228,7 @@ class Plan:
 
     def _hidden(self, heads: Heads, allowed: Array, rows: slice, cols: slice) -> tuple[Array, Array, Array]:
         """allowed, edge and seen of `Visible`."""
-        n = (1,) * (self.call.q[heads.index].ndim - 2)  # as many as it has, or 1 where all see the same
+        n = (1,) * (self.call.q[heads.index].ndim - 2)  # the axes of the heads, 1 if all have the same mask
         shape = (*n, rows.stop - rows.start, cols.stop - cols.start)
         allowed = np.broadcast_to(allowed, np.broadcast_shapes(allowed.shape, shape))
         edge = np.subtract(allowed, 0.5, dtype=np.empty(0, self.call.computing).real.dtype)
@@ -236,7 +236,7 @@ class Plan:
         return allowed, edge, np.asarray(by_group(allowed, self.call.k[heads.group]).any(-2))
 
     def who_sees(self, heads: Heads, i: int, buffers: Buffers) -> Array:
-        """Which queries of tile i see somebody."""
+        """Which queries of tile i see some key."""
         rows = self.rows[i]
         found = np.zeros((*self.call.q[heads.index].shape[:-2], rows.stop - rows.start), bool)
         for block in itertools.chain(*self.blocks(heads, i)):
@@ -249,12 +249,12 @@ class Plan:
 
 
 def within(part: slice, whole: slice) -> slice:
-    """Where a part of a slice lies in what the slice takes."""
+    """``part`` of an array as a slice of array[whole]."""
     return slice(part.start - whole.start, part.stop - whole.start)
 
 
 def in_parts(n: int, size: int, cuts: Iterable[int] = ()) -> list[slice]:
-    """0 to n in parts of at most ``size``; they end at the cuts, too, if they are not much shorter for it."""
+    """0 to n in parts of at most ``size``. A part also ends at a cut, unless too little would lie before the cut."""
     ends = [0]
     for end in (*cuts, n):
         if end == n or end - ends[-1] >= size // 4:
@@ -263,7 +263,7 @@ def in_parts(n: int, size: int, cuts: Iterable[int] = ()) -> list[slice]:
 
 
 def in_tiles(parts: list[slice], size: int) -> list[list[slice]]:
-    """As many parts together as fit into ``size``, but one at least."""
+    """Tiles of as many parts as fit into ``size``, at least one."""
     tiles: list[list[slice]] = []
     for part in parts:
         if tiles and part.stop - tiles[-1][0].start <= size:
@@ -274,8 +274,8 @@ def in_tiles(parts: list[slice], size: int) -> list[list[slice]]:
 
 
 def pieces(state: list[int]) -> list[tuple[int, int]]:
-    """From the first to the last part that is not empty; in two where full ones lie between others, as in a window."""
-    if not any(state):  # EMPTY is 0, and most are in a window
+    """(first, end) of the parts that are not empty; in two pieces if full parts lie between partial ones, as in a window."""
+    if not any(state):  # EMPTY is 0; in a window most are empty
         return []
     seen = [i for i, x in enumerate(state) if x != EMPTY]
     first, end = seen[0], seen[-1] + 1

@@ -1,4 +1,4 @@
-"""Where tokens stand: numbers given for each query and key, or for each sequence, seen as one for each head.
+"""Positions of tokens, and views with one number for each head of numbers that are given for each token or sequence.
 
 Positions are integers: given (``q_pos``, ``k_pos``), or counted from 0, with the queries shifted by ``align`` or ``offset``.
 """
@@ -14,7 +14,7 @@ from npattn.ops.checks import Array, Shape, check_one_of, integers
 
 
 def per_token(op: str, name: str, x: Array, shape: Shape, letter: str) -> Array:
-    """x of shape (L,), or one row a sequence, as a view over (..., H, L); likewise S."""
+    """x of shape (L,), or with one row for each sequence, as a view of shape (..., H, L); likewise for S."""
     n = shape[-2] if letter == "L" else shape[-1]
     rows = (*shape[:-3], n)
     if x.shape not in ((n,), rows):
@@ -25,7 +25,7 @@ def per_token(op: str, name: str, x: Array, shape: Shape, letter: str) -> Array:
 
 
 def per_sequence(op: str, name: str, n: Array, shape: Shape) -> Array:
-    """n of shape () or q.shape[:-3] as a view over (..., H, 1)."""
+    """n of shape () or q.shape[:-3] as a view of shape (..., H, 1)."""
     if n.shape not in ((), shape[:-3]):
         raise ValueError(
             f"{op}: {name} has shape {n.shape}, expected one number a sequence, {shape[:-3]}: fixed by q"
@@ -35,7 +35,7 @@ def per_sequence(op: str, name: str, n: Array, shape: Shape) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class Positions:
-    """Where queries and keys stand: given, or counted from 0 with the queries shifted by an alignment or an offset."""
+    """Positions of queries and keys: given, or counted from 0 with the queries shifted by an alignment or an offset."""
 
     op: str
     q_pos: Array | None = None

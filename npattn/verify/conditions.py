@@ -46,7 +46,7 @@ def conditions(
 ) -> Iterator[Check]:  # fmt: skip
     """All conditions of one case; ``values`` is what the candidate returned first."""
     precision = precision or of_dtype(problem.dtype)
-    level = "good" if level == "bounded" else level  # `_batch` cuts sigma to one sequence, not det
+    level = "good" if level == "bounded" else level  # what is judged here is judged by sigma, and "bounded" needs det
     first = {n: x for n, x in values.items() if is_array(x)}
     if not first:
         return

@@ -1,7 +1,7 @@
 """Whether what a candidate returns is right: the comparison, its levels, and whether it could have failed.
 
-An error counts in sigma, what an honest implementation of the same precision is predicted to have in that very element. A
-verdict counts only if the same judge rejects zeros, an error of 1e-3 and the likely mistakes on the same inputs: its power.
+Errors are measured in sigma: the error that is predicted for an honest implementation of the same precision in that element. A
+verdict counts only if the judge has power: on the same inputs it must reject zeros, an error of 1e-3 and the likely mistakes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Settings:
     """What is asked of a candidate."""
 
     level: str = "good"  # "tight", "good" or "bounded"
-    precision: Precision | None = None  # the declared class; None: that of the inputs' dtype
+    precision: Precision | None = None  # the declared class; None: the class of the inputs' dtype
     rules: tuple[str, ...] = ()  # names of RULES, reported beside the verdict
     power: bool = True
 
@@ -47,8 +47,8 @@ class Check:
     rms: float = 0.0  # of error / sigma
     worst: float = 0.0  # largest error / sigma
     index: tuple[int, ...] = ()
-    level: str = ""  # the best that it reaches: "tight", "good", "bounded" or "broken"
-    rules: dict[str, bool] = field(default_factory=dict)  # what other suites' rules say
+    level: str = ""  # the strictest level that it reaches: "tight", "good", "bounded" or "broken"
+    rules: dict[str, bool] = field(default_factory=dict)  # by name of the rule: would the other suite accept it?
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def compare(
     tensor: str, got: Any, want: Array, sigma: Array, dtypes: Iterable[Any], level: str = "good",
     det: Callable[[], Array | None] = lambda: None, letters: str = "", rest: Any = 0.0,
 ) -> Check:  # fmt: skip
-    """One tensor against the truth, in units of sigma. NaN and inf have to be where the truth has them."""
+    """Compare one tensor with the truth, in units of sigma. NaN and inf have to be where the truth has them."""
     if not is_array(got):
         way = converted(tensor, got) or f": np.asarray({tensor})"
         return Check(tensor, "wrong", f"is {kind(got)}, expected a numpy.ndarray{way}", worst=math.inf)
@@ -134,7 +134,7 @@ WORDS = {"B": "batch", "H": "heads", "G": "key heads", "L": "queries", "S": "key
 
 
 def as_given(case: Any, seed: int, settings: Settings) -> tuple[Any, Precision]:
-    """The problem of a case as a candidate sees it, and the class of precision that it is judged by."""
+    """The problem of a case as it is given to a candidate, and the class of precision by which it is judged."""
     problem = case.problem(seed)
     if settings.precision is None:
         return problem.op.canonical(problem), of_dtype(problem.dtype)
@@ -148,7 +148,7 @@ def examine(
     """Run one case and judge all that the candidate returns for it."""
     settings = settings or Settings()
     problem, precision = as_given(case, seed, settings)
-    theirs, _ = as_given(case, seed, settings)  # the same once more: whatever becomes of it, ours stays as it is
+    theirs, _ = as_given(case, seed, settings)  # a second copy: the candidate may write into it
     result = Result(case.name, case.features, seed=seed, options=tuple(candidate.arguments(theirs, candidate.forward)[0]))
     wanted = [*problem.outputs, *problem.gradients]
 
@@ -209,7 +209,7 @@ def _more(
     candidate: Candidate, problem: Problem, precision: Precision, truth: Truth, judged: dict[str, Any], result: Result,
     settings: Settings, diagnostician: Diagnostician | None,
 ) -> Result:  # fmt: skip
-    """What other rules say, whether the judge could have failed, and what a candidate that is wrong does instead."""
+    """Add the rules of other suites, the judge's power, and the explanations of what is wrong."""
     checks = result.checks
     if settings.rules:
         theirs = accepted(settings.rules, problem, truth.values, judged, settings.precision)
@@ -224,7 +224,7 @@ def _more(
             for c in checks
         ]
     explanations = []
-    judged = {t: x for t, x in judged.items() if is_array(x) and x.dtype.kind == "f"}  # of others all is said
+    judged = {t: x for t, x in judged.items() if is_array(x) and x.dtype.kind == "f"}  # others are explained already
     wrong = [c.tensor for c in checks if c.status == "wrong" and not _only_dtype(c.tensor, problem, precision, truth, judged)]
     if diagnostician is not None and wrong:
         _find_evidence(candidate, diagnostician, problem, truth, judged, wrong, settings)
@@ -239,7 +239,7 @@ def _find_evidence(
     candidate: Candidate, diagnostician: Diagnostician, problem: Any, truth: Truth, judged: dict[str, Any], wrong: list[str],
     settings: Settings,
 ) -> None:  # fmt: skip
-    """For what is NaN, or one number, everywhere: a case that holds, without which it has no name."""
+    """If a tensor is NaN or one number everywhere, look for a right case: without one no explanation of it is trusted."""
     there = [t for t in wrong if t in judged and t in truth.values and judged[t].shape == truth.values[t].shape]
     sought = isinstance(diagnostician, Listener) or diagnostician.sought
     if sought or not flat_of(there, judged, truth.values, problem.outputs):
@@ -249,12 +249,12 @@ def _find_evidence(
         if not diagnostician.right:
             settings = dataclasses.replace(settings, power=False, rules=())
             examine(candidate, problem.op.by_name[name], 0, settings, Listener(diagnostician))
-    diagnostician.earlier, diagnostician.returned = before  # the call before this one is another
+    diagnostician.earlier, diagnostician.returned = before  # as if these calls had not been made
 
 
 @quiet
 def _only_dtype(t: str, problem: Any, precision: Precision, truth: Truth, judged: dict[str, Any]) -> bool:
-    """Whether nothing but its dtype is wrong of a tensor, and what that dtype rounds: no other name is looked for."""
+    """Whether a tensor is wrong only in its dtype and by the rounding to that dtype. Then no explanation is looked for."""
     x, want = judged.get(t), truth.values.get(t)
     if not isinstance(x, np.ndarray) or want is None or x.shape != want.shape or x.dtype.kind != "f":
         return False
@@ -271,7 +271,7 @@ KEPT = "holds when called again: state is kept between calls"
 def _or_state(
     candidate: Candidate, problem: Problem, truth: Truth, explanations: list[Explanation], level: str
 ) -> list[Explanation]:
-    """Where there is no explanation: whether the same call holds when it is made again, after a call with other options."""
+    """If there is no explanation: is the result right when the call is repeated after a call with other options?"""
     unknown = {t for e in explanations if UNKNOWN in e.names for t in e.tensors}
     if not unknown:
         return explanations

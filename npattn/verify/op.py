@@ -1,7 +1,7 @@
-"""What is verified: an op with its problems, its cases, what is right, and what people do instead. One record an op.
+"""What verify knows of an op: its problems, its cases, its right results, and known mistakes. One record (`Op`) for each op.
 
-Adding an op is writing one record (`npattn.verify.ops`). No other file asks which op it is: what differs between ops is a
-field of `Op`, and what a known mistake needs is a field of `Change`.
+To add an op is to write one record (`npattn.verify.ops`). No other file asks which op it is: what differs between ops is a
+field of `Op`, and what a call must contain for a mistake to show is a field of `Change`.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ Pair = tuple[Function, Function | None]  # a forward, and a backward
 
 @dataclass(frozen=True)
 class Change:
-    """What somebody does instead, in one stage of an op's equations or in several."""
+    """A known mistake or another convention: what it computes instead in one or several stages of an op's equations."""
 
-    name: str  # what the reader of a report sees
-    stages: Mapping[str, Callable[[Any, Any], Any]]  # stage -> f(x, honest); x holds all that is known so far
-    needs: frozenset[str] = frozenset()  # facts of a call (`Op.facts`) without which it changes nothing
-    convention: bool = False  # another convention, and no mistake
-    companions: tuple[str, ...] = ()  # what else a convention changes, where all of the backward follows it
-    tile: int = 0  # the size of a tile that it depends on; nobody outside a kernel knows it, so it is tried
+    name: str  # as reports print it
+    stages: Mapping[str, Callable[[Any, Any], Any]]  # stage -> f(x, honest value); x holds all values computed so far
+    needs: frozenset[str] = frozenset()  # facts of a call (see `facts`) without which it changes nothing
+    convention: bool = False  # another convention, not a mistake
+    companions: tuple[str, ...] = ()  # further changes that the convention implies in the backward
+    tile: int = 0  # the tile size that it depends on, 0: none. A kernel's tile size is not known, so several are tried
     likely: bool = False  # so common that every verdict has to reject it (`npattn.verify.power`)
-    nan: str = ""  # "moves": it is still tried where only the places of NaN are wrong; "makes": it gives NaN of finite inputs
+    nan: str = ""  # "moves": it changes where NaN is, so it is tried if only that is wrong; "makes": finite inputs may give NaN
 
 
 # --- one problem -----------------------------------------------------------------------------------------------------------
@@ -44,12 +44,12 @@ class Change:
 
 @dataclass
 class Truth:
-    """What is right, by tensor, in a precision above the candidate's, and the error that is predicted for the candidate's."""
+    """The right values, by tensor, in a precision above the candidate's, and the error that is predicted for the candidate."""
 
     values: Values
     sigma: Values
-    rest: Values = field(default_factory=dict)  # what the values leave, where no dtype holds them
-    bound: Callable[[], Values] = dict  # computes det
+    rest: Values = field(default_factory=dict)  # what has to be added to the values if no dtype holds them exactly enough
+    bound: Callable[[], Values] = dict  # computes ``det`` when it is needed
 
     @functools.cached_property
     def det(self) -> Values:
@@ -58,14 +58,14 @@ class Truth:
 
 
 def parts(values: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """(name, part, x) of all values: of a NamedTuple or mapping each part, of anything else itself, as the part ""."""
+    """(name, part, x) for every value. A NamedTuple or mapping gives each of its parts, anything else itself as part ""."""
     for name, x in values.items():
         inner = x._asdict() if hasattr(x, "_asdict") else x if isinstance(x, Mapping) else {"": x}
         yield from ((name, part, y) for part, y in inner.items())
 
 
 def in_each(f: Callable[[Any], Any], x: Any) -> Any:
-    """f(x); of a NamedTuple, f of each of its parts."""
+    """f(x); for a NamedTuple, a NamedTuple of f of each part."""
     return type(x)(*(in_each(f, y) for y in x)) if isinstance(x, tuple) and hasattr(x, "_fields") else f(x)
 
 
@@ -77,7 +77,7 @@ def better(dtype: Any) -> Any:
 
 
 def cast(x: Any, dtype: Any) -> Any:
-    """A floating array, or what is made of such arrays, in another dtype; ``object`` stands for the numbers of mpmath."""
+    """A floating array, or an object that holds one, in another dtype; ``object`` stands for the numbers of mpmath."""
     if hasattr(x, "with_parameter"):  # a bias of `npattn.ops.biases`
         return x.with_parameter(cast(x.parameter, dtype))
     if not isinstance(x, np.ndarray) or x.dtype.kind not in "fc":
@@ -113,13 +113,13 @@ class Problem:
 
     @property
     def given(self) -> dict[str, Any]:
-        """Every array by its own name: inputs, each parameter, and the options that have a gradient."""
+        """Every array that has a gradient, by its own name: inputs, each parameter, and differentiable options."""
         options = {name: self.options[name] for name in self.op.differentiable if name in self.options}
         return {part or name: x for name, part, x in parts(self.inputs | options) if x is not None}
 
     @property
     def gradients(self) -> tuple[str, ...]:
-        """'d' and the name of what it belongs to."""
+        """The names of the gradients: 'd' and the name of the array."""
         return tuple(f"d{name}" for name in self.given)
 
     @property
@@ -129,7 +129,7 @@ class Problem:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the largest array that the equations make."""
+        """The shape of the largest array in the equations."""
         return self.op.shape(self)
 
     @property
@@ -138,13 +138,13 @@ class Problem:
         return self.op.arguments(self)
 
     def dtypes(self, tensor: str, precision: Precision) -> list[Any]:
-        """In which dtypes a tensor may come back."""
+        """The dtypes in which a tensor may be returned."""
         own = self.options.get(tensor[1:])
         first = own.dtype if isinstance(own, np.ndarray) and tensor in self.gradients else self.dtype
         return [first] if first == precision.dtype else [first, precision.dtype]
 
     def each(self, f: Callable[[Any], Any]) -> Problem:
-        """The same with f of every value; an array that is given twice stays one array."""
+        """The same problem with f applied to every value. An array that is given twice stays one array."""
         done: dict[int, Any] = {}
 
         def once(x: Any) -> Any:
@@ -158,9 +158,9 @@ class Problem:
         return self.each(lambda x: cast(x, dtype))
 
     def stored(self, precision: Precision) -> Problem:
-        """The same with numbers that the storage of ``precision`` holds: float16 as it is, other formats in float32.
+        """The same problem, its numbers rounded to the storage format of ``precision``: in float16, or in float32 for others.
 
-        Options and the cotangents of what is computed in float32 stay in float32.
+        Options, and cotangents of outputs that are always in float32 (`Op.wide`), stay in float32.
         """
         if precision.storage in ("float32", "float64"):
             return self.astype(precision.dtype)
@@ -181,13 +181,13 @@ class Problem:
         return low
 
     def truth(self, precision: Precision) -> Truth | None:
-        """The reference's values, and sigma for an implementation of that class; None where no dtype is better."""
+        """The reference's values, and sigma for an implementation of that class; None if no dtype is better."""
         return self.op.truth(self, precision)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A named problem, and the features that it speaks for."""
+    """A named problem, and the features that it tests."""
 
     op: str
     name: str
@@ -199,7 +199,7 @@ class Case:
         return self.draw(np.random.default_rng([seed, *self.name.encode()])).astype(self.dtype)
 
     def smaller(self) -> list[Any]:
-        """The next cases to try where this one is to be made smaller, the greatest steps first."""
+        """Smaller cases to try in its place; the largest steps come first."""
         return []
 
 
@@ -207,12 +207,12 @@ class Case:
 
 
 class Calls:
-    """How a candidate of an op is called, from a problem to arguments and back; and what its convention makes of the truth."""
+    """How a candidate of an op is called, and what is right by its convention."""
 
-    text = ""  # the signatures, in words
-    keywords: tuple[str, ...] = ()  # the options of the forward that are given a value
-    assumed: tuple[str, ...] = ()  # those that a function takes whose signature is ``**options``, or is not known
-    positional: tuple[str, ...] = ()  # names that its first parameters may have: others are options that are never given
+    text = ""  # the signatures, for messages
+    keywords: tuple[str, ...] = ()  # the options of the forward that verify knows
+    assumed: tuple[str, ...] = ()  # those that a function is taken to have if its signature is ``**options`` or not known
+    positional: tuple[str, ...] = ()  # possible names of its first parameters; any other is an option never given
 
     def arguments(
         self, candidate: Any, problem: Problem, takes: frozenset[str], backward: bool
@@ -225,11 +225,11 @@ class Calls:
         raise NotImplementedError
 
     def backward(self, candidate: Any, problem: Problem, given: dict[str, Any], values: dict[str, Any]) -> Any:
-        """The gradients by our names, or a text that says what was returned instead."""
+        """The gradients by npattn's names, or a text that says what was returned instead."""
         raise NotImplementedError
 
     def said(self, candidate: Any, problem: Problem, given: dict[str, Any]) -> dict[str, Any]:
-        """The same options in the words of the candidate's convention."""
+        """The same options in the form of the candidate's convention."""
         return given
 
     def changes(self, convention: Any) -> list[Change]:
@@ -237,19 +237,19 @@ class Calls:
         return []
 
     def truth(self, candidate: Any, problem: Problem, precision: Precision) -> Truth | None:
-        """What is right by the candidate's convention; tensors that it leaves open are left out."""
+        """The right values by the candidate's convention, without the tensors that it leaves undefined."""
         return problem.truth(precision)
 
 
 class Relatives:
-    """Problems that are related to one: what holds for it holds for them, or has to be the same. None: there is none."""
+    """Problems related to a given one, with results that must be right or equal, too. None: there is no such problem."""
 
     def first_sequence(self, problem: Problem) -> Problem | None:
         """The first sequence of a batch alone."""
         return None
 
     def hidden(self, problem: Problem) -> Problem | None:
-        """Other numbers in places that nothing may see."""
+        """The same with other numbers in masked places."""
         return None
 
     def masked_otherwise(self, problem: Problem) -> Problem | None:
@@ -265,7 +265,7 @@ class Relatives:
         raise NotImplementedError
 
     def outside(self, problem: Problem, truth: Truth, values: Values) -> str | None:
-        """What lies outside of an exact bound; None where there is none."""
+        """A text on what lies outside of an exact bound, "" if nothing does; None if there is no bound."""
         return None
 
 
@@ -277,7 +277,7 @@ def negated(problem: Problem) -> Problem:
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """All that is known about verifying one op."""
+    """All that verify knows of one op."""
 
     name: str
     outputs: tuple[str, ...]
@@ -288,26 +288,26 @@ class Op:
     truth: Callable[[Problem, Precision], Truth | None]
     changes: Mapping[str, Change]
     cases: list[Any]
-    candidates: Mapping[str, Callable[[], Pair]]  # those that come with npattn, the first is the default
+    candidates: Mapping[str, Callable[[], Pair]]  # those that come with npattn; the first is the default
     calls: Calls
     differentiable: tuple[str, ...] = ()  # options that have a gradient
     optional: tuple[str, ...] = ()  # gradients that a backward may leave out
     wide: tuple[str, ...] = ()  # outputs in the computing dtype, whatever the inputs are
-    handed: frozenset[str] = frozenset()  # stages whose change is handed out, and not kept for the backward
+    handed: frozenset[str] = frozenset()  # stages whose change reaches the output alone, not what the backward keeps
     shape: Callable[[Problem], tuple[int, ...]] = lambda p: np.shape(next(iter(p.cotangents.values())))
     arguments: Callable[[Problem], dict[str, Any]] = lambda p: p.options  # the options as the reference takes them
-    given: Callable[[Problem], dict[str, Any]] = lambda p: p.options  # as those get them who take nothing but arrays
-    facts: Callable[[Problem, Mapping[str, Any]], set[str]] = lambda p, given: set()  # beside the options that are given
-    undefined: Callable[[Problem, Precision], str] = lambda p, precision: ""  # why a class of precision has no result here
-    canonical: Callable[[Problem], Problem] = lambda p: p  # as a candidate sees it
+    given: Callable[[Problem], dict[str, Any]] = lambda p: p.options  # for candidates that take arrays alone
+    facts: Callable[[Problem, Mapping[str, Any]], set[str]] = lambda p, given: set()  # in addition to the names of the options
+    undefined: Callable[[Problem, Precision], str] = lambda p, precision: ""  # why a class of precision is not tested here
+    canonical: Callable[[Problem], Problem] = lambda p: p  # the form in which candidates get a problem
     eager: Callable[[Problem, Precision], Values] | None = None  # what the rules of other suites compare with
     bounded: bool = False  # whether there is a rigorous bound
     relatives: Relatives = field(default_factory=Relatives)  # for the exact conditions, which need no tolerance
     conditioned: tuple[str, ...] = ()  # the cases on which they are examined
-    hypotheses: tuple[Any, ...] = ()  # of `npattn.verify.search`; none: those of every op
+    hypotheses: tuple[Any, ...] = ()  # see `npattn.verify.search`; empty: those for every op
     more_changes: Callable[[list[dict[str, Any]], dict[str, Any]], list[Change]] = lambda earlier, given: []  # of earlier calls
-    otherwise: Callable[[Problem], Problem] = negated  # a call of the same shapes in between, which leaves no state behind
-    evidence: tuple[str, ...] = ()  # cases that are looked at before what is NaN everywhere gets a name
+    otherwise: Callable[[Problem], Problem] = negated  # another call of the same shapes, to be made in between
+    evidence: tuple[str, ...] = ()  # cases to run before NaN everywhere is explained
     basics: tuple[str, ...] = ()  # cases in which most mistakes do not show
     random_cases: Callable[[int, int], list[Any]] = lambda seed, count: []
 
@@ -317,7 +317,7 @@ class Op:
         Op.known[self.name] = self
 
     def __reduce__(self) -> Any:
-        return _named, (self.name,)  # another process has its own
+        return _named, (self.name,)  # pickled by its name: another process has its own record
 
     @functools.cached_property
     def by_name(self) -> dict[str, Any]:
@@ -329,6 +329,6 @@ def _named(name: str) -> Op:
 
 
 def facts(problem: Problem, given: Mapping[str, Any]) -> frozenset[str]:
-    """What a call has in it: the names that `Change.needs` speaks of."""
+    """What a call contains, in the names of `Change.needs`: its options, and what `Op.facts` adds."""
     found = {name for name, value in given.items() if value is not None and value is not False}
     return frozenset(found | problem.op.facts(problem, given))

@@ -1,9 +1,8 @@
 """The page on what the installed libraries do: every sentence of it is a result of the run that writes it.
 
-There are three kinds of runs. All cases of `npattn verify` say what is supported and how exact it is. Probes, small questions
-to each library in its own words, say which conventions it follows. Findings are plain code of the library: it is run as it
-stands on the page, with what it prints beside it. A finding that prints something else than it did when it was written down is
-reported as such.
+The run has three parts. All cases of `npattn verify` show what a library supports and how exact it is. Probes, small calls of
+the library's own functions, show which conventions it follows. Findings are short programs that use the library: the page shows
+each program and what it printed. A finding that prints something else than when it was recorded is reported as such.
 """
 
 from __future__ import annotations
@@ -33,15 +32,15 @@ class Examined:
     name: str
     report: Report
     conventions: dict[str, str]  # what the probes found
-    under_preset: int | None  # tensors that are rejected under the library's own preset, too; None where it has none
+    under_preset: int | None  # how many tensors are rejected also under the library's own preset; None if it has none
 
     @property
     def rejected(self) -> list[tuple[str, list[str]]]:
-        """Case and tensors."""
+        """The wrong cases, each with its wrong tensors."""
         return [(r.case, [c.tensor for c in r.checks if c.status == "wrong"]) for r in self.report.wrong]
 
     def cell(self, feature: str) -> str:
-        """The worst error of a feature in what holds, and how much of it is rejected."""
+        """For one feature, the largest error of the tensors that pass, and how many are rejected."""
         results = self.report.features().get(feature, [])
         tested = [c for r in results for c in r.tested]
         if not tested:
@@ -53,13 +52,13 @@ class Examined:
 
     @property
     def refusals(self) -> list[str]:
-        """What it does not support: keywords that it does not take, and its own words."""
+        """What it does not support: keywords that it does not take, and the messages of its refusals."""
         texts = dict.fromkeys(c.text for r in self.report.results for c in r.checks if c.status in ("not supported", "refused"))
         words = {"dlse", *(name for op in OPS.values() for name in op.calls.keywords)}
         listed: dict[str, None] = {}
         for text in texts:
             parts = text.split(", ")
-            own = re.sub(r"^\w+: ", "", text)  # without the name of what says so
+            own = re.sub(r"^\w+: ", "", text)  # without the function's name
             if "_to_torch: " in text:
                 own = "parameters that torch's layout cannot hold"
             for part in parts if set(parts) <= words else [re.split(r"[.:] ", own.rstrip("."))[0]]:
@@ -68,12 +67,12 @@ class Examined:
 
     @property
     def held(self) -> list[float]:
-        """The error of each tensor that holds."""
+        """The error of each tensor that passes."""
         return [c.worst for r in self.report.results for c in r.tested if c.status == "ok"]
 
 
 def version(library: str) -> str:
-    """The installed version, or nothing."""
+    """The installed version, "" if it is not installed."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
@@ -81,13 +80,13 @@ def version(library: str) -> str:
 
 
 def examined(name: str) -> Examined:
-    """All cases, and the probes."""
+    """Run all cases and the probes of one candidate."""
     candidate, preset = load(name), PEERS[name].preset
     settings, cases = Settings(power=False), CASES_OF[candidate.op]
     report = Report(name, [examine(candidate, case, 0, settings) for case in cases], candidate.op)
     under_preset = None
     if preset:
-        # The adapters speak npattn's words, so that of a preset only what is expected, or open, counts.
+        # The adapters take arguments in npattn's form. So only the "expected" and "undefined" fields of a preset count.
         convention = PRESETS[preset].convention
         said = {n: v for use in ("expected", "undefined") for n, v in convention.changes(use).items() if n != "dlse"}
         own, wrong = dataclasses.replace(candidate, convention=Convention(**said)), {r.case for r in report.wrong}
@@ -97,7 +96,7 @@ def examined(name: str) -> Examined:
 
 
 def page(only: list[str], progress: Callable[[str], None]) -> str:
-    """The page as Markdown; only: these built-in candidates and no others."""
+    """The page as Markdown. only : names of built-in candidates; all of them if it is empty"""
     for name in only:
         if name not in PEERS:
             raise CandidateError(f"--only {name}: expected one of {', '.join(PEERS)}")
@@ -170,7 +169,7 @@ def _summary(peers: list[Examined], shown: dict[str, list[Shown]]) -> Iterator[s
 
 
 def _agreement(p: Examined) -> str:
-    """Whether the library's preset says what was measured."""
+    """The library's preset, and the fields in which the probes measured something else."""
     if not p.conventions:
         return "-"
     preset = PEERS[p.name].preset

@@ -1,8 +1,8 @@
-"""Could the judge have failed? What it says of zeros, of an error of 1e-3, and of the likely mistakes on the same inputs.
+"""The power of the judge: whether it rejects zeros, an error of 1e-3 and the likely mistakes on the same inputs.
 
-That is its power: a verdict counts only if all of them are rejected. What the likely mistakes reach does not depend on the
-candidate. For the cases and seeds that ship it is kept in power.json, by a digest of the inputs and the call; for others it is
-computed. ``make power`` writes it anew, and tests/test_power.py holds it to what is computed.
+A verdict counts only if all of them are rejected. How large the errors of the likely mistakes are does not depend on the
+candidate. For the cases and seeds of npattn these errors are stored in power.json, by a digest of the inputs and the call; for
+others they are computed. ``make power`` writes the file anew, and tests/test_power.py compares it with what is computed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from npattn.verify.rounding import LEVELS, accepts, units
 from npattn.verify.search import LARGE
 from npattn.verify.stages import CANNOT, Variants
 
-Reach = dict[str, tuple[float, float]]  # by tensor: the largest error in sigma, and its rms; inf where the shape differs
+Reach = dict[str, tuple[float, float]]  # by tensor: the largest error in sigma, and the rms; inf if the shape differs
 KEPT = Path(__file__).parent / "power.json"
 SEEDS = range(3)  # those of --deep
 
@@ -40,7 +40,7 @@ def blind_spots(
     problem: Problem, given: dict[str, Any], align: str, truth: Truth, tested: list[str], level: str, precision: Precision,
     base: list[Change],
 ) -> dict[str, str]:  # fmt: skip
-    """For each tensor what its judge could not tell from the truth, or nothing: zeros, a small error, likely mistakes."""
+    """By tensor: what the judge would accept in its place, of zeros, a small error and the likely mistakes."""
     scale = truth.det if level == "bounded" else truth.sigma
     planted = max(PLANTED, 16 * precision.coarsest)
 
@@ -52,7 +52,7 @@ def blind_spots(
         want = truth.values[t]
         some = np.isfinite(want) & (want != 0)
         if not some.any():
-            # Exactly 0, -inf or NaN by convention: anything else is rejected. Where rounding is allowed for, nothing is tested.
+            # All is 0, -inf or NaN. Anything else is rejected if sigma is 0; if it is not, the tensor is not tested.
             if want.size and (scale[t][np.isfinite(want)] > 0).any():
                 blind[t] = "the true value is 0"
         elif not rejects(t, np.where(some, 0, want)):
@@ -64,7 +64,7 @@ def blind_spots(
     for name, reach in others.items():
         seen = {t: reach[t] for t in tested if t in reach}
         worst = max(seen, key=lambda t: seen[t][0], default="")
-        # Below 1 it is the same here, within an honest rounding error.
+        # Below 1 sigma the mistake changes nothing here but rounding.
         if worst and seen[worst][0] >= 1 and not any(_rejected(level, *seen[t]) for t in seen):
             blind.setdefault(worst, f"{name!r} would pass")
     return blind
@@ -76,7 +76,7 @@ def _rejected(level: str, most: float, rms: float) -> bool:
 
 
 def neighbours(problem: Problem, given: Mapping[str, Any]) -> list[Change]:
-    """The likely mistakes of a call."""
+    """The likely mistakes that can show in a call."""
     present = facts(problem, given)
     return [c for c in problem.op.changes.values() if c.likely and c.needs <= present]
 
@@ -85,12 +85,12 @@ def _computed(
     problem: Problem, given: dict[str, Any], align: str, truth: Truth, scale: Mapping[str, Array], tested: Iterable[str],
     level: str, base: list[Change],
 ) -> dict[str, Reach]:  # fmt: skip
-    """How far the likely mistakes are from the truth. Where their outputs are rejected, which is cheap to know, no more."""
+    """How far the likely mistakes are from the truth, without those whose outputs, which are cheap to compute, are rejected."""
     found: dict[str, Reach] = {}
     if not math.prod(problem.shape):
         return found
     variants = Variants(problem, given, align, base)
-    least = 16 if problem.dtype == np.float64 else 0  # these runs are in float64 themselves: less is their own rounding
+    least = 16 if problem.dtype == np.float64 else 0  # sigma; less may be rounding of these runs, which are in float64, too
     for change in neighbours(problem, given)[: 6 if math.prod(problem.shape) > LARGE else None]:
         with contextlib.suppress(*CANNOT):
             outputs = variants.outputs(change)
@@ -116,7 +116,7 @@ def _reach(values: Mapping[str, Array], truth: Truth, scale: Mapping[str, Array]
 
 
 def _moved(a: Array, b: Array | None, sigma: Array | None, least: float) -> bool:
-    """Whether a change has changed anything: by more than ``least`` sigma."""
+    """Whether a change has moved any element by more than ``least`` sigma."""
     if b is None or sigma is None or a.shape != b.shape or a.shape != sigma.shape:
         return True
     return bool((units(a, b, np.maximum(sigma, 1e-300)) > least).any())
@@ -126,7 +126,7 @@ def _moved(a: Array, b: Array | None, sigma: Array | None, least: float) -> bool
 
 
 def digest(problem: Problem, given: Mapping[str, Any], align: str, precision: Precision, base: list[Change]) -> str:
-    """All that the reach of a mistake depends on, but for the code: the call, its numbers, which mistakes, what judges them."""
+    """A hash of everything that `Reach` depends on besides the code: the call, its numbers, the mistakes, the precision."""
     names = [c.name for c in neighbours(problem, given)]
     call = (sorted(facts(problem, given)), align, precision, [c.name for c in base], names)
     text = hashlib.blake2b(repr(call).encode(), digest_size=8)
@@ -146,7 +146,7 @@ def _kept() -> dict[str, dict[str, Reach]]:
 
 
 def calls(seeds: Iterable[int] = SEEDS) -> Iterable[tuple[Problem, dict[str, Any], Precision]]:
-    """Every case of attention, as those get it who take a mask alone, and those who take causal, window and key_lengths."""
+    """Every case of attention, once with all masks as one array, once with causal, window and key_lengths as keywords."""
     op = OPS["attention"]
     candidate, in_words = Candidate("", print), set(op.calls.keywords) - set(op.calls.assumed)
     for seed, case in itertools.product(seeds, op.cases):
@@ -158,7 +158,7 @@ def calls(seeds: Iterable[int] = SEEDS) -> Iterable[tuple[Problem, dict[str, Any
 
 
 def reaches(problem: Problem, given: dict[str, Any], precision: Precision) -> dict[str, Reach] | None:
-    """What is kept of one call: the mistakes that some tensor is moved by and does not tell, at the level "good"."""
+    """What is stored of one call: the mistakes that move some tensor by 1 sigma or more and are accepted there as "good"."""
     truth = problem.truth(precision)
     if truth is None:
         return None
@@ -175,7 +175,7 @@ def _short(x: float) -> float:
 
 
 def write() -> None:
-    """Writes power.json anew."""
+    """Write power.json anew."""
     found = {}
     for problem, given, precision in calls():
         reach = reaches(problem, given, precision)

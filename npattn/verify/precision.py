@@ -44,7 +44,7 @@ class Precision:
         return "tf32" if self.name == "tf32" else self.storage
 
     def declared(self) -> Precision:
-        """For inputs that are already in its format, whose rounding is exact. TF32 rounds whatever enters a product."""
+        """The class for inputs that its format can hold: they are not rounded again. TF32 rounds whatever enters a product."""
         return self if self.name == "tf32" else dataclasses.replace(self, inputs=0.0)
 
 

@@ -1,4 +1,4 @@
-"""A failing case by itself: replayed with its seed, made as small as it still fails, and saved for another program to read."""
+"""One failing case: run again with its seed, shrunk for as long as it fails, and saved for another program to read."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from npattn.verify.op import Problem, parts
 
 
 def fails(candidate: Candidate, case: Any, seed: int, settings: Settings) -> bool:
-    """Whether a case of these sizes can be drawn and is wrong."""
+    """Whether a case can be drawn with these sizes and is wrong."""
     try:
         return examine_all(candidate, case, seed, settings).status == "wrong"
-    except (ValueError, IndexError, ZeroDivisionError):  # options that leave nothing to draw, or a twist that does not fit
+    except (ValueError, IndexError, ZeroDivisionError):  # nothing can be drawn with these options, or a twist does not fit
         return False
 
 
 def shrink(candidate: Candidate, case: Any, seed: int, settings: Settings) -> Any:
-    """The smallest case found that is still wrong: each letter in turn is halved, then lowered by one, until nothing helps.
+    """A smaller case that is still wrong: `Case.smaller` is tried again and again, until every smaller case is right.
 
-    Heads and groups stay what they are to each other. An empty axis would be another case: no letter goes below 1.
+    An axis of size 0 would be another kind of case, so no letter goes below 1.
     """
     settings = dataclasses.replace(settings, power=False)
     if not case.smaller() or not fails(candidate, case, seed, settings):
@@ -46,7 +46,7 @@ LEGEND = "HGLSDEMFVTN"  # the letters of npattn/__init__.py in their order, with
 
 
 def sizes_of(problem: Problem) -> dict[str, int]:
-    """What the letters stand for; the options of a case may have changed its sizes."""
+    """The size for each letter, read off the inputs, since the options of a case may have changed its sizes."""
     found: dict[str, int] = {}
     for name, x in problem.inputs.items():
         if isinstance(x, np.ndarray):
@@ -55,7 +55,7 @@ def sizes_of(problem: Problem) -> dict[str, int]:
 
 
 def shapes(case: Any, seed: int = 0) -> str:
-    """The sizes of a case in words."""
+    """The sizes of a case as a text."""
     problem = case.problem(seed)
     (name, x), *_ = problem.inputs.items()
     lead = ", ".join(map(str, x.shape[: 1 - len(problem.op.axes[f"d{name}"])]))
@@ -63,7 +63,7 @@ def shapes(case: Any, seed: int = 0) -> str:
 
 
 def save(path: Path, candidate: Candidate, case: Any, seed: int, settings: Settings, result: Result) -> None:
-    """Everything about one case in an npz file: inputs and options as given, the truth, sigma, and what was returned."""
+    """Write everything about one case to an npz file: inputs and options as given, the truth, sigma, and what was returned."""
     problem, precision = as_given(case, seed, settings)
     arrays: dict[str, Any] = {**problem.inputs, **problem.cotangents}
     options, _ = candidate.arguments(problem, candidate.forward)
@@ -84,16 +84,16 @@ def save(path: Path, candidate: Candidate, case: Any, seed: int, settings: Setti
         "wrong": [c.text for c in result.checks if c.status == "wrong"],
         "diagnosis": [e.text for e in result.explanations],
     }  # fmt: skip
-    flat = {"about": np.array(json.dumps(about)), **_flat(arrays)}  # copies: a candidate may write on what it is given
+    flat = {"about": np.array(json.dumps(about)), **_flat(arrays)}  # copies: a candidate may write into its inputs
     forward = call_forward(candidate, problem)
     flat |= _flat({f"got_{n}": x for n, x in forward.values.items() if isinstance(x, np.ndarray)})
     if forward.values:
         backward = call_backward(candidate, problem, forward.values)
         flat |= _flat({f"got_{n}": x for n, x in backward.values.items() if isinstance(x, np.ndarray)})
-    with path.open("wb") as file:  # by its name, numpy would add .npz to it
+    with path.open("wb") as file:  # given a path, numpy would append .npz to it
         np.savez(file, **flat)
 
 
 def _flat(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Copies of the arrays, those of parameters by the names of both."""
+    """Copies of the arrays; a parameter has the names of the whole and of its part."""
     return {f"{name}_{part}" if part else name: np.array(x) for name, part, x in parts(arrays) if x is not None}

@@ -1,4 +1,4 @@
-"""What was found out about a candidate, as data. Its texts for people are composed in `text`."""
+"""What was found out about a candidate, as data. The texts for people are made in `text`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from npattn.verify.judge import Result
 from npattn.verify.request import TENSOR_FEATURES, check_features
 
 LEAST_SHARE = 1 / 3
-"""A candidate has to take at least this share of the cases that its signature takes, and so has its backward, if there is one.
+"""At least this share of the cases that its signature allows has to be tested: of the forward, and of the backward if given.
 
-Built-in candidates take four fifths or more. Two take less, because each is for one kind of call: gpt-oss' attention, which
-always has a sink, and the fast path of torch's layer. What takes less than a third is narrower than its signature says.
+Built-in candidates reach four fifths or more. Two reach less, because each is for one kind of call: gpt-oss' attention, which
+always has a sink, and the fast path of torch's layer. Below a third a candidate supports far less than its signature says.
 """
 
 
@@ -29,9 +29,9 @@ class Facts:
 
     candidate: str
     op: str = "attention"
-    options: tuple[str, ...] = ()  # the keywords of its forward that verify gives values to
+    options: tuple[str, ...] = ()  # the keywords of its forward that verify knows
     strangers: tuple[str, ...] = ()  # see `Candidate.strangers`
-    library: str = ""  # the library of tensors that its module uses
+    library: str = ""  # the tensor library that its module uses
     backward: bool = False  # whether there is one
 
     @classmethod
@@ -51,16 +51,16 @@ class Report:
     level: str = "good"
     precision: str = ""  # the declared class
     strangers: tuple[str, ...] = ()  # see `Facts`, also for options, library and backward
-    fits: str = ""  # the class that the errors fit best, where it is another
+    fits: str = ""  # another precision class that the errors fit best; "" if there is none
     rules: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     library: str = ""
     backward: bool = False
-    asked: int = 0  # how many results there would have been
+    asked: int = 0  # how many results there are after a complete run
     interrupted: bool = False
 
     def verdict(self, require: Iterable[str] = ()) -> str:
-        """In one word or two; the command's exit status follows from it. ``require`` are features that have to be tested."""
+        """The verdict in a few words; the exit status follows from it. require : features that have to be tested"""
         if self.unexpected:
             return "unexpected"
         if self.wrong:
@@ -79,17 +79,17 @@ class Report:
 
     @property
     def wrong(self) -> list[Result]:
-        """What is wrong, and not expected to be."""
+        """Results that are wrong, and not expected to be."""
         return [r for r in self.results if r.status == "wrong" and not r.expected]
 
     @property
     def unexpected(self) -> list[Result]:
-        """What was expected to fail, was tested completely, and holds."""
+        """Results that were expected to fail, were tested completely, and are right."""
         return [r for r in self.results if r.expected and r.status == "ok" and not r.partly]
 
     @property
     def unsettled(self) -> list[Result]:
-        """What was expected to fail and was tested in part, where that part holds. The rest may fail."""
+        """Results that were expected to fail and were tested only in part. That part is right; the rest may fail."""
         return [r for r in self.results if r.expected and r.partly and r.status != "wrong"]
 
     @property
@@ -102,7 +102,7 @@ class Report:
         return sum(len(r.checks) for r in self.results)
 
     def shares(self) -> dict[str, tuple[int, int]]:
-        """How many cases were tested, and how many the signature takes: by the forward and, if there is one, the backward."""
+        """For the forward, and the backward if given: how many cases were tested, and how many its signature allows."""
         found = {}
         for side in ("forward", "backward")[: 1 + self.backward]:
             statuses = [
@@ -116,10 +116,10 @@ class Report:
 
     @property
     def too_little(self) -> bool:
-        """Whether so little was tested, or holds, that the verdict would be one on less than the signature claims.
+        """Whether too little was tested, or is right, for a verdict on everything that the signature claims.
 
-        That is so where most was refused or lost, or where all that was tested is expected to fail. One case alone is enough
-        where no other was asked for.
+        That is so if most cases were refused or lost, or if every tested tensor is expected to fail. A single case is enough if
+        no other was asked for.
         """
         if len({r.case for r in self.results}) < 2:
             return False
@@ -128,19 +128,19 @@ class Report:
 
     @property
     def refused(self) -> dict[str, int]:
-        """What was said when a case was refused, and how often; the commonest first."""
+        """The messages of refused cases, and how many cases have each; the commonest first."""
         said = Counter(text for r in self.results for text in {c.text for c in r.checks if c.status == "refused"})
         return dict(said.most_common())
 
     @property
     def unused(self) -> list[str]:
-        """Options in the signature that were given in no case that was tested."""
+        """Options in the signature that no tested case has given."""
         given = {name for r in self.results if r.tested for name in r.options}
         return [name for name in self.options if name not in given]
 
     @property
     def diagnosis(self) -> dict[str, list[str]]:
-        """What was recognised, and the cases in which it was; the commonest first."""
+        """The explanations that were found, each with its cases; the commonest first."""
         found: dict[str, list[str]] = {}
         for r in self.results:
             for e in r.explanations:
@@ -150,7 +150,7 @@ class Report:
         return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
     def features(self) -> dict[str, list[Result]]:
-        """The results by feature. Of a feature of tensors, a result has the checks of those tensors alone."""
+        """The results by feature. For a feature of tensors (TENSOR_FEATURES) a result has the checks of these tensors alone."""
         found: dict[str, list[Result]] = {}
         for r in self.results:
             for feature in r.features:
@@ -167,7 +167,7 @@ class Report:
         return [f for f in features if not any(r.tested for r in found.get(f, []))]
 
     def lines(self) -> list[str]:
-        """What is wrong, a line each."""
+        """One line for each thing that is wrong."""
         return text.lines(self)
 
     def hints(self) -> list[str]:
@@ -175,7 +175,7 @@ class Report:
         return text.hints(self)
 
     def require(self, features: Iterable[str] = ()) -> Report:
-        """Itself, or AssertionError with what is wrong, what it is taken to be, and what was not tested."""
+        """This report. Raises AssertionError with what is wrong, what explains it, and what was not tested."""
         __tracebackhide__ = True
         features = list(features)
         check_features("require", features, self.op, self.features())
@@ -184,7 +184,7 @@ class Report:
         return self
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; what is not finite is null."""
+        """The report in plain values for JSON; numbers that are not finite become null."""
 
         def plain(x: Any) -> Any:
             if isinstance(x, dict):

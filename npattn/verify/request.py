@@ -1,4 +1,4 @@
-"""What is asked of verify. Every name is checked before anything runs: one that nothing has could never fail."""
+"""What is asked of verify. Every name is checked before anything runs: a misspelt one would match nothing and never fail."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TENSOR_FEATURES: dict[str, Callable[[str], bool]] = {
     "dsink": lambda tensor: tensor == "dsink",
     "conditions": lambda tensor: tensor in CONDITIONS,
 }
-"""Features that are those of tensors, not of cases."""
+"""Features that belong to tensors, not to cases."""
 
 
 def check_names(level: str, precision: str | None, rules: Iterable[str]) -> None:
@@ -44,14 +44,14 @@ def _check_name(what: str, name: str, known: Iterable[str]) -> None:
 
 
 def check_supported(op: str, name: str, level: str, rules: Iterable[str]) -> None:
-    """Raises where an op has no such level, or no rules."""
+    """Raise if the op has no such level, or no rules."""
     if (level == "bounded" and not OPS[op].bounded) or (list(rules) and OPS[op].eager is None):
         what = "level bounded is" if level == "bounded" else "rules are"
         raise CandidateError(f"{what} for attention, and {name} is {op}")
 
 
 def check_features(what: str, names: Iterable[str], op: str, more: Iterable[str] = ()) -> None:
-    """Raises for a feature that no case of the op has, and that is not among ``more``."""
+    """Raise for a feature that no case of the op has and that is not in ``more``."""
     known = {*(feature for case in CASES_OF[op] for feature in case.features), *more, *TENSOR_FEATURES}
     for name in names:
         if name not in known:
@@ -59,7 +59,7 @@ def check_features(what: str, names: Iterable[str], op: str, more: Iterable[str]
 
 
 def expected_reasons(failures: Mapping[str, str], cases: Iterable[Any]) -> dict[str, str]:
-    """The reason why a case is expected to fail, by its name. In ``failures`` a * stands for anything in a name."""
+    """For each case that is expected to fail, by its name, the reason. The keys of ``failures`` may contain *."""
     names = [case.name for case in cases]
     found: dict[str, str] = {}
     for pattern, reason in failures.items():

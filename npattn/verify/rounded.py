@@ -1,8 +1,8 @@
 """An honest dense implementation of each precision class: the equations of attention with the roundings of that class.
 
 Compare a low-precision kernel with it to see whether roundings alone explain the kernel's errors. What the class does not round
-is in float32, as accumulators are (in float64 for the class float64). It shares no code with `npattn.verify.stages`, which is
-tested with it.
+is in float32, as accumulators are (in float64 for the class float64). It shares no code with `npattn.verify.stages`; the tests
+compare the two.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def swap(x: Array) -> Array:
 
 
 def rounded(precision: Precision) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """forward and backward, as `npattn.verify` takes them."""
+    """A forward and a backward that `npattn.verify` can call as a candidate."""
     p, work = precision, precision.dtype
 
     def low(x: Any, roundoff: float) -> Any:

@@ -29,7 +29,7 @@ def units(got: Array, want: Array, sigma: Array, rest: Any = 0.0) -> Array:
 
 @quiet
 def accepts(level: str, off: Array) -> bool:
-    """Whether a level accepts these errors, in sigma; for "bounded" in det."""
+    """Whether a level accepts these errors. They are in units of sigma, for "bounded" in units of det."""
     if not off.size:
         return True
     if level == "bounded":
@@ -51,7 +51,7 @@ class Rounding:
         return functools.reduce(np.hypot, errors)
 
     def low(self, roundoff: float, x: Array, subnormal: float = 0.0) -> Any:
-        """The error of rounding x to a smaller format; subnormal : half the spacing below its least normal number."""
+        """The error of rounding x to a smaller format. subnormal : half the spacing of the format's subnormal numbers"""
         if not roundoff:
             return 0.0 * x
         if self.rigorous:
@@ -84,12 +84,12 @@ class Rounding:
         return self._chain(n, self.sum(np.abs(terms), axis), terms.sum(axis, keepdims=True))
 
     def _chain(self, n: int, size: Array, total: Array) -> Array:
-        """The rounding of a sum of n products, one after the other, each of whose partial sums s_m is rounded.
+        """The rounding of a sum of n products that are added one after the other: each partial sum s_m is rounded.
 
-        size, total : the sum of |products| (for det) or the root of the sum of their squares (for sigma); and the sum itself
+        size  : the sum of |products| in det, the root of the sum of their squares in sigma;  total : the sum itself
 
         For n terms of mean mu and standard deviation sd, the sum of E s_m^2 over m is (n^2 / 2) sd^2 + (n^3 / 3) mu^2. It is
-        taken for (n / 2) sum t^2 + (n / 3) (sum t)^2, which is up to 5/3 too large.
+        replaced by (n / 2) sum t^2 + (n / 3) (sum t)^2, which is up to 5/3 too large.
         """
         if self.rigorous:
             gamma = (n + 2) * self.unit / (1 - min((n + 2) * self.unit, 0.5))
@@ -98,7 +98,7 @@ class Rounding:
 
 
 def _scaled(x: Array, axis: Any = -1) -> tuple[Array, Array]:
-    """The largest |x| along the axis, and x divided by it, since the squares of weights below 1e-154 would underflow."""
+    """The largest |x| along the axis, and x divided by it: without that, squares of weights below 1e-154 would underflow."""
     top = np.abs(x).max(axis, keepdims=True, initial=0.0)
     top = np.where(top == 0, 1.0, top)
     return top, x / top

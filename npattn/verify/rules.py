@@ -1,4 +1,4 @@
-"""The acceptance rules of other projects' test suites. They are reported beside a verdict and change nothing of it."""
+"""The acceptance rules of other projects' test suites. They are reported beside the verdict and do not change it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _flash(got: Array, want: Array, low: Array, tensor: str, storage: str) -> bo
 
 
 def _torch(got: Array, want: Array, low: Array, tensor: str, storage: str) -> bool:
-    """atol and rtol of the eager implementation's own error, times a factor of the tensor (PyTorch's test_transformers)."""
+    """atol and rtol are the eager implementation's own error times a factor for the tensor (PyTorch's test_transformers)."""
     factor = {"out": 4, "dq": 180, "dk": 16, "dv": 4}.get(tensor, 16)
     rtol, atol = _default_tolerances(storage)
     with np.errstate(all="ignore"):
@@ -62,9 +62,9 @@ candidate stores in; it says whether the suite would accept the tensor.
 def accepted(
     rules: Iterable[str], problem: Problem, want: Mapping[str, Array], judged: Mapping[str, Any], declared: Precision | None
 ) -> dict[str, dict[str, bool]]:
-    """What each rule says of each tensor that a candidate returned: tensor -> rule -> whether its suite would accept it.
+    """For each tensor that a candidate returned: tensor -> rule -> whether the suite of that rule would accept it.
 
-    Nothing is said of what is no array of floats, or has no truth. A tensor of another shape is accepted by no rule.
+    Only arrays of floats for which there is a truth are in it. No rule accepts a tensor of another shape.
     """
     rules = list(rules)
     floats = {t: x for t, x in judged.items() if t in want and getattr(getattr(x, "dtype", None), "kind", "") == "f"}

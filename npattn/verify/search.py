@@ -1,7 +1,7 @@
-"""One wrong case, and what could explain it: how near what was returned is to what a change gives.
+"""The search for what explains one wrong case: how near the returned tensors are to those that a change gives.
 
-A hypothesis is a function of a `Search`. It says which of the tensors that are left it explains. Which are tried, and in which
-order, is `Op.hypotheses`; those of every op stand in `npattn.verify.explain`.
+A hypothesis is a function of a `Search`. It returns explanations of some tensors that are not explained yet. `Op.hypotheses`
+lists those of an op in the order in which they are tried; those for every op are in `npattn.verify.explain`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from npattn.tolerances import GOOD_RMS, MATCH_MAX, MATCH_NEARER, MATCH_RMS, ROUG
 from npattn.verify.op import Change, Problem, Values, facts
 from npattn.verify.stages import CANNOT, Variants, attempt
 
-LARGE = 200_000  # elements of the scores, above which only what has been seen in smaller cases is tried first
+LARGE = 200_000  # elements of the scores; in larger cases the search may end after the changes that were found before
 UNKNOWN = "nothing that is known"
 NEVER_WRITTEN = "wrong for keys that nobody sees, and for no other: never written?"
 DETACHED = "a gradient of 0 everywhere: detached, or not computed"
@@ -29,18 +29,18 @@ DETACHED = "a gradient of 0 everywhere: detached, or not computed"
 
 @dataclass(frozen=True)
 class Explanation:
-    """What matches what was returned."""
+    """One explanation of wrong tensors: a change that gives the same, or a text that names what is seen."""
 
     names: tuple[str, ...]  # one change, or two together
     tensors: tuple[str, ...]
     distance: float  # rms, in sigma
     where: str = ""  # "in the backward", or nothing
-    others: tuple[str, ...] = ()  # what cannot be told apart from it here
+    others: tuple[str, ...] = ()  # changes that fit here as well
 
     @property
     def text(self) -> str:
         name = " and ".join(self.names)
-        if self.distance == math.inf:  # it is no match
+        if self.distance == math.inf:  # no change was matched
             return f"{', '.join(self.tensors)}: {name}{self.where}"
         where = f" {self.where}" if self.where else ""
         more = f"{'; '.join(self.others[:3])}{'; ...' if len(self.others) > 3 else ''}"
@@ -60,9 +60,9 @@ class Hypothesis(NamedTuple):
 
 
 def distance(got: Any, value: Array, sigma: Array) -> tuple[float, float]:
-    """rms and maximum of the difference in sigma, inf where shapes, NaN or inf differ.
+    """rms and maximum of the difference in sigma; inf if shapes differ, or the places of NaN or inf do.
 
-    sigma is that of the reference, and never below its median: what a change makes of an exact 0 has a rounding error too.
+    sigma is that of the reference, but at least its median: a change may put a rounded number where the reference is exactly 0.
     """
     if not isinstance(got, np.ndarray) or got.shape != value.shape:
         return np.inf, np.inf
@@ -82,9 +82,9 @@ def distance(got: Any, value: Array, sigma: Array) -> tuple[float, float]:
 
 
 def near(apart: tuple[float, float], before: float) -> bool:
-    """Whether this is a match, for a tensor that is ``before`` sigma away from the reference.
+    """Whether a tensor matches a change: within rounding, and clearly nearer to it than ``before``, its rms to the reference.
 
-    Within rounding and clearly nearer than the reference. A change may make the problem worse conditioned: then far nearer.
+    A change may make the problem worse conditioned. Then a larger distance is allowed, if it is nearer by a far larger factor.
     """
     rms, most = apart
     matches = rms <= MATCH_RMS and most <= MATCH_MAX and rms < before / MATCH_NEARER
@@ -92,14 +92,14 @@ def near(apart: tuple[float, float], before: float) -> bool:
 
 
 def median(sigma: Array, dtype: Any) -> float:
-    """The median over elements with an error of their own: near the smallest normal number is only what exp loses there."""
-    tiny = float(np.finfo(np.float64 if np.dtype(dtype) == np.float64 else np.float32).smallest_normal)  # low ones: in float32
+    """The median of sigma, without elements near the smallest normal number, which allow for underflow in exp alone."""
+    tiny = float(np.finfo(np.float64 if np.dtype(dtype) == np.float64 else np.float32).smallest_normal)  # else of float32
     known = sigma[np.isfinite(sigma) & (sigma > 1e6 * tiny)]
     return float(np.median(known)) if known.size else 0.0
 
 
 def flat_of(wrong: Iterable[str], got: dict[str, Any], right: Values, outputs: Iterable[str]) -> dict[str, str]:
-    """Tensors that are NaN, or one number, everywhere, where the truth is not; and what to say of each."""
+    """Tensors that are NaN or one number everywhere, though the truth is not; each with the text to report."""
     found: dict[str, str] = {}
     for t in wrong:
         x, want = np.asarray(got[t], np.float64), right.get(t)
@@ -116,17 +116,17 @@ def flat_of(wrong: Iterable[str], got: dict[str, Any], right: Values, outputs: I
 
 
 class Memory:
-    """What was seen in the cases before: a `npattn.verify.explain.Diagnostician` has it."""
+    """What a search knows of earlier cases: the part of `npattn.verify.explain.Diagnostician` that it uses."""
 
     align: str
     seconds: float  # for one search
-    left: float  # for all of them; after that only what has been seen is tried
+    left: float  # seconds for all searches; below 0 only changes that were found before are tried
     pairs_left: int
     known: Any  # how often each name was found
     earlier: list[dict[str, Any]]  # the options of calls before this one
     returned: list[dict[str, Any]]  # what calls before this one returned
 
-    right: dict[Any, Any]  # cases that hold
+    right: dict[Any, Any]  # cases that were right
 
     def excluded(self, change: Change, base: list[Change], in_backward: bool) -> bool:
         raise NotImplementedError
@@ -136,7 +136,7 @@ class Memory:
 
 
 class Search:
-    """What was returned for one problem, what changes give, and what is explained so far."""
+    """The search in one case: what was returned, which changes may be tried, and what is explained so far."""
 
     def __init__(
         self, memory: Memory, problem: Problem, given: dict[str, Any], sigma: Values, got: dict[str, Any], wrong: list[str],
@@ -158,9 +158,9 @@ class Search:
         self.right = {} if self.variants is None else self.variants.unchanged
         self.before = {t: distance(got[t], self.right[t], sigma[t])[0] if t in self.right else np.inf for t in self.returned}
         self.only_nan = False  # whether only the places of NaN and inf are wrong
-        self.followed: tuple[Change, ...] = ()  # what the forward does, and the backward may do too
-        self.partly: dict[str, list[tuple[float, Change]]] = {}  # what explains one output, by output
-        self.backward_done = False  # whether nothing more is to be looked for in the backward
+        self.followed: tuple[Change, ...] = ()  # the changes found in the forward; the backward may make them, too
+        self.partly: dict[str, list[tuple[float, Change]]] = {}  # by output: changes that explain it alone
+        self.backward_done = False  # whether the search in the backward is over
         self.row_factor: Array | None = None
         self.until = time.thread_time() + memory.seconds
 
@@ -170,13 +170,13 @@ class Search:
 
     @property
     def left(self) -> list[str]:
-        """The tensors that are wrong, and not explained yet."""
+        """The wrong tensors that are not explained yet."""
         explained = {t for e in self.found for t in e.tensors}
         return [t for t in self.wrong if t not in explained]
 
     @property
     def clear(self) -> list[str]:
-        """Those of `left` that are wrong by more than a little."""
+        """Those of `left` whose error is clearly larger than rounding."""
         return [t for t in self.left if self.before[t] > GOOD_RMS]
 
     def values(self, changes: Iterable[Change], **options: Any) -> Values:
@@ -193,32 +193,32 @@ class Search:
         return {}
 
     def kept(self, returned: Array | None) -> Variants | None:
-        """For changes of the backward alone, which starts from this output: most of it is computed once."""
+        """The runs with one change of the backward that starts from this output; what they share is computed once."""
         with contextlib.suppress(*CANNOT):
             return Variants(self.problem, self.given, self.memory.align, self.base, self.dtype, returned)
         return None
 
     def away(self, tensors: Iterable[str], values: Values) -> float:
-        """The largest distance of these tensors from what a change gives, inf where one does not match."""
+        """The largest rms distance of these tensors from ``values``; inf if one of them does not match."""
         worst = 0.0
         for t in tensors:
             if t not in values:
                 return np.inf
             apart = distance(self.got[t], values[t], self.sigma[t])
-            right = self.before[t] <= GOOD_RMS  # then it has to stay right
+            right = self.before[t] <= GOOD_RMS  # it was right, and has to be right with the change
             if not (apart[0] <= MATCH_RMS if right else near(apart, self.before[t])):
                 return np.inf
             worst = max(worst, apart[0])
         return worst
 
     def enough(self, tried: int, matches: list[Any]) -> bool:
-        """Whether to stop: all that is known was tried in a large case, or the time is over."""
+        """Whether to stop: the time is over, or in a large case a match is among the changes that were found before."""
         return (self.large and tried >= self.known and bool(matches)) or time.thread_time() > self.until
 
     def best(
         self, matches: list[tuple[float, Change]], backward: bool = False
     ) -> tuple[tuple[float, Change], tuple[str, ...]]:
-        """The nearest that no case before this one excludes; those that are as near stay in the order they were tried in."""
+        """The nearest match that no earlier case excludes, and the names of others as near, in the order of their trial."""
         ties = nearest(matches)
         if len(ties) > 1:
             ties = [m for m in ties if not self.memory.excluded(m[1], self.base, backward)] or ties
@@ -226,13 +226,13 @@ class Search:
 
 
 def nearest(matches: list[tuple[float, Change]]) -> list[tuple[float, Change]]:
-    """The nearest, and those that are as near."""
+    """The nearest match, and those that are about as near; in their order."""
     least = min(d for d, _ in matches)
     return [m for m in matches if m[0] <= max(1.3 * least, least + 0.05)]
 
 
 def joined(explanations: Iterable[Explanation]) -> list[Explanation]:
-    """One explanation for each name, with all its tensors."""
+    """Explanations of the same names become one, of all their tensors."""
     found: dict[tuple[str, ...], Explanation] = {}
     for e in explanations:
         old = found.get(e.names)
@@ -243,7 +243,7 @@ def joined(explanations: Iterable[Explanation]) -> list[Explanation]:
 
 
 def factor(s: Search, tensor: str) -> list[Explanation]:
-    """Whether a tensor is right but for a factor."""
+    """Whether a tensor is right up to a constant factor."""
     got, want = np.asarray(s.got[tensor], np.float64), s.right[tensor]
     finite = np.isfinite(want) & np.isfinite(got)
     norm = float(np.square(want[finite]).sum())

@@ -1,8 +1,8 @@
-"""Verify verified: seeded bugs have to be caught, and most of them named, by the very functions that judge a candidate.
+"""The test of verify itself: the functions that judge a candidate have to catch all seeded bugs, and to name most of them.
 
-The seeds are generated from the records of the ops. Each `Change` of an op becomes a candidate: the op's equations, run in
-float32 with that change. Around the unchanged equations stand wrappers, which are bugs that any op can have. A name that is
-found by running the same change proves little of naming, so that is measured on other implementations: tests/seeded.
+The seeds are made from the records of the ops. Each `Change` of an op becomes a candidate: the op's equations, run in float32
+with that change. Wrappers around the unchanged equations are bugs that any op can have. The diagnosis runs the same changes, so
+that a bug named here proves little. How well bugs are named is therefore measured on other implementations: tests/seeded.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from npattn.verify.search import distance
 from npattn.verify.stages import CANNOT, Variants, run
 
 SETTINGS = Settings(power=False)
-NAMED = 0.9  # the least share of the seeds that has to be named
-SMALL = 50_000  # elements of the scores up to which a case is one of the first to be looked at
+NAMED = 0.9  # at least this share of the seeds has to be named
+SMALL = 50_000  # elements of the scores: cases of at least this size are not used
 
 
 class Seed(NamedTuple):
-    """One bug, and what names it."""
+    """One bug, and the texts that count as its name."""
 
     op: Op
     kind: str  # "change", "in the backward" or "wrapper"
     name: str
     candidate: Candidate
-    says: tuple[str, ...]  # patterns: of a diagnosis, or of what is said of a tensor
-    cases: tuple[str, ...]  # on which it is examined
+    says: tuple[str, ...]  # patterns for the name in a diagnosis, or for the text of a check
+    cases: tuple[str, ...]  # the cases on which it is examined
 
 
 @dataclass(frozen=True)
 class Caught:
-    """What became of one seed."""
+    """The result for one seed."""
 
     seed: Seed
     by: str = ""  # the case and tensor that caught it
@@ -62,7 +62,7 @@ class Caught:
 def staged(
     op: Op, changes: Iterable[Change] = (), backward: Iterable[Change] | None = None, align: str = "top_left"
 ) -> Candidate:
-    """The op's equations as a candidate that computes in the dtype of its inputs, with these changes."""
+    """A candidate made of the op's equations with these changes; it computes in the dtype of its inputs."""
     names = list(op.cases[0].problem().inputs)
     first, *others = (f"d{t}" for t in op.outputs)
 
@@ -85,7 +85,7 @@ def staged(
 
 
 def _signed(function: Callable[..., Any], names: list[str], keywords: Iterable[str]) -> Callable[..., Any]:
-    """The function with a signature that says what it takes."""
+    """The function, with a signature of these positional names and keywords."""
     P = inspect.Parameter
     parameters = [P(n, P.POSITIONAL_ONLY) for n in names] + [P(n, P.KEYWORD_ONLY, default=None) for n in keywords]
     vars(function)["__signature__"] = inspect.Signature(parameters)
@@ -96,7 +96,7 @@ def _signed(function: Callable[..., Any], names: list[str], keywords: Iterable[s
 
 
 def _of_each(change: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """What a function returns, each array changed."""
+    """A wrapper that changes each array that a function returns."""
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -121,7 +121,7 @@ def _writes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _keeps_state(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns what it has returned for the first inputs of the same shapes."""
+    """For inputs of known shapes it returns again what it returned the first time."""
     seen: dict[Any, Any] = {}
 
     @functools.wraps(function)
@@ -156,9 +156,9 @@ def seeds(ops: Iterable[Op] = OPS.values()) -> Iterator[Seed]:
     for op in ops:
         both = [_Cases(op, align) for align in ("top_left", "bottom_right")]
         for change in op.changes.values():
-            # A convention of alignment is none to those who have it.
+            # "causal=top_left" changes nothing in equations that are aligned in that way: so both alignments are tried.
             cases, shown = next(((c, names) for c in both if (names := c.showing(change))), (both[0], ()))
-            if shown:  # else it needs larger tiles than these cases have, or is the same sum in another way
+            if shown:  # else it needs larger tiles than these cases have, or changes only the order of a sum
                 yield Seed(op, "change", change.name, staged(op, [change], align=cases.align), (change.name,), shown)
             if shown and op.handed and change.likely and (alone := cases.showing(change, backward=True)):
                 tested = staged(op, (), [change], cases.align)
@@ -176,7 +176,7 @@ def seeds(ops: Iterable[Op] = OPS.values()) -> Iterator[Seed]:
 
 
 class _Cases:
-    """The cases that are not large, those in float32 first, and in which of them a change shows."""
+    """The cases that are not large, those in float32 first; it finds one in which a change shows."""
 
     def __init__(self, op: Op, align: str) -> None:
         self.op, self.align, self.honest = op, align, staged(op, align=align)
@@ -193,9 +193,9 @@ class _Cases:
         return Variants(problem, given, self.align), truth.values, truth.sigma
 
     def showing(self, change: Change, backward: bool = False) -> tuple[str, ...]:
-        """The first case in which it is far off, else the first with NaN where there should be none; or nothing.
+        """The first case in which the change is far off, or else the first in which NaN or inf differ; empty if there is none.
 
-        backward : it is made in the backward alone
+        backward : the change is made in the backward alone
         """
         with_nan = ""
         if backward and not self.of(self.names[0])[0].changes_forward(change):
@@ -217,12 +217,12 @@ class _Cases:
         return (with_nan,) if with_nan else ()
 
     def have_nan(self) -> bool:
-        """Whether NaN is right anywhere."""
+        """Whether NaN is the right value anywhere in these cases."""
         return any(np.isnan(x).any() for name in self.names for x in self.of(name)[1].values())
 
 
 def examined(seed: Seed) -> Caught:
-    """On its own cases, after a few on which most bugs do not show."""
+    """Examine a seed on its own cases, after a few others (`Op.basics`) in which most bugs do not show."""
     op, diagnostician = seed.op, Diagnostician(seed.candidate.align, pairs=0)
     silent = Listener(diagnostician)
     for name in op.basics:
@@ -247,7 +247,7 @@ def _caught(seed: Seed, result: Result, wrong: list[Any]) -> Caught:
 
 
 def run_self_test(line: Callable[[str], None], chosen: Iterable[Seed] | None = None) -> bool:
-    """Print a line for each seed, and a table; whether all were caught and most of them named."""
+    """Print a line for each seed, and a table. Returns whether all seeds were caught and enough of them named."""
     started = time.perf_counter()
     found: list[Caught] = []
     for seed in seeds() if chosen is None else chosen:

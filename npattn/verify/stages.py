@@ -1,11 +1,11 @@
 """The engine: runs an op's equations stage by stage, with stages changed, rounded or noisy.
 
-The equations of an op are written once more (`Op.forward`, `Op.backward`), and each value has a name: ``x.keep(name, value)``.
-With nothing changed they agree with the reference to the last bits, which the tests hold them to. Here a stage may be
+The equations of an op are written a second time (`Op.forward`, `Op.backward`), and each value has a name:
+``x.keep(name, value)``. Unchanged, they agree with the reference up to the last bits; the tests check that. A stage may be
 
     changed  : a `Change` replaces its value by that of a known mistake or of another convention
-    noisy    : N(0, 1) times its rounding error is added, for `SAMPLES` samples at once. The root mean square of what comes out,
-               less what comes out without noise, is sigma for an op that has no formula for it.
+    noisy    : N(0, 1) times its rounding error is added, in `SAMPLES` samples at once. The root mean square of the differences
+               to the result without noise is sigma, for ops that have no formula for it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from npattn.verify.op import Change, Problem, Truth, Values, better, cast, facts
 from npattn.verify.precision import Precision
 from npattn.verify.rounding import Rounding
 
-SAMPLES = 32  # of the noise: sigma is known to 1 / sqrt(64), 12 percent
+SAMPLES = 32  # of the noise: the standard error of sigma is 1 / sqrt(64), 12 percent
 CANNOT = (ValueError, IndexError, TypeError, AttributeError, KeyError, ZeroDivisionError)
-"""What a change raises that a call leaves no room for."""
+"""What a change may raise in a call in which it cannot be made."""
 
 
 class Run:
     """One run of the equations: its attributes are the values of the stages.
 
-    In a noisy run, and in every run of an op that asks for its inputs by `input`, each value has an axis of samples in front.
-    The first sample has no noise; a run without noise has no other.
+    In every run of an op that gets its inputs by `input`, the first axis of each value is that of the samples. The first sample
+    has no noise; in a run without noise it is the only one.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Run:
         changes: Iterable[Change] = (), precision: Precision | None = None, dtype: Any = None, low: Any = None,
         start: Run | None = None, recorded: bool = False,
     ) -> None:  # fmt: skip
-        """given: the options as the candidate gets them; low: its dtype; start: a recorded run, taken over up to a change."""
+        """given: the options of the candidate; low: its dtype; start: a recorded run, reused up to the first changed stage."""
         self.original, self.align, self.low = problem, align, np.dtype(low or problem.dtype)
         self.dtype = problem.dtype if dtype is None else dtype
         if start is None:
@@ -64,7 +64,7 @@ class Run:
         raise AttributeError(name)
 
     def keep(self, name: str, value: Callable[[], Any], error: Callable[[Any], Any] | None = None) -> Any:
-        """A stage: its honest value, with noise of this error (of the first sample), or changed."""
+        """A stage: its honest value, with noise in a noisy run, then changed. error(first sample) : the size of the noise"""
         if self.start is not None and name not in self.changes:
             known = next(self.start)
             self.__dict__.update(known)
@@ -76,7 +76,7 @@ class Run:
         setattr(self, name, x)
         for change in self.changes.get(name, ()):
             setattr(self, name, change(self, getattr(self, name)))
-        if self.recorded:  # a stage may set others beside its own
+        if self.recorded:  # a change may set other values, too
             more = {n: y for n, y in self.__dict__.items() if y is not before.get(n)}
             self.log.append({name: getattr(self, name), **more})
         return getattr(self, name)
@@ -91,7 +91,7 @@ class Run:
     # -- stages with a rounding error
 
     def input(self, name: str, x: Any) -> Any:
-        """An input gets its axis of samples; None stays None."""
+        """An input, with an axis of samples in front; None stays None."""
         self.sampled = True
         if x is None:
             return self.keep(name, lambda: None)
@@ -128,7 +128,7 @@ class Run:
 
     def outer(self, name: str, x: Array, dy: Array, heads: int = 1, axis: int = 1) -> Any:
         """x^T dy summed over all tokens: (.., B, L, M) and (.., B, L, N) -> (.., M, N)."""
-        if not (np.isfinite(x).all() and np.isfinite(dy).all()):  # never where there is noise
+        if not (np.isfinite(x).all() and np.isfinite(dy).all()):  # never in a noisy run
             return self.keep(name, lambda: weight_gradient(x[0], dy[0], heads, axis)[None])
         a, b = (y.reshape(len(y), -1, y.shape[-1]) for y in (x, dy))
         return self.product(name, swap(a), b)
@@ -142,12 +142,12 @@ def run(
     dtype: Any = None, low: Any = None, precision: Precision | None = None, backward: Iterable[Change] | None = None,
     gradients: bool = True, fused: bool = True, returned: Array | None = None,
 ) -> Values:  # fmt: skip
-    """Outputs and gradients with these changes, computed in ``dtype``; an axis of samples comes first where there is noise.
+    """Outputs and gradients with these changes, computed in ``dtype``; in a noisy run the first axis is that of the samples.
 
-    given    : the options as the candidate gets them; align : the convention of causal and window
-    changes  : of the forward, and of the backward too, unless ``backward`` gives others for it
-    fused    : the backward uses what the forward has kept (`Op.handed`); else it makes its own
-    returned : the first output as the candidate kept it: what is rounded once more is rounded from there
+    given    : the options as the candidate gets them; align : the alignment of causal and window
+    changes  : those of the forward, and of the backward too unless ``backward`` gives others for it
+    fused    : the backward uses the outputs that the forward has kept; else it computes them again, with its own changes
+    returned : the first output that the candidate returned; a fused backward starts from it
     """
     here = facts(problem, problem.options if given is None else given)
     changes = [c for c in changes if c.needs <= here]
@@ -170,11 +170,11 @@ def run(
 def _for_backward(
     x: Run, changes: list[Change], inner: list[Change], fused: bool, again: Callable[[list[Change]], Run]
 ) -> Run:
-    """What the backward starts from: what its own changes make of the forward, and what the forward has kept."""
+    """The run that the backward continues: a forward with the backward's changes, and the outputs that the forward kept."""
     op, y = x.problem.op, x
     kept = {t: getattr(x, t) for t in op.outputs}
     if inner != changes or any(op.handed & c.stages.keys() for c in changes):
-        # A convention of what is handed out is not one of what is kept.
+        # Changes of handed-out stages are left out: they are not in what is kept.
         y = again([Change(c.name, {n: f for n, f in c.stages.items() if n not in op.handed}) for c in inner])
         op.forward(y)
         if not fused or inner == changes:
@@ -189,7 +189,7 @@ def _gradients(x: Run) -> Values:
 
 
 def attempt(*args: Any, **options: Any) -> Values:
-    """`run`, and nothing where a change cannot be made in this call."""
+    """`run`; empty if a change cannot be made in this call."""
     try:
         return run(*args, **options)
     except CANNOT:
@@ -197,13 +197,13 @@ def attempt(*args: Any, **options: Any) -> Values:
 
 
 class Variants:
-    """What `run` returns with one change more, where only the stages from the changed one on are computed again."""
+    """What `run` returns with one more change: only the stages from the changed one on are computed again."""
 
     def __init__(
         self, problem: Problem, given: Mapping[str, Any], align: str, base: Iterable[Change] = (), dtype: Any = np.float64,
         returned: Array | None = None,
     ) -> None:  # fmt: skip
-        """returned : the first output as the candidate kept it, see `run`"""
+        """returned : the first output that the candidate returned, see `run`"""
         here = facts(problem, given)
         self.call, self.dtype, self.base = (problem, given, align), dtype, [c for c in base if c.needs <= here]
         with np.errstate(all="ignore"):
@@ -234,7 +234,7 @@ class Variants:
         return bool(change.stages.keys() & self.of_forward)
 
     def outputs(self, change: Change) -> Values | None:
-        """The outputs with this change; nothing where it does not reach them, None where it changes nothing at all."""
+        """The outputs with this change; empty if it does not reach them, None if it changes nothing at all."""
         if not self.changes_forward(change):
             return None if _same(self.backwards, change) else {}
         return None if _same(self.forwards, change) else self.forward(change)
@@ -260,7 +260,7 @@ class Variants:
 
 
 def _same(x: Run, change: Change) -> bool:
-    """Whether the changed stages are what they were, as a mask that is ignored where it masks nothing."""
+    """Whether a change leaves its stages as they are, for example "mask is ignored" if the mask allows everything."""
     tried = Run.__new__(Run)
     tried.__dict__.update(vars(x))
     for stage, value in change.stages.items():
@@ -281,18 +281,18 @@ UNSUPPORTED = "precision classes of layers: float32 and float64, with inputs and
 
 
 def no_inner_rounding(problem: Problem, precision: Precision) -> str:
-    """The noise knows of no rounding to a smaller format within the equations."""
+    """Why a precision class is not supported: it rounds to a smaller format within the equations. "" if it does not."""
     inner = (precision.scores, precision.weights, precision.dweights, precision.dscores, precision.delta_out)
     return UNSUPPORTED if any(inner) else ""
 
 
 def finite(x: Any) -> Any:
-    """What is NaN or inf reaches nothing, or makes the truth NaN: for sigma it is 0."""
+    """0 in place of NaN and inf: they are masked, or make the truth NaN. Neither has a rounding error."""
     return np.where(np.isfinite(x), x, 0) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x
 
 
 def by_noise(problem: Problem, precision: Precision, clean: Callable[[Any], Any] = finite) -> Truth | None:
-    """The reference's values, and for sigma the spread of the noisy equations; None where there is no better dtype."""
+    """The reference's values, and for sigma the spread of the noisy equations; None if there is no better dtype."""
     dtype = better(precision.dtype)
     if dtype is None:
         return None
@@ -305,9 +305,9 @@ def by_noise(problem: Problem, precision: Precision, clean: Callable[[Any], Any]
 
 
 def _spread(samples: Array, want: Array, precision: Precision) -> Array:
-    """The root mean square of samples less the first, which has no noise; and the rounding of what is returned."""
+    """sigma: the rms of the samples' differences to the first, which has no noise, and the rounding of the result."""
     error = np.asarray(samples[1:] - samples[:1], np.float64)
-    top = np.maximum(np.abs(error).max(0), 1e-300)  # squares of what is below 1e-154 would underflow
+    top = np.maximum(np.abs(error).max(0), 1e-300)  # squares of numbers below 1e-154 would underflow
     rms = top * np.sqrt(np.square(error / top).mean(0))
     size = np.where(np.isfinite(want), np.abs(want), 0).astype(np.float64)
     rounded = np.where(size > 0, np.hypot(ROUNDING_STD * precision.out * size, precision.subnormal), 0)

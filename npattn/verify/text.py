@@ -1,4 +1,4 @@
-"""All that verify says to people, composed here and nowhere else."""
+"""All texts that verify shows to people."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WANTS_TENSORS = (
     "axes don't match array", "must be Tensor", "'numpy.ndarray' object has no attribute", "'int' object is not callable",
     "not numpy.ndarray", "expected Tensor",
 )  # fmt: skip
-"""What a function says that was written for tensors and got arrays: x.transpose(1, 2), x.size(0), a call of the library."""
+"""Messages of functions that were written for tensors and got arrays: x.transpose(1, 2), x.size(0), a call of the library."""
 
 SHOWN = 3  # wrong cases below the verdict
 
@@ -29,7 +29,7 @@ SHOWN = 3  # wrong cases below the verdict
 
 
 def verdict(report: Report, require: Iterable[str] = ()) -> str:
-    """The verdict in a sentence. A second line names the class of precision that the errors fit, if there is one."""
+    """The verdict in a sentence. A second line names the precision class that the errors fit, if there is one."""
     who, require, word = report.candidate, list(require), report.verdict(require)
     tested = f"{report.tested} of {report.total}"
     expected = sum(bool(r.expected) and r.status == "wrong" for r in report.results)
@@ -52,19 +52,19 @@ def verdict(report: Report, require: Iterable[str] = ()) -> str:
 
 
 def _shares(report: Report) -> str:
-    """How much was tested of what the signature takes."""
+    """How many of the cases that the signature allows were tested."""
     counts = " and ".join(f"its {side} took {a} of {b} cases" for side, (a, b) in report.shares().items())
     return f"{counts} that its signature takes; a third is the least, and something has to hold"
 
 
 def _refusals(report: Report) -> str:
-    """What was refused, and how often; the five commonest."""
+    """The five commonest messages of refused cases, each with the number of cases."""
     said = [f"{text} ({_count(n)})" for text, n in report.refused.items()]
     return "; ".join(said[:5]) + (f"; and {len(said) - 5} more" if len(said) > 5 else "")
 
 
 def summary(report: Report, verbose: bool) -> Iterator[str]:
-    """What stands below the verdict: how much was tested, what it looks like, and the first cases that are wrong."""
+    """The lines below the verdict: how much was tested, the diagnosis, and the first wrong cases."""
     yield from coverage(report)
     if report.diagnosis:
         yield f"\n{'it looks like':58} cases"
@@ -142,7 +142,7 @@ def hints(report: Report) -> list[str]:
 
 
 def unknown_keywords(report: Report) -> list[str]:
-    """Which keywords of the candidate are never given, because verify knows none by that name."""
+    """A line on the candidate's keywords that are never given, because verify does not know them."""
     if not report.strangers:
         return []
     names = ", ".join(OPS[report.op].calls.keywords)
@@ -153,18 +153,18 @@ def unknown_keywords(report: Report) -> list[str]:
 
 
 def lines(report: Report) -> list[str]:
-    """What is wrong, a line each."""
+    """One line for each thing that is wrong."""
     return [f"{case}: {text}" for case, text in _wrong_lines(report)]
 
 
 def _wrong_lines(report: Report) -> list[tuple[str, str]]:
-    """Case and text of each tensor that is wrong, and of each case that holds and was expected to fail."""
+    """(case, text) for each wrong tensor, and for each case that is right though it was expected to fail."""
     said = [(r.case, f"{c.tensor}: {c.text}") for r in report.wrong for c in _wrong(r)]
     return said + [(r.case, f"was expected to fail ({r.expected}), and holds") for r in report.unexpected]
 
 
 def failure(report: Report, require: Iterable[str] = ()) -> str:
-    """Why `Report.require` raises; nothing where it does not."""
+    """Why `Report.require` raises; "" if it does not."""
     cases: dict[str, list[str]] = {}
     for case, text in _wrong_lines(report):
         cases.setdefault(text, []).append(case)
@@ -184,7 +184,7 @@ def failure(report: Report, require: Iterable[str] = ()) -> str:
 
 
 def describe(result: Result, first_seed: int = 0) -> Iterator[str]:
-    """A line for the case, and one for each tensor that is wrong, and for what it looks like."""
+    """A line for the case, one for each wrong tensor, and one for each explanation."""
     name = result.case if result.seed == first_seed else f"{result.case} (seed {result.seed})"
     worst = max(result.tested, key=lambda c: c.worst, default=None)
     if worst is None:
@@ -207,7 +207,7 @@ def describe(result: Result, first_seed: int = 0) -> Iterator[str]:
 
 
 def table(report: Report) -> Iterator[str]:
-    """What was tested of each feature, and the largest error in it."""
+    """A table of features: how much of each was tested, and its largest error."""
     yield f"\n{'feature':18} {'tested':>11}  {'worst':>9}  where"
     known = {r.case for r in report.results if r.expected}
     for feature, results in report.features().items():
@@ -234,7 +234,7 @@ def not_shrunk(case: str, op: str, wrong: bool) -> str:
 
 
 def smallest(shapes: str, result: Result, first_seed: int) -> Iterator[str]:
-    """A case that was made smaller, in the shapes that it has now."""
+    """The report on a case that was made smaller."""
     yield f"\n{result.case}, as small as it still fails: {shapes}"
     yield from describe(result, first_seed)
 
@@ -281,7 +281,7 @@ def _wrong(result: Result) -> list[Check]:
 
 
 def _cases(results: Iterable[Result]) -> list[str]:
-    """Their names, each once: a case is there for every seed."""
+    """The names of the cases, each once: there is a result for every seed."""
     return list(dict.fromkeys(r.case for r in results))
 
 

@@ -1,8 +1,8 @@
-"""A candidate in a process of its own: what it does to that process, it does not do to verify.
+"""A candidate runs in a process of its own, so that nothing it does to that process harms verify.
 
 It may end the process, crash it, hang, close its output, or start threads and processes. The process is spawned, not forked,
-because a fork hangs BLAS and torch. Everything that a case needs happens there: the calls, the judgement, the diagnosis. Here
-is what asks for it, watches the time of each call, and goes on with a new process where one is lost.
+because BLAS and torch hang after a fork. Everything that a case needs happens there: the calls, the judgement, the diagnosis.
+`Worker` asks for it, watches the time of each call, and starts a new process if one is lost. `Served` answers in that process.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from npattn.verify.explain import Diagnostician
 from npattn.verify.judge import Check, Result, Settings, examine
 from npattn.verify.report import Facts, Report
 
-TIMEOUT = 120.0  # seconds for a call: a first one may compile, and loops in Python take half a minute. Least for an import
-HANGS = 3  # after so many calls without an answer, or starts that fail, nothing more is asked
-QUIET = 600.0  # seconds between two calls: the judgement and the diagnosis take a few
+TIMEOUT = 120.0  # seconds for a call: the first may compile, and Python loops take half a minute. An import has at least this
+HANGS = 3  # after this many calls without an answer, or failed starts, nothing more is asked
+QUIET = 600.0  # seconds without a message between calls of the candidate: judgement and diagnosis take a few seconds
 
 
 @dataclass(frozen=True)
@@ -53,28 +53,28 @@ class Spec:
 
 
 class LostError(Exception):
-    """The process has ended, or was ended, amid what it was asked."""
+    """The process ended, or was ended, before it answered."""
 
     def __init__(self, text: str, who: str) -> None:
         super().__init__(text)
-        self.who = who  # "forward" or "backward", or nothing between two calls
+        self.who = who  # the call that was running: "forward", "backward" or "import"; "" if none was
 
 
 class GivenUpError(LostError):
-    """Nothing more is asked."""
+    """Too many calls had no answer (HANGS): nothing more is asked."""
 
 
 class FaultError(LostError):
-    """A fault of npattn's own, with its traceback: or of a candidate that has changed what npattn stands on."""
+    """An exception in verify's own code, with its traceback. A candidate that changes npattn or NumPy may cause it, too."""
 
 
 class Worker:
-    """The candidate's process, as seen from ours. Start it with ``with``."""
+    """The candidate's process, as seen from verify's. Use it in a ``with`` statement, which starts and ends the process."""
 
     def __init__(self, spec: Spec, timeout: float = TIMEOUT) -> None:
         self.spec, self.timeout, self.hangs = spec, timeout, 0
-        self.facts: Any = None  # `Facts`, once it is loaded
-        self.faults: list[str] = []  # of npattn's own, with their traceback
+        self.facts: Any = None  # `Facts`, once the candidate is loaded
+        self.faults: list[str] = []  # tracebacks of verify's own exceptions
         self.process: Any = None
         self.connection: Any = None
 
@@ -88,7 +88,7 @@ class Worker:
     # -- what is asked
 
     def examine(self, case: Any, seed: int) -> Result:
-        """One case and its conditions, whatever becomes of the process."""
+        """One case and its conditions. If the process is lost, the result says so."""
         try:
             result: Result = self._ask("examine", case, seed)
         except GivenUpError as error:
@@ -118,7 +118,7 @@ class Worker:
         return found
 
     def save(self, path: Path, case: Any, result: Result) -> str:
-        """Writes a case; returns why that could not be done, or nothing. Raises LostError."""
+        """Write a case to a file. Returns why that failed, "" if it did not. Raises LostError."""
         return str(self._ask("save", path, case, result))
 
     # -- how it is asked
@@ -140,7 +140,7 @@ class Worker:
                 text = f"{self.spec.name} cannot be loaded: {error}" if isinstance(error, LostError) else str(error)
                 raise CandidateError(text) from None
             self.hangs += 1
-            raise LostError(f"it cannot be loaded again: {error}", "") from None  # it was there when it was loaded first
+            raise LostError(f"it cannot be loaded again: {error}", "") from None  # no usage error: it was loaded once
         except BaseException:
             self._end()
             raise
@@ -151,13 +151,13 @@ class Worker:
         self.connection.close()
         if hasattr(os, "killpg"):
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signal.SIGKILL)  # with what it has started, also where it has ended itself
+                os.killpg(self.process.pid, signal.SIGKILL)  # and what it has started, even if it has ended itself
         self.process.kill()
         self.process.join()
         self.process = None
 
     def _ask(self, what: str, *given: Any) -> Any:
-        """The answer to one question. Raises LostError, and CandidateError while it is loaded."""
+        """The answer to one question. Raises LostError, and CandidateError if the candidate cannot be loaded."""
         if self.hangs >= HANGS:
             raise GivenUpError(f"given up: {HANGS} times there was no answer", "")
         if self.process is None:
@@ -173,7 +173,7 @@ class Worker:
                 limit = max(self.timeout, TIMEOUT) if what == "load" else self.timeout
                 left = max((heard + QUIET if first is None else first + limit) - time.monotonic(), 0)
                 if not wait([self.connection], min(left, 1.0)):
-                    if not self.process.is_alive():  # and what it has forked keeps the connection open
+                    if not self.process.is_alive():  # a fork of it may keep the connection open
                         raise EOFError
                     if left == 0:
                         raise self._hung(next((name for name, start in running.values() if start == first), ""))
@@ -201,7 +201,7 @@ class Worker:
             print(f"npattn verify: no answer from the {who or 'judgement'}; it is here:", file=sys.stderr, flush=True)
             with contextlib.suppress(OSError):
                 os.kill(self.process.pid, signal.SIGUSR1)
-                time.sleep(0.3)  # until that is written
+                time.sleep(0.3)  # until its traceback is written
         self._end()
         if not who:
             return LostError(f"its results cannot be judged within {QUIET:g} s", who)
@@ -232,7 +232,7 @@ def _signal(number: int) -> str:
 
 
 def _without(case: Any, seed: int, status: str, text: str, who: str = "") -> Result:
-    """The result of a case whose values are lost."""
+    """The result of a case if the process is lost."""
     problem = case.problem(seed)
     tensors = [*problem.outputs, *problem.gradients]
     at = problem.gradients[0] if who == "backward" and problem.gradients else tensors[0]
@@ -244,7 +244,7 @@ def _without(case: Any, seed: int, status: str, text: str, who: str = "") -> Res
 
 @contextlib.contextmanager
 def _no_interrupt() -> Iterator[None]:
-    """Ctrl-C is for us: a process that is started within does not see it."""
+    """Ctrl-C is for verify's process: a process that is started in this context does not get it."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -256,13 +256,13 @@ def _no_interrupt() -> Iterator[None]:
 
 
 RAISED_INTERRUPT = type("KeyboardInterrupt", (Exception,), {})
-"""What a candidate raises is an answer of its own; a real one would end the run."""
+"""Stands for a KeyboardInterrupt that the candidate itself raises: a real one would end the run."""
 
 # --- in the process ----------------------------------------------------------------------------------------------------------
 
 
 def _serve(connection: Connection, path: list[str]) -> None:
-    """Answers one question after the other, until nobody asks any more."""
+    """Answer one question after the other until the connection is closed."""
     sys.path[:] = path
     _settle(connection)
     served: Any = None
@@ -276,7 +276,7 @@ def _serve(connection: Connection, path: list[str]) -> None:
         try:
             what, given = connection.recv()
         except (EOFError, OSError):
-            os._exit(0)  # and not what the candidate has left to do at exit
+            os._exit(0)  # without the candidate's exit handlers
         try:
             if what == "load":
                 served = Served(given[0], send)
@@ -285,7 +285,7 @@ def _serve(connection: Connection, path: list[str]) -> None:
                 answer = getattr(served, what)(*given)
         except CandidateError as error:
             send("usage", str(error))
-        except BaseException as error:  # of verify's own: those of the candidate are caught where it is called
+        except BaseException as error:  # verify's own: those of the candidate are caught around its calls
             if what == "load":
                 send("usage", f"{given[0].name} cannot be loaded: {type(error).__name__}: {said(error)}")
             else:
@@ -295,7 +295,7 @@ def _serve(connection: Connection, path: list[str]) -> None:
 
 
 def _settle(connection: Connection) -> None:
-    """A process group of its own, no interrupts, output beside the report and not amid it, and an end with whoever asks."""
+    """Give the process a group of its own, no interrupts, stderr as its output, and an end when its parent ends."""
     if hasattr(os, "setsid"):
         os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -304,8 +304,8 @@ def _settle(connection: Connection) -> None:
     with contextlib.suppress(OSError):
         os.dup2(2, 1)
     with contextlib.suppress(AttributeError, OSError, ValueError):
-        faulthandler.enable(all_threads=False)  # a crash says where
-        faulthandler.register(signal.SIGUSR1, all_threads=False)  # and so does who hangs
+        faulthandler.enable(all_threads=False)  # a crash prints a traceback
+        faulthandler.register(signal.SIGUSR1, all_threads=False)  # and so does a process that hangs
     parent = multiprocessing.parent_process()
     if parent is not None:
         sentinel = parent.sentinel
@@ -318,7 +318,7 @@ def _settle(connection: Connection) -> None:
 
 
 class Served:
-    """What is asked for, on the candidate that is loaded here."""
+    """The loaded candidate in its process: each method is the answer to one kind of question."""
 
     def __init__(self, spec: Spec, send: Callable[..., None]) -> None:
         loaded = load(spec.name, spec.backward, spec.convention, spec.op)
@@ -338,7 +338,7 @@ class Served:
                     raise RAISED_INTERRUPT(*error.args).with_traceback(error.__traceback__) from None
                 finally:
                     if os.getpid() != pid:
-                        os._exit(0)  # a child of a fork that has come back: one answer is enough
+                        os._exit(0)  # the candidate forked, and this is the child: the parent answers
                     send("end", number)
 
             return call

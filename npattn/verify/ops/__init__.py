@@ -1,4 +1,4 @@
-"""The ops that verify knows: one record each. Adding an op is writing its file and one line here."""
+"""The ops that verify knows: one record each. To add an op is to write its file and one line here."""
 
 from __future__ import annotations
 

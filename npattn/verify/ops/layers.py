@@ -1,4 +1,4 @@
-"""What the ops beside attention share: how their candidates are called, with parameters in any layout; changes; masks."""
+"""What the ops other than attention share: how their candidates are called, helpers for changes, drawing and masks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from npattn.ops.checks import Array
 from npattn.verify.op import Calls, Case, Change, Problem, Values
 
 Rng = np.random.Generator
-Route = Callable[[Array], Array]  # moves, repeats or leaves out elements; its backward is `adjoint`
+Route = Callable[[Array], Array]  # moves, repeats or drops elements, and computes nothing; its backward is `adjoint`
 Mistake = dict[str, Callable[[Any, Any], Any]]  # stages of a `Change`
 
 
@@ -22,7 +22,7 @@ def same(a: Array) -> Array:
 
 
 def adjoint(route: Route, shape: tuple[int, ...], g: Array) -> Array:
-    """The gradient of what was routed: each element collects what came of it."""
+    """The backward of a route for inputs of this shape: each input element gets the sum of g over its copies."""
     total = np.zeros(int(np.prod(shape)), g.dtype)
     index = route(np.arange(total.size).reshape(shape))
     np.add.at(total, index.ravel(), g.ravel())
@@ -32,8 +32,8 @@ def adjoint(route: Route, shape: tuple[int, ...], g: Array) -> Array:
 class LayerCalls(Calls):
     """Inputs and parameters in the order of the forward; gradients as a mapping, or a tuple in the order of the inputs.
 
-    Parameters are a NamedTuple of npattn, or in the layout of another library where the function's own names ask for it:
-    ``to`` and ``back`` have for such a name what makes the arguments, and what makes npattn's parameters of their gradients.
+    Parameters are a NamedTuple of npattn. If a parameter of the function's signature has a name in ``to``, they are in the
+    layout of another library. to : name -> parameters to arguments; back : name -> their gradients to npattn's parameters
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class LayerCalls(Calls):
         return {n if n in problem.gradients else f"d{n}": x for n, x in found.items()}
 
     def _inputs(self, problem: Problem, function: Callable[..., Any]) -> list[Any]:
-        """The inputs, with params in the layout that the function's own names ask for."""
+        """The inputs, with the parameters in the layout that the names in the function's signature ask for."""
         inputs = dict(problem.inputs)
         params, names = inputs.pop("params", None), _names(function)
         name = next((n for n in self.to if n in names), "")
@@ -82,7 +82,7 @@ class LayerCalls(Calls):
             return list(problem.inputs.values())
         try:
             return [*inputs.values(), *self.to[name](params)]
-        except ValueError as error:  # widths or biases that the other layout cannot have
+        except ValueError as error:  # widths or biases that the other layout cannot hold
             raise NotImplementedError(str(error)) from error
 
 
@@ -94,7 +94,7 @@ def _names(function: Callable[..., Any]) -> set[str]:
 
 
 def of_params(params: Any) -> Values:
-    """The gradients of parameters by our names."""
+    """The gradients of parameters by npattn's names."""
     return {f"d{name}": x for name, x in params._asdict().items() if x is not None}
 
 
@@ -102,7 +102,7 @@ def of_params(params: Any) -> Values:
 
 
 def changes(rows: Mapping[str, Mistake], likely: tuple[str, ...] = ()) -> dict[str, Change]:
-    """The record's changes. One of a forward stage changes the backward with it, as automatic differentiation would."""
+    """The changes of a record. A change of a forward stage changes the backward, too, as in automatic differentiation."""
     return {name: Change(name, stages, likely=name in likely) for name, stages in rows.items()}
 
 
@@ -115,7 +115,7 @@ def times(factor: Callable[[Any], float]) -> Callable[[Any, Any], Any]:
 
 
 def to_value(value: Any) -> Callable[[Any, Any], Any]:
-    """Another value, or another route, whatever the honest one is."""
+    """A change to this value or route, whatever the honest one is."""
     return lambda x, _: value
 
 
@@ -138,7 +138,7 @@ def product(left: str, right: str) -> Callable[[Any, Any], Any]:
 
 
 def exchanged(a: str, b: str) -> Mistake:
-    """Two parameters change places, as in a packed array of another order, and so do their gradients."""
+    """Two parameters are exchanged, as in a packed array of another order, and so are their gradients."""
 
     def given(name: str) -> Callable[[Any, Any], Any]:
         return lambda x, value: getattr(x.problem.inputs["params"], name).reshape(value.shape)
@@ -154,7 +154,7 @@ def normal(rng: Rng, *shape: int) -> Array:
 
 
 def weight(rng: Rng, *shape: int) -> Array:
-    """Of such a size that what comes out is as large as what goes in."""
+    """Random weights, scaled so that outputs are about as large as inputs."""
     return np.asarray(rng.standard_normal(shape) * shape[0] ** -0.5)
 
 
@@ -165,19 +165,19 @@ def case(
 
 
 def _rows(shape: tuple[int, ...], dead: Callable[[Array], Array]) -> Array:
-    """A mask (L, S) that leaves these queries without a key."""
+    """A mask (L, S) in which these queries see no key."""
     L, S = shape[-2:]
     return np.array(np.broadcast_to(~dead(np.arange(L))[:, None], (L, S)))
 
 
 def _seen(shape: tuple[int, ...]) -> Array:
-    """All keys but the last third."""
+    """A mask of all keys but the last third."""
     L, S = shape[-2:]
     return np.array(np.broadcast_to(np.arange(S) < S - S // 3, (L, S)))
 
 
 def _causal(shape: tuple[int, ...]) -> Array:
-    """The last query stands at the last key."""
+    """A causal mask in which the last query stands at the last key."""
     L, S = shape[-2:]
     return np.tri(L, S, S - L, dtype=bool)
 

@@ -1,4 +1,4 @@
-"""Multi-head attention: projections, heads, concat and the output projection. What is known about verifying it."""
+"""The record of multi-head attention: projections, heads, concat and the output projection."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _heads(
     D: int = 6, E: int = 0, out: int = 0, biases: str = "qkvo", inputs: float = 1.0, mask: str = "", twist: str = "",
     options: tuple[str, ...] = (),
 ) -> Problem:  # fmt: skip
-    """A problem of multi-head attention; sizes of 0 are those of the others, as in the paper."""
+    """A problem of multi-head attention. A size of 0 is derived from the others, as in the paper: Mk = M, G = H, E = D."""
     Mk, Mv, G, E, out = Mk or M, Mv or Mk or M, G or H, E or D, out or M
     x = {"x_q": inputs * normal(rng, B, L, M), "x_k": inputs * normal(rng, B, S, Mk), "x_v": inputs * normal(rng, B, S, Mv)}
     sizes = {"q": (M, H * D), "k": (Mk, G * D), "v": (Mv, G * E), "o": (H * E, out)}
@@ -165,7 +165,7 @@ def _gradients(dout: Array, cache: Any) -> Values:
 
 
 def forward(x: Any) -> None:
-    """Equations (1) to (6) of `npattn.ops.multihead`. In (4) each query head has a key and a value head of its own."""
+    """Equations (1) to (6) of `npattn.ops.multihead`. For (4) the key and value heads are repeated, one for each query head."""
     params, options = x.problem.inputs["params"], dict(x.options)
     x.H = H = options.pop("num_heads")
     x.G = G = options.pop("num_kv_heads", None) or H
@@ -190,7 +190,7 @@ def forward(x: Any) -> None:
 
 
 def backward(x: Any) -> None:
-    """From (6) to (1)."""
+    """The backward, from (6) to (1)."""
     params, H, G = x.problem.inputs["params"], x.H, x.G
     x.input("dout", x.problem.cotangents["dout"])
     x.product("dc", x.dout, swap(_used(x, "w_o")))  # (6)
@@ -220,12 +220,12 @@ def backward(x: Any) -> None:
 
 
 def _used(x: Any, name: str) -> Array:
-    """A weight as it is multiplied."""
+    """A weight as it enters the product."""
     return np.asarray(getattr(x, f"{name} as used")(getattr(x, name)))
 
 
 def _attend(x: Any, options: dict[str, Any]) -> Array:
-    """(4), of every sample."""
+    """(4) for every sample of the noise."""
     kh, vh = x.group(x.k), x.group(x.v)
     calls = [attention_forward(x.q[i], kh[i], vh[i], **options) for i in range(len(x.q))]
     x.caches = [cache for _, cache in calls]
@@ -234,13 +234,13 @@ def _attend(x: Any, options: dict[str, Any]) -> Array:
 
 
 def _errors(x: Any, grads: Any = None) -> Any:
-    """What the rounding within (4) is predicted to be, of the sample without noise."""
+    """The predicted rounding errors within (4), from the sample without noise."""
     of_backward = () if grads is None else (x.do[0], None, grads)
     return predict(x.caches[0], x.first_o, *of_backward, dtype=x.precision.dtype)
 
 
 def _common_to_rows(x: Any, cache: AttentionCache, e_out: Array) -> Array:
-    """Noise in dk of the error of sum_j p_j dp_j: one number for all keys of a query, so that it adds up in a sum over them."""
+    """Noise in dk from the error of sum_j p_j dp_j, which is the same for all keys of a query and so adds up over them."""
     p, do, o = np.asarray(cache.weights), x.do[0], x.o[0]
     by_weights = x.kind.rounding_of_sum(p * (do @ swap(cache.v)), -1)
     by_output = np.hypot(x.kind.sum(do * e_out, -1), x.kind.rounding_of_sum(do * o, -1))
@@ -249,19 +249,19 @@ def _common_to_rows(x: Any, cache: AttentionCache, e_out: Array) -> Array:
 
 
 def _group_rounding(x: Any, g: Array, shape: tuple[int, ...], _: Any) -> Array:
-    """Of the sum over the heads that read one group."""
+    """The rounding of the sum over the heads that read one group."""
     heads = g.reshape(*shape[:-2], -1, *shape[-2:])
     rounding: Array = x.kind.rounding_of_sum(heads, -3)
     return rounding.reshape(shape)
 
 
 def _moved(source: str, target: str) -> Change:
-    """What belongs to one input is counted for another; for "finish"."""
+    """The gradient of ``source`` is added to that of ``target``. For the stage "finish"."""
     return lambda x, d: d | {target: d[target] + d[source], source: 0 * d[source]}
 
 
 def _shared(used: str, letters: str, biases: bool) -> Mistake:
-    """The parameters of ``used`` project another input, too: theirs have no gradient, and its own have that of both."""
+    """The parameters of ``used`` take the place of those of ``letters``: they get both gradients, the others get 0."""
     pairs = [(f"{kind}_{used}", f"{kind}_{letters}") for kind in ("wb" if biases else "w")]
 
     def given(name: str) -> Change:
@@ -274,13 +274,13 @@ def _shared(used: str, letters: str, biases: bool) -> Mistake:
 
 
 def _interleaved(x: Any, route: partial[Array]) -> Route:
-    """(.., L, D H) -> (.., H, L, D)"""
+    """A split with the heads innermost: (.., L, D H) -> (.., H, L, D)"""
     heads = route.keywords["heads"]
     return lambda a: np.moveaxis(a.reshape(*a.shape[:-1], -1, heads), -1, -3)
 
 
 def _as_it_lies(x: Any, route: partial[Array]) -> Route:
-    """(B, L, H D) read as (B, H, L, D)"""
+    """A split without a transpose: (B, L, H D) read as (B, H, L, D)"""
     heads = route.keywords["heads"]
     return lambda a: a.reshape(*a.shape[:-2], heads, a.shape[-2], -1)
 
@@ -303,7 +303,7 @@ def _heads_before_batch(o: Array) -> Array:
 
 
 def _interleaved_merge(o: Array) -> Array:
-    """(.., H, L, E) -> (.., L, E H)"""
+    """A merge with the heads innermost: (.., H, L, E) -> (.., L, E H)"""
     o = np.moveaxis(o, -3, -1)
     return o.reshape(*o.shape[:-2], -1)
 
@@ -314,14 +314,14 @@ def _full_mask(x: Any, mask: Array) -> Array:
 
 
 def _tiled_mask(x: Any, mask: Array) -> Array:
-    """Of (B H, L, S): the masks of the sequences one after the other, and again, where each is due H times in a row."""
+    """For scores (B H, L, S) the masks of the sequences are tiled, b0 b1 b0 b1; right would be b0 b0 b1 b1."""
     mask = _full_mask(x, mask)[:, :1]
     B, _, L, S = mask.shape
     return np.tile(mask[:, 0], (x.H, 1, 1)).reshape(B, x.H, L, S)
 
 
 def _dead(x: Any) -> Array:
-    """(.., B, L, 1) queries that no head has a key for."""
+    """(.., B, L, 1): the queries that see no key in any head."""
     return np.asarray((x.lse == -np.inf).all(-2)[..., None])
 
 
@@ -334,18 +334,18 @@ def _nan_where_dead(x: Any, rows: Array) -> Array:
 
 
 def _nan_beside_dead(x: Any, keys: Array) -> Array:
-    """0 * NaN in the sums over the queries."""
+    """NaN in all keys of a head with a dead query: the sum over the queries has 0 * NaN."""
     return np.where((x.lse == -np.inf).any(-1)[..., None, None], np.nan, keys)
 
 
 def _poisoned(x: Any, value: Array) -> Array:
-    """NaN in all of a row whose query, or any key or value of whose head, is not finite."""
+    """NaN in a whole row if its query, or any key or value of its head, is not finite."""
     q, k, v = (np.isfinite(a).all(-1, keepdims=True) for a in (x.q, x.group(x.k), x.group(x.v)))
     return np.where(q & (k & v).all(-2, keepdims=True), value, np.nan)
 
 
 def _poisoned_keys(x: Any, value: Array) -> Array:
-    """And in the sums over the queries, which take in all of them."""
+    """NaN in all keys of a head if one of its rows is `_poisoned`: the sum over the queries includes that row."""
     clean = np.isfinite(_poisoned(x, x.q)).all((-2, -1), keepdims=True)
     return np.where(clean, value, np.nan)
 
@@ -356,13 +356,13 @@ def _leak_of_dead(x: Any, dv: Array) -> Array:
 
 
 def _some_heads(x: Any, g: Array) -> Array:
-    """Zero but for the first head of each group."""
+    """Zero in all heads but the first of each group."""
     first: Array = np.arange(x.H) % (x.H // x.G) == 0
     return np.where(first[:, None, None], g, 0)
 
 
 def _other_groups(name: str) -> Change:
-    """The sum over the heads h % G instead."""
+    """The sum over the heads h with the same h % G, instead of those of the group."""
     return lambda x, g: adjoint(lambda a: np.take(a, _by_modulo(x), -3), g.shape, getattr(x, name))
 
 

@@ -1,4 +1,4 @@
-"""The recurrent layer: what is known about verifying it."""
+"""The record of the recurrent layer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _recurrent(
 ) -> Problem:  # fmt: skip
     """A problem of the recurrent layer.
 
-    state : the size of h0; last : dh_last is given; behind : what x holds after the lengths
+    state : the size of h0; last : whether dh_last is given; behind : what x holds after the end of each sequence
     """
     x = inputs * normal(rng, B, T, M)
     w_x, w_h, b = weights * weight(rng, M, N), 0.9 * weights * weight(rng, N, N), 0.5 * normal(rng, N)
@@ -123,8 +123,8 @@ def forward(x: Any) -> None:
     x.keep("lengths", lambda: np.full(B, T) if lengths is None else np.asarray(lengths))
     x.keep("valid", lambda: np.arange(T) < x.lengths[:, None])
     valid = x.valid[..., None]
-    x.keep("shown", lambda: valid)  # the output is the new state, else 0 (or the last state, where ``repeat`` says so)
-    x.keep("moves", lambda: valid)  # the state is the new state, else the last one
+    x.keep("shown", lambda: valid)  # where the output is the new state; elsewhere it is 0, or with ``repeat`` the last state
+    x.keep("moves", lambda: valid)  # where the state is the new one; elsewhere it stays
     x.keep("repeat", lambda: False)
     x.keep("biased", lambda: np.ones((T, 1)))
     x.keep("steps", lambda: same)
@@ -150,7 +150,7 @@ def forward(x: Any) -> None:
 
 
 def backward(x: Any) -> None:
-    """From (3) to (1), back through time."""
+    """The backward, from (3) to (1), back through time."""
     inputs, params = x.problem.inputs, x.problem.inputs["params"]
     (B, T, _), N = inputs["x"].shape, params.w_h.shape[0]
     last = x.problem.cotangents.get("dh_last")
@@ -200,7 +200,7 @@ def _last_of_outputs(x: Any, value: Array) -> Array:
 
 
 def _next_input(x: Any, route: Route) -> Route:
-    """Step t takes the input of the next one, and the last step its own."""
+    """Step t takes the input of step t + 1; the last step takes its own."""
     return lambda a: a[:, :, np.minimum(np.arange(a.shape[2]) + 1, a.shape[2] - 1)]
 
 
@@ -209,7 +209,7 @@ def _turned(a: Array) -> Array:
 
 
 def _swapped_memory(a: Array) -> Array:
-    """What lies as (T, B, N) read as (B, T, N)."""
+    """An array that lies in memory as (T, B, N), read as (B, T, N)."""
     result: Array = a.swapaxes(1, 2).reshape(a.shape)
     return result
 
@@ -304,7 +304,7 @@ _MISTAKES: dict[str, Mistake] = {
 
 
 def _kept(x: Any, value: Array, name: str = "r_all") -> Array:
-    """The value, which is also kept for the backward by step."""
+    """The value; it is also stored for the backward, in a list by step."""
     if x.t == 0:
         setattr(x, name, [])
     getattr(x, name).append(value)
@@ -335,7 +335,7 @@ def _to_onnx(params: RNNParams) -> list[Any]:
 
 
 def _one_bias(params: RNNParams) -> RNNParams:
-    """torch and ONNX have two biases, each with the gradient of their sum."""
+    """torch and ONNX have two biases, and each gets the whole gradient. The conversion adds them, so the sum is halved."""
     return params if params.b is None else params._replace(b=params.b / 2)
 
 

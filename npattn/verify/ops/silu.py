@@ -1,4 +1,4 @@
-"""silu: what is known about verifying it."""
+"""The record of silu."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def backward(x: Any) -> None:
 
 
 def _times(x: Array, s: Array) -> Array:
-    """inf times 0 has the limit 0."""
+    """x s, where inf times 0 is 0, the limit."""
     return np.where(s == 0, 0, x * s)
 
 

@@ -1,4 +1,4 @@
-"""softmax, masked: what is known about verifying it."""
+"""The record of masked softmax."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _rows_of_scores(
     rng: Rng, *, shape: Shape = (2, 3, 7, 13), size: float = 1.0, shift: float = 0.0, mask: str = "", ties: bool = False,
     put: dict[int, float] | None = None, row: float | None = None,
 ) -> Problem:  # fmt: skip
-    """A problem of softmax. put: values of every row by index; row: what all of row 1 holds."""
+    """A problem of softmax. put: index -> value in every row; row: the value of all elements of row 1"""
     scores = size * normal(rng, *shape) + shift
     if ties:
         scores[..., 1::2] = scores[..., : shape[-1] - 1 : 2] + 1e-6 * normal(rng, *shape)[..., 1::2]
@@ -113,7 +113,7 @@ def _top(x: Any) -> Array:
 
 
 def _exp_error(x: Any) -> Array:
-    """exp multiplies the rounding of s - top; what is below the smallest normal number may be flushed to 0."""
+    """exp turns the rounding of s - top into a relative error. A result below the smallest normal number may become 0."""
     below = np.where(x.allowed[0], x.scores[0] - x.top[0], 0)
     error = np.exp(below) * np.hypot(x.unit * below, EXP_ULPS * x.unit) + x.kind.tiny
     return np.where(x.allowed[0], error, 0)
@@ -123,12 +123,12 @@ def _exp_error(x: Any) -> Array:
 
 
 def _in_low(x: Any, value: Array) -> Array:
-    """In the candidate's dtype and back: what overflows or underflows there."""
+    """In the candidate's dtype and back, so that the value overflows and underflows as it does there."""
     return value.astype(x.low).astype(value.dtype)
 
 
 def _filled(fill: float) -> Mistake:
-    """What is masked by a number, and counted: nothing is -inf."""
+    """Masked scores are a finite number instead of -inf, and their weights count."""
 
     def scores(x: Any, _: Array) -> Array:
         return np.where(x.allowed, x.given, max(fill, float(np.finfo(x.low).min)))
@@ -213,7 +213,7 @@ def _candidate() -> Pair:
 
 
 def _clean(x: Any) -> Any:
-    """-inf among the scores is a mask, and stays."""
+    """As `finite`, but -inf stays: a score of -inf is masked."""
     return np.where(x < np.inf, x, 0) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x
 
 

@@ -1,4 +1,4 @@
-"""Attention: what is known about verifying it, in one record."""
+"""The record of attention."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from npattn.ops.checks import Array
 from npattn.verify.op import Op, Pair, Problem, Values, negated
 
 # isort: split
-# Registered in this order, in which they are tried.
+# An import registers the changes of that module. They are tried in the order in which they are registered.
 from npattn.verify.ops.attention import forward_changes
 
 # isort: split

@@ -226,7 +226,7 @@ def _(n: int) -> None:
 
 
 def _last(size: int, n: int) -> slice:
-    """The last tile of n, perhaps cut short."""
+    """The last tile of n, which may be shorter."""
     return slice((size - 1) // n * n, size)
 
 
@@ -235,7 +235,7 @@ def _tilewise(x: Any, n: int) -> Array:
 
 
 def _sum_by_tile(terms: Array, n: int) -> Array:
-    """The sum of each tile of n keys, at each of its keys."""
+    """Each term is replaced by the sum of its tile of n keys."""
     starts = np.arange(0, terms.shape[-1], n)
     sums = np.add.reduceat(terms, starts, -1) if len(starts) else terms
     result: Array = sums[..., tile_of(terms.shape[-1], n)]
@@ -247,13 +247,13 @@ def _roll_in_tiles(terms: Array, n: int) -> Array:
     for j in range(0, terms.shape[-1], n):
         tile = terms[..., j : j + n]
         out[..., j : j + n] = np.roll(tile, 1, -1)
-        if tile.shape[-1] < n:  # filled up with zeros, of which the last comes first
+        if tile.shape[-1] < n:  # it is padded with zeros, and the last of them moves to the front
             out[..., j] = 0
     return out
 
 
 def _written_early(dq: Array, n: int) -> Array:
-    """The last tile, filled up with zeros, put where it ends with the array."""
+    """The last tile, padded with zeros, is written so early that its padding still fits into the array."""
     L = dq.shape[-2]
     start = (L - 1) // n * n
     if n > L or start == L - n:

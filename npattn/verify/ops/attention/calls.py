@@ -1,4 +1,4 @@
-"""How a candidate for attention is called, in the words of its convention, and what is expected of it by that convention."""
+"""How a candidate for attention is called in the form of its convention, and which results that convention expects."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from npattn.verify.precision import Precision
 from npattn.verify.stages import run
 
 OPTIONS = ("mask", "bias", "scale", "softcap", "sink", "dropout_mask")
-IN_WORDS = ("causal", "window", "key_lengths")  # given instead of a mask array to those who take them
+IN_WORDS = ("causal", "window", "key_lengths")  # given instead of a mask array if the function takes them
 GRADIENTS = ("dq", "dk", "dv", "dbias", "dsink")
 ALIAS = {"dead_out=nan": "dead rows are NaN (dead_out=nan)"}  # a convention that is better known as a mistake
 
 
 class AttentionCalls(Calls):
-    """Layout, polarity, shape of masks and words for a window: as the candidate's convention has them."""
+    """Arrays and options in the form of the candidate's convention: layout, and what a mask and a window mean."""
 
     text = "forward(q, k, v, *, mask, ...) and backward(dout, q, k, v, *, mask, ..., out, lse, dlse)"
     keywords = (*OPTIONS, *IN_WORDS)
@@ -34,7 +34,7 @@ class AttentionCalls(Calls):
     def arguments(
         self, candidate: Any, problem: Problem, takes: frozenset[str], backward: bool
     ) -> tuple[dict[str, Any], list[str]]:
-        """Parts of the mask that the function takes in words are given so, the others as one array."""
+        """Parts of the mask for which the function has a keyword are given by it; the others are given as one array."""
         convention: Convention = candidate.convention
         options = {name: x for name, x in problem.options.items() if name != "mask"}
         given, rest, parts = dict(options), list[Part](), parts_of(problem)
@@ -79,12 +79,12 @@ class AttentionCalls(Calls):
             return named
         dbias: Any = named.get("dbias")
         if c.mask_shape == "full" and "bias" in given and getattr(dbias, "shape", None) == problem.shape:
-            # In the shape that the bias had before it was made full.
+            # Summed to the shape of the bias before it was broadcast.
             named["dbias"] = np.asarray(sum_to(np.asarray(dbias, np.float64), given["bias"]), dbias.dtype)
         return {n: _layout(c, x) if n in ("dq", "dk", "dv") else x for n, x in named.items()}
 
     def said(self, candidate: Any, problem: Problem, given: dict[str, Any]) -> dict[str, Any]:
-        """The same options in the words of the convention."""
+        """The same options in the form of the convention."""
         c, shape, said = candidate.convention, problem.shape, dict(given)
         for name in ("mask", "bias"):
             if c.mask_shape == "full" and isinstance(said.get(name), np.ndarray):
@@ -124,7 +124,7 @@ class AttentionCalls(Calls):
 
 
 def _layout(convention: Convention, x: Any) -> Any:
-    """(B, H, L, D) as the convention lays it out, and back."""
+    """An array (B, H, L, D) in the layout of the convention, and back."""
     turned = convention.layout == "BLHD" and isinstance(x, np.ndarray) and x.ndim == 4
     return np.ascontiguousarray(x.swapaxes(1, 2)) if turned else x
 
@@ -135,7 +135,7 @@ def _lse(convention: Convention, x: Any) -> Any:
 
 
 def _named(returned: Any) -> dict[str, Any] | str:
-    """Gradients as a mapping from dq, dk ...; a tuple is (dq, dk, dv). A text says what is wrong with it."""
+    """The returned gradients by the names dq, dk, ...; a tuple is (dq, dk, dv). If it is neither, a text that says so."""
     if hasattr(returned, "_asdict"):
         returned = returned._asdict()
     if isinstance(returned, dict):
@@ -153,7 +153,7 @@ def _dense(problem: Problem, masks: list[Any]) -> Array:
 
 
 def canonical(problem: Problem) -> Problem:
-    """The same with a bias that is an array: what a candidate sees, and what its dbias is compared with."""
+    """The same problem with the bias as an array: a candidate gets that, and its dbias is compared with the array's."""
     bias = problem.options.get("bias")
     if bias is None or isinstance(bias, np.ndarray):
         return problem
@@ -162,10 +162,10 @@ def canonical(problem: Problem) -> Problem:
 
 
 def _widened(values: dict[str, Array], sigma: dict[str, Array]) -> dict[str, Array]:
-    """sigma where another convention gives a number that the reference has exactly: never below its median or half an ulp."""
+    """sigma, but at least its median and half an ulp: a convention may give a rounded number where npattn's result is exact."""
     wide = {}
     for name, s in sigma.items():
-        known = s[np.isfinite(s) & (s > 1e-30)]  # less is only what may underflow
+        known = s[np.isfinite(s) & (s > 1e-30)]  # smaller values of sigma allow for underflow alone
         size = np.where(np.isfinite(values[name]), np.abs(values[name]), 0.0).astype(np.float64)
         floor = float(np.median(known)) if known.size else 2.0**-18 * float(size.max(initial=0.0))
         wide[name] = np.maximum(np.maximum(s, floor), 2.0**-25 * size)

@@ -1,6 +1,6 @@
-"""What is tested of attention: one table of cases, for our tests, for ``npattn verify`` and for benchmarks alike.
+"""The cases of attention: one table for the tests, for ``npattn verify`` and for the benchmarks.
 
-A case is a named set of options on inputs of a family, perhaps with a twist. Drawn with a seed it is a `Problem`.
+A case is a named set of options, with inputs of a family, and for some cases a twist. Drawn with a seed it gives a `Problem`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from npattn.verify.ops.attention.draw import FAMILIES, LONG, MEDIUM, OPTIONS, Pa
 
 
 def also(p: Problem, mask: Any, keyword: str = "mask", value: Any = True, align: str | None = None) -> Problem:
-    """The same problem with one mask more."""
+    """The same problem with one more mask."""
     p.options["mask"] = [*p.options.get("mask", []), Part(mask, keyword, value, align)]
     return p
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: what is drawn, and which features it speaks for."""
+    """One row of the table: what is drawn, and which features it tests."""
 
     op: ClassVar[str] = "attention"
     name: str
@@ -35,7 +35,7 @@ class Case:
     sizes: dict[str, int] = field(default_factory=lambda: MEDIUM)
     lead: tuple[int, ...] = (2,)
     dtype: str = "float32"
-    twist: str = ""  # an edge of TWISTS
+    twist: str = ""  # a name in TWISTS: a special change of the problem
     feature: str = ""
 
     @property
@@ -50,9 +50,9 @@ class Case:
         return TWISTS[self.twist](p) if self.twist else p
 
     def smaller(self) -> list[Case]:
-        """Each letter in turn halved, then lowered by one. Heads and groups stay what they are to each other.
+        """The case with each letter in turn halved, then each lowered by one. Equal sizes H and G, or D and E, change together.
 
-        An empty axis would be another case: no letter goes below 1.
+        An axis of size 0 would be another kind of case, so no letter goes below 1.
         """
         sizes, found = dict(self.sizes), list[Case]()
         if len(self.lead) == 1 and self.lead[0] > 1:
@@ -68,7 +68,7 @@ class Case:
 
 
 def _dead_rows(p: Problem) -> Problem:
-    """Queries 1 and the last see nothing: query 1 by one mask, the last only where two masks meet."""
+    """Query 1 and the last query see no key: query 1 by one mask, the last only by two masks together."""
     i, j = np.arange(p.shape[-2])[:, None], np.arange(p.shape[-1])
     first, second = (i != 1) & ((i < p.shape[-2] - 1) | (j % 2 == 0)), (i < p.shape[-2] - 1) | (j % 2 == 1)
     return also(also(p, first), second)
@@ -105,7 +105,7 @@ def _nan_in_dead_query(p: Problem) -> Problem:
 
 
 def _minus_infinity(p: Problem) -> Problem:
-    """A bias of -inf is a mask: some pairs, and all of query 1."""
+    """A bias of -inf, which masks: for some pairs, and for all of query 1."""
     bias = np.random.default_rng(1).standard_normal(p.shape).astype(p.q.dtype)
     bias[..., ::3] = -np.inf
     bias[..., 1, :] = -np.inf
@@ -120,7 +120,7 @@ def _far_below(p: Problem) -> Problem:
 
 
 def _nan_seen(p: Problem) -> Problem:
-    """NaN in one value and inf in another, which the queries may see that do not stand before them; the keys are finite."""
+    """NaN in one value and inf in another, which queries at or after their positions may see; the keys are finite."""
     also(p, masks.causal(align="bottom_right"), "causal", True, "bottom_right")
     S = p.shape[-1]
     p.v[..., S - 2, :] = np.nan
@@ -137,13 +137,13 @@ def _key_of_nan(p: Problem) -> Problem:
 
 
 def _query_of_nan(p: Problem) -> Problem:
-    """NaN in one query of the first head, which sees all keys: its row is NaN, and no other."""
+    """NaN in one query of the first head: its row of the output is NaN, and no other row."""
     p.q[:, 0, 2] = np.nan
     return p
 
 
 def _row_dropped(p: Problem) -> Problem:
-    """Everything of one query is dropped: its output is 0."""
+    """All weights of one query are dropped: its output is 0."""
     p.options["dropout_mask"][..., 1, :] = 0
     return p
 
@@ -154,7 +154,7 @@ def _small_dout(p: Problem) -> Problem:
 
 
 def _heads_inside(p: Problem) -> Problem:
-    """Views of arrays (B, L, H, D), as projections give them."""
+    """Views of arrays (B, L, H, D), as a split into heads gives them."""
 
     def transposed(x: Array) -> Array:
         return np.swapaxes(np.ascontiguousarray(np.swapaxes(x, -3, -2)), -3, -2)
@@ -165,7 +165,7 @@ def _heads_inside(p: Problem) -> Problem:
 
 
 def _no_sink(p: Problem) -> Problem:
-    """A sink of -inf is none; that of the other heads is finite."""
+    """A sink of -inf in head 1, which is no sink; the other sinks are finite."""
     p.options["sink"] = np.where(np.arange(p.shape[-3]) == 1, -np.inf, p.options["sink"]).astype(p.q.dtype)
     return p
 
@@ -182,13 +182,13 @@ def _query_lengths_from_zero(p: Problem) -> Problem:
 
 
 def _narrow_masks(p: Problem) -> Problem:
-    """A mask of one row for all queries, as a tokenizer gives it, and its axes of size 1 left to the candidate."""
+    """A mask of one row for all queries, such as a tokenizer's; the candidate has to broadcast its axes of size 1."""
     allowed = np.arange(p.shape[-1]) % 4 != 1
     return also(p, allowed.reshape((1,) * (len(p.shape) - 1) + (-1,)))
 
 
 def _column_mask(p: Problem) -> Problem:
-    """A mask of one column for all keys: whole queries see nothing."""
+    """A mask of one column for all keys: some queries see no key."""
     return also(p, (np.arange(p.shape[-2]) % 4 != 1)[:, None])
 
 
@@ -200,13 +200,13 @@ def _sides(left: int | None, right: int | None) -> Callable[[Problem], Problem]:
 
 
 def _far_below_mask(p: Problem) -> Problem:
-    """Scores of -1e5 beside what is masked: a sentinel of -1e4 would outweigh them."""
+    """Scores of -1e5 and a mask: if masked scores were -1e4, they would outweigh the others."""
     p.options["bias"] = np.full((1,) * len(p.shape), -1e5, p.q.dtype)
     return also(p, masks.causal(align="top_left"), "causal", True, "top_left")
 
 
 def _farther_below_mask(p: Problem) -> Problem:
-    """Scores of -1e10 beside what is masked: so would -1e9. Only float64 can tell such scores apart."""
+    """Scores of -1e10 and a mask: even masked scores of -1e9 would outweigh them. Needs float64 to tell such scores apart."""
     p.options["bias"] = np.full((1,) * len(p.shape), -1e10, p.q.dtype)
     return also(p, np.arange(p.shape[-1]) + 0 * np.arange(p.shape[-2])[:, None] != 2)
 
@@ -224,7 +224,7 @@ def _mask_of_each_head(p: Problem) -> Problem:
 
 
 def _window_at_the_end(p: Problem) -> Problem:
-    """A window that ends with the last query at the last key."""
+    """A window that is aligned so that the last query stands at the last key."""
     return also(p, masks.window(17, 10, align="bottom_right"), "window", (17, 10), "bottom_right")
 
 
@@ -235,13 +235,13 @@ def _sinks_far_off(p: Problem) -> Problem:
 
 
 def _dlse_alone(p: Problem) -> Problem:
-    """No gradient from above but that of lse."""
+    """dout is 0: the only cotangent is that of lse."""
     p.dout[...] = 0
     return p
 
 
 def _strided(p: Problem) -> Problem:
-    """Read-only views with strides: transposed, every second element, one element for all."""
+    """Read-only views with strides: transposed, every second row, broadcast along an axis."""
 
     def transposed(x: Array) -> Array:
         return np.swapaxes(np.ascontiguousarray(np.swapaxes(x, -3, -2)), -3, -2)
@@ -298,7 +298,7 @@ def _sized(**changes: int) -> dict[str, int]:
 
 
 def _self_attention() -> list[Case]:
-    """As many queries as keys, mostly causal: the commonest call there is. And what follows with a cache: a token, a few."""
+    """L = S, mostly causal: the commonest call. And decoding with a cache: one query or a few at the end of the keys."""
     square = _sized(L=53)
     together = ((), ("G < H",), ("window",), ("key_lengths",), ("softcap",), ("sink",), ("bias HLS",), ("dropout_mask",),
                 ("dlse",), ("G < H", "window", "softcap", "sink"))  # fmt: skip
@@ -319,7 +319,7 @@ def _self_attention() -> list[Case]:
 
 
 def _head_widths() -> list[Case]:
-    """Widths between the powers of two, which kernels round up, each for its own buffers."""
+    """Head widths between powers of two: kernels round them up, and may do so differently for each buffer."""
     cases = [Case(f"D = {n}", sizes=_sized(D=n, E=n), feature="head widths") for n in (8, 40, 72, 80, 96, 104, 112)]
     cases.append(Case("D = 192, E = 128", sizes=_sized(D=192, E=128), feature="head widths"))
     for n, more in ((72, ()), (96, ("G < H",)), (104, ("sink",))):
@@ -329,7 +329,7 @@ def _head_widths() -> list[Case]:
 
 
 def _whole_tiles() -> list[Case]:
-    """What kernels ask for that take nothing else: D = 64, and lengths that 64 divides. Each option on it."""
+    """D = 64 and lengths that are multiples of 64: some kernels take nothing else. Each option with these sizes."""
     sizes = {"H": 2, "G": 2, "L": 64, "S": 128, "D": 64, "E": 64}
     together = ((), ("mask array",), ("causal bottom_right",), ("window",), ("key_lengths",), ("bias BHLS",), ("softcap",),
                 ("sink",), ("dropout_mask",), ("dlse",), ("G < H",),
@@ -338,7 +338,7 @@ def _whole_tiles() -> list[Case]:
 
 
 def _together() -> list[Case]:
-    """Options of kernels that have a path of its own for a size, which may forget one."""
+    """Sizes for which kernels have a path of their own, with options that this path may ignore."""
     cases: list[Case] = []
     together: list[tuple[str, dict[str, int], tuple[str, ...]]] = [
         ("L = 1", {"L": 1}, ("bias BHLS", "softcap", "sink")), ("L = 1", {"L": 1}, ("key_lengths", "dropout_mask")),
@@ -438,7 +438,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 def random_cases(seed: int, count: int) -> list[Case]:
-    """Random sets of options that can stand together, for a deeper run; every second one on inputs of a hard family."""
+    """Random sets of compatible options, for a deeper run; every second case has inputs of a hard family."""
     rng = np.random.default_rng(seed)
     found: list[Case] = []
     hard = [f for f in FAMILIES if f not in ("normal", "tiniest")]
@@ -452,7 +452,7 @@ def random_cases(seed: int, count: int) -> list[Case]:
         case = Case(name, tuple(chosen), family=family)
         try:
             case.problem(seed)
-        except ValueError:  # masks that leave no choice
+        except ValueError:  # no query would see two keys
             continue
         found.append(case)
     return found

@@ -1,8 +1,7 @@
-"""Known mistakes, and other conventions, of attention: what they share. The tables are
-forward_changes.py and backward_changes.py.
+"""What the known mistakes and other conventions of attention share. The tables are forward_changes.py and backward_changes.py.
 
-The classes are those of real bugs in published kernels. A name is what the reader of a report sees. What depends on the size of
-a tile, which nobody outside a kernel knows, is tried for each size of TILES.
+Each kind of mistake has occurred in published kernels. Reports print a change by its name. A kernel's tile size is not known
+from outside, so a mistake that depends on it is tried with each size in TILES.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from npattn.verify.op import Change
 
 TILES = (8, 16, 32, 64, 128)
 MOVES, MAKES = "moves", "makes"  # see `Change.nan`
-LIKELY = ("scale", "lse", "delta")  # stages of every call, in which mistakes are common
+LIKELY = ("scale", "lse", "delta")  # stages that every call has, and in which mistakes are common
 
 CHANGES: dict[str, Change] = {}
 
@@ -26,9 +25,9 @@ def add(
     stage: str, rows: dict[str, Any], needs: str = "", *, convention: bool = False, tile: int = 0,
     companions: dict[str, tuple[str, ...]] | None = None,
 ) -> None:  # fmt: skip
-    """Changes of one stage by name: a function of (x, honest), or that and what it does with NaN.
+    """Register changes of one stage. rows : name -> a function of (x, honest value), or (function, `Change.nan`)
 
-    needs : names of facts, separated by commas; companions : by name, see `Change`
+    needs : names of facts, separated by commas; companions : name -> `Change.companions`
     """
     facts = frozenset(n.strip() for n in needs.split(",") if n)
     likely = not tile and bool(facts or stage in LIKELY)
@@ -39,7 +38,7 @@ def add(
 
 
 def each(*values: Any) -> Callable[[Callable[[Any], None]], None]:
-    """Registers what depends on a number, for each of these."""
+    """Call a function that registers changes with each of these values."""
 
     def decorate(register: Callable[[Any], None]) -> None:
         for value in values:
@@ -52,7 +51,7 @@ def each(*values: Any) -> Callable[[Callable[[Any], None]], None]:
 
 
 def memory(x: Any, name: str) -> Array:
-    """What lies in memory where a view begins, read without its strides."""
+    """What a kernel reads that ignores the strides of a view: the elements in the order in which they lie in memory."""
     view: Array = getattr(x.original, name)
     owner = view
     while owner.base is not None and isinstance(owner.base, np.ndarray):
@@ -70,7 +69,7 @@ def roll(axis: int, by: int = 1) -> Callable[[Array], Array]:
 
 
 def read_flat(a: Array, L: int, S: int) -> Array:
-    """The first L S elements, read as if nothing were broadcast."""
+    """The elements read one after the other as an array (L, S), as if no axis were broadcast."""
     return np.resize(a, (L, S))
 
 
@@ -79,7 +78,7 @@ def first_of(a: Array, axis: int) -> Array:
 
 
 def tiled(a: Array, n: int, axis: int) -> Array:
-    """The first n along the axis, over and over: a tile without its offset."""
+    """The first n along the axis, repeated: every tile reads the first one, because its offset is missing."""
     return np.take(a, np.arange(a.shape[axis]) % min(n, a.shape[axis]), axis) if a.shape[axis] > 1 else a
 
 
@@ -88,7 +87,7 @@ def tile_of(n: int, size: int) -> Array:
 
 
 def log_sum(s: Array) -> Array:
-    """log of the sum of exp, each less its maximum: nothing overflows."""
+    """log of the sum of exp over the keys, without overflow: the maximum is subtracted first."""
     top = s.max(-1, keepdims=True, initial=-np.inf)
     top = np.where(np.isfinite(top), top, 0.0)
     return np.asarray(top + np.log(np.exp(s - top).sum(-1, keepdims=True)))

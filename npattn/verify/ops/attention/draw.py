@@ -1,7 +1,7 @@
 """How problems of attention are drawn: one table of options and one of families of inputs.
 
-An option changes the sizes of a problem or adds an argument to it. The families are those of docs/error-model.md: N(0, 1) alone
-hides most differences.
+An option changes the sizes of a problem or adds an argument to it. The families of inputs are those of docs/error-model.md:
+with inputs from N(0, 1) alone, most differences between implementations do not show.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Rng = np.random.Generator
 
 @dataclass
 class Part:
-    """One conjunct of the mask: a mask of npattn, and the keyword argument that says the same."""
+    """One of the masks that together make the mask: as a mask of npattn, and as a keyword argument with the same meaning."""
 
     mask: Any
     keyword: str = "mask"
@@ -31,7 +31,7 @@ class Part:
 
 
 class Draft:
-    """A problem while its options are put together: sizes, then arguments."""
+    """A problem that is being made: its options set first sizes, then arguments."""
 
     def __init__(self, rng: Rng, sizes: dict[str, int], lead: tuple[int, ...]) -> None:
         self.rng, self.sizes, self.lead, self.heads = rng, dict(sizes), lead, True
@@ -49,7 +49,7 @@ class Draft:
         return (*self.lead, *([self["H"]] if self.heads else []), self["L"], self["S"])
 
     def form(self, axes: str) -> tuple[int, ...]:
-        """The shape of an array over pairs that varies along these axes only, in the order B H L S; "LS" has rank 2."""
+        """The shape of an array over pairs with size 1 in all axes but these of B H L S; of L and S alone it has rank 2."""
         L, S = self["L"], self["S"]
         if not self.heads or axes in ("LS", "L", "S"):
             return (L if "L" in axes else 1, S if "S" in axes else 1)
@@ -64,11 +64,11 @@ class Draft:
 class Option:
     feature: str
     apply: Callable[[Draft], None]
-    shape: bool = False  # changes sizes: comes before the others
-    excludes: frozenset[str] = frozenset()  # features that it cannot stand beside: EXCLUSIONS says why
+    shape: bool = False  # it changes sizes, and is applied before the others
+    excludes: frozenset[str] = frozenset()  # features with which it cannot be combined; EXCLUSIONS says why
 
 
-# Features that no call can have twice or side by side, and why.
+# Why options exclude a feature.
 EXCLUSIONS = {
     "bias": "there is one bias",
     "rank": "there is one rank, and rank 2 has one head",
@@ -83,7 +83,7 @@ OPTIONS: dict[str, Option] = {}
 def option(
     name: str, feature: str, *, shape: bool = False, excludes: Iterable[str] = ()
 ) -> Callable[[Callable[[Draft], None]], Callable[[Draft], None]]:
-    """Register a function as the option of that name."""
+    """Register a function as the option with that name."""
 
     def register(apply: Callable[[Draft], None]) -> Callable[[Draft], None]:
         OPTIONS[name] = Option(feature, apply, shape, frozenset(excludes))
@@ -93,7 +93,7 @@ def option(
 
 
 def compatible(a: str, b: str) -> bool:
-    """Whether two options can stand in one call."""
+    """Whether two options can be in one call."""
     return OPTIONS[b].feature not in OPTIONS[a].excludes and OPTIONS[a].feature not in OPTIONS[b].excludes
 
 
@@ -249,7 +249,7 @@ def _(d: Draft) -> None:
 FAMILIES: dict[str, Callable[[Rng, Array, Array, Array], tuple[Array, Array, Array]]] = {
     "normal": lambda rng, q, k, v: (q, k, v),
     "x5": lambda rng, q, k, v: (5 * q, 5 * k, 5 * v),  # logits of standard deviation 25
-    "x30": lambda rng, q, k, v: (30 * q, 30 * k, 30 * v),  # and of 900: one key has all the weight
+    "x30": lambda rng, q, k, v: (30 * q, 30 * k, 30 * v),  # logits of standard deviation 900: one key has all the weight
     "tiny": lambda rng, q, k, v: (1e-3 * q, 1e-3 * k, 1e-3 * v),  # near-uniform weights
     "tiniest": lambda rng, q, k, v: (1e-20 * q, 1e-20 * k, 1e-20 * v),  # products underflow in float32
     "one-hot": lambda rng, q, k, v: (40 * _own_keys(k, q.shape), 40 * k, v),
@@ -261,13 +261,13 @@ FAMILIES: dict[str, Callable[[Rng, Array, Array, Array], tuple[Array, Array, Arr
 
 
 def _own_keys(k: Array, shape: tuple[int, ...]) -> Array:
-    """Queries that are keys themselves: query i of head h is key i (mod S) of its group."""
+    """Queries that are equal to keys: query i of head h is key i (mod S) of its group."""
     rows = np.take(k, np.arange(shape[-2]) % k.shape[-2], axis=-2)
     return np.repeat(rows, shape[-3] // k.shape[-3], axis=-3) if len(shape) > 2 else rows
 
 
 def _near_ties(rng: Rng, k: Array) -> Array:
-    """Every second key is its neighbour, moved by 1e-3."""
+    """Every second key is a copy of its neighbour plus noise of size 1e-3."""
     k, half = k.copy(), k.shape[-2] // 2
     k[..., 1 : 2 * half : 2, :] = k[..., : 2 * half : 2, :] + 1e-3 * rng.standard_normal((*k.shape[:-2], half, k.shape[-1]))
     return k
@@ -275,16 +275,16 @@ def _near_ties(rng: Rng, k: Array) -> Array:
 
 # --- problems --------------------------------------------------------------------------------------------------------------
 
-SMALL = {"H": 3, "G": 3, "L": 4, "S": 6, "D": 5, "E": 5}  # every letter of another size, for derivatives element by element
+SMALL = {"H": 3, "G": 3, "L": 4, "S": 6, "D": 5, "E": 5}  # for derivatives of each element
 MEDIUM = {"H": 3, "G": 3, "L": 37, "S": 53, "D": 16, "E": 16}
-LONG = {"H": 2, "G": 2, "L": 300, "S": 1100, "D": 32, "E": 32}  # more than one tile of any kernel, and no multiple of one
+LONG = {"H": 2, "G": 2, "L": 300, "S": 1100, "D": 32, "E": 32}  # more than one tile of any kernel, and not a multiple of it
 
 
 def draw(
     options: Iterable[str], seed: int | list[int], *, sizes: dict[str, int] = SMALL, lead: tuple[int, ...] = (2,),
     family: str = "normal", dtype: Any = np.float64,
 ) -> Problem:  # fmt: skip
-    """A problem with these options. Drawn again until some query may see two keys, not both dropped: else all is zero."""
+    """A problem with these options. It is drawn until some query sees two keys and keeps one: else most gradients are 0."""
     chosen = [OPTIONS[name] for name in options]
     for attempt in range(100):
         rng = np.random.default_rng([attempt, *(seed if isinstance(seed, list) else [seed])])
@@ -306,18 +306,18 @@ def draw(
 def problem_of(
     q: Array, k: Array, v: Array, dout: Array, options: dict[str, Any] | None = None, **cotangents: Array
 ) -> Problem:
-    """A problem of attention; its mask, if it has one, is a list of `Part` among the options."""
+    """A problem of attention. The option ``mask``, if there is one, is a list of `Part`."""
     return Problem(Op.known["attention"], {"q": q, "k": k, "v": v}, options or {}, {"dout": dout, **cotangents})
 
 
 def parts_of(problem: Problem) -> list[Part]:
-    """The conjuncts of the mask."""
+    """The parts of the mask; a pair is allowed if all of them allow it."""
     found: list[Part] = problem.options.get("mask", [])
     return found
 
 
 def arguments(problem: Problem) -> dict[str, Any]:
-    """The options as `npattn.attention_forward` takes them: the parts as one mask of npattn."""
+    """The options as `npattn.attention_forward` takes them: the parts of the mask become one mask of npattn."""
     whole = None
     for part in parts_of(problem):
         whole = part.mask if whole is None else masks.as_mask("mask", part.mask) & whole
@@ -330,7 +330,7 @@ def dense_mask(problem: Problem) -> Array:
 
 
 def given_all(problem: Problem) -> dict[str, Any]:
-    """The options as those get them who take nothing but arrays."""
+    """The options for a function that takes arrays alone: the mask as one boolean array."""
     return {**problem.options, "mask": dense_mask(problem)} if parts_of(problem) else problem.options
 
 

@@ -1,8 +1,8 @@
-"""Attention once more, stage by stage, for `npattn.verify.stages`: every value has a name, so that it can be changed.
+"""The equations of attention as stages for `npattn.verify.stages`: every value has a name, so that it can be changed.
 
-This is not the reference and shares no code with it: with nothing changed both agree to the last bits, which the tests hold
-it to. The names of the stages are those of `npattn.ops.attention` where there is one; x collects their values. The backward is
-that of fused kernels: it makes the weights again from the log-sum-exp that the forward has kept.
+This is not the reference and shares no code with it. Unchanged, both agree up to the last bits; the tests check that. A stage
+has the name that `npattn.ops.attention` uses for its value, if it has one there; x holds the values. The backward is that of
+fused kernels: it computes the weights again, from the log-sum-exp that the forward has kept.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from npattn.verify.op import Problem
 
 
 def _function(name: str) -> Callable[[Any], Any]:
-    """A function of NumPy, or on arrays of objects that of mpmath."""
+    """A function of NumPy; for arrays of objects it calls that of mpmath."""
 
     def apply(a: Any) -> Any:
         if getattr(a, "dtype", None) != np.dtype(object):
@@ -49,16 +49,16 @@ def where(condition: Any, a: Any, b: Any = 0) -> Any:
 
 
 def exp_low(x: Any, a: Array) -> Array:
-    """exp that overflows and underflows where the candidate's does."""
+    """exp that overflows and underflows as in the candidate's dtype."""
     info = np.finfo(x.low)
     e, least = exp(a), float(info.smallest_subnormal)
-    if e.dtype != np.dtype(object):  # what is subnormal has fewer digits
+    if e.dtype != np.dtype(object):  # subnormal numbers have fewer digits
         e = np.where(e < float(info.smallest_normal), np.rint(e / least) * least, e)
     return np.asarray(where(a > math.log(info.max), np.inf, where(e < least / 2, e * 0, e)))
 
 
 def over_allowed(w: Array, a: Array, allowed: Array) -> Array:
-    """w @ a, where what is not finite in a reaches only the rows that may see it."""
+    """w @ a, where NaN and inf in a reach only the rows that may see them."""
     bad = ~is_finite(a)
     if not bad.any():
         result: Array = w @ a
@@ -78,7 +78,7 @@ def sum_to(terms: Array, like: Array) -> Array:
 
 
 def group_sum(terms: Array, x: Any, group: Array) -> Array:
-    """(B, H, S, D) -> (B, G, S, D), by the groups that the heads have read."""
+    """(B, H, S, D) -> (B, G, S, D): the sum over the heads that read each group. group : the group of each head"""
     total = np.zeros((*terms.shape[:-3], x.G, *terms.shape[-2:]), terms.dtype)
     for h in range(x.H):
         total[..., int(group[h]), :, :] += terms[..., h, :, :]
@@ -116,7 +116,7 @@ def forward(x: Any) -> None:
     x.keep("raw", lambda: x.scale * (x.q @ swap(x.kh)))  # (1)
     x.keep("t", lambda: None if x.softcap is None else tanh(x.raw / x.softcap))
     x.keep("capped", lambda: x.raw if x.softcap is None else x.softcap * x.t)  # (2)
-    x.keep("inside", lambda: True)  # where a score was not cut off
+    x.keep("inside", lambda: True)  # False where a change clips the score: there its gradient is 0
     x.keep("biased", lambda: x.capped if x.bias is None else x.capped + x.bias)  # (3)
     x.keep("scores", lambda: where(x.allowed, x.biased, -np.inf))  # (4)
 
@@ -132,7 +132,7 @@ def forward(x: Any) -> None:
 
 
 def backward(x: Any) -> None:
-    """From (7) to (1), with the output and lse that the forward has kept."""
+    """The backward, from (7) to (1), with the output and lse that the forward has kept."""
     x.dout, x.dlse = x.problem.dout, x.problem.cotangents.get("dlse")
     x.keep("kept_out", lambda: x.saved_out)
     x.keep("kept_lse", lambda: x.saved_lse)
@@ -158,7 +158,7 @@ def backward(x: Any) -> None:
 
 
 def _arguments(x: Any) -> None:
-    """The call that a candidate gets: what is not given is None."""
+    """The arguments of the call as values of x; options that are not given are None."""
     names = ("window", "key_lengths", "mask", "bias", "scale", "softcap", "sink", "dropout_mask")
     vars(x).update({"causal": False, **dict.fromkeys(names), **x.options})
     x.given_bias, x.given_scale = x.bias, x.scale
@@ -169,7 +169,7 @@ def _arguments(x: Any) -> None:
 
 
 def facts(problem: Problem, given: Mapping[str, Any]) -> set[str]:
-    """What a call has in it beside its options: the names that `Change.needs` speaks of."""
+    """What a call contains besides its options, in the names of `Change.needs`."""
     q, k = problem.q.shape, problem.k.shape
     found = {"L = S"} if q[-2] == k[-2] else {"L != S"}
     found |= {"grouped heads"} if q[-3:-2] != k[-3:-2] else set()
@@ -182,7 +182,7 @@ def _full_rank(bias: Any) -> Array:
 
 
 def _of_row(a: Any) -> Any:
-    """One number a row, where a change has made it one a key."""
+    """One number for each row, also if a change has made it one for each key."""
     return a[..., :1] if np.ndim(a) and a.shape[-1] > 1 else a
 
 

@@ -70,7 +70,7 @@ def predict(
 
 @dataclass(frozen=True)
 class Call:
-    """What the reference computed, in float64 and with a key/value head for each query head; and how it is rounded."""
+    """What the reference computed, in float64 and with a key/value head for each query head, and the precision class."""
 
     c: AttentionCache
     low: Precision
@@ -135,7 +135,7 @@ class Scores(NamedTuple):
     z: Array  # -inf where not allowed
     eta: Array
     slope: Any = 1.0  # of the softcap: 1 - t^2
-    bend: Any = 0.0  # the error of slope
+    bend: Any = 0.0  # the error of the slope
 
 
 def _scores(x: Call) -> Scores:
@@ -168,12 +168,12 @@ class Softmax(NamedTuple):
 
     rho: Array  # (..., H, L, S) of exp(z - top)
     linear: Array  # the same to first order
-    p_sink: Array  # (..., H, L, 1), as all that follows
+    p_sink: Array  # (..., H, L, 1), as the fields below
     rho_sink: Any
     top: Array
     of_z: Array  # the rounding of the sum of exp
     total: Array  # the error of that sum
-    left: Any  # the least that is left of the sum, relative
+    left: Any  # a lower bound of the computed sum over the true one
 
 
 def _softmax(x: Call, s: Scores) -> Softmax:
@@ -216,7 +216,7 @@ class Out(NamedTuple):
     """(6), (7): the error of the output, before it is rounded to the format in which it is stored."""
 
     error: Array
-    sums: Array  # the part of it that the rounding of sums makes
+    sums: Array  # the part of the error that comes from the rounding of sums
 
 
 def _out(x: Call, p: Softmax) -> Out:
@@ -332,7 +332,7 @@ class Mean(NamedTuple):
     """(5): the error of sum_j p_j dp_j, often called Delta."""
 
     delta: Array  # (..., H, L, 1)
-    common: Any  # the part of it that adds up over the keys of a row; 0 in det, where everything adds up
+    common: Any  # the part that is the same for all keys of a row, so that it adds up; 0 in det, where everything adds up
 
 
 def _mean(x: Call, b: Backward, pi: Array, zeta: Array, o: Out) -> Mean:
@@ -443,7 +443,7 @@ def _f64(x: Any) -> Array:
 
 
 def _finite(x: Array) -> Array:
-    """NaN and inf become 0: they are masked, or make the truth NaN. Neither has a rounding error."""
+    """0 in place of NaN and inf: they are masked, or make the truth NaN. Neither has a rounding error."""
     return select(np.isfinite(x), x)
 
 
@@ -453,7 +453,7 @@ def _at_most_one(p: Array, relative: Array) -> Array:
 
 
 def _returned(x: Call, error: Array, value: Any) -> Array:
-    """The error of a result, and that of storing it in the format in which it is returned."""
+    """The error of a result, together with that of storing it in the format in which it is returned."""
     return np.asarray(x.rounding.add(error, x.stored(x.low.out, _f64(value))))
 
 

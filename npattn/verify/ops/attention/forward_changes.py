@@ -202,14 +202,14 @@ add("scores", {"softcap=after_mask": lambda x, _: _cap_behind_mask(x)}, "softcap
 
 
 def _cap_behind_bias(x: Any) -> Array:
-    """Less the bias that is added to it; -inf in a bias masks wherever it stands."""
+    """The capped sum of score and bias, less the bias, which the next stage adds. A bias of -inf masks as before."""
     bias = where(x.bias == -np.inf, 0, x.bias)
     x.t = tanh((x.raw + bias) / x.softcap)
     return np.asarray(x.softcap * x.t - bias)
 
 
 def _cap_behind_mask(x: Any) -> Array:
-    """-inf becomes -softcap: from there on all keys are seen."""
+    """A masked score becomes -softcap instead of -inf, so from here on every key is allowed."""
     x.t = where(x.allowed, tanh((x.raw + (0 if x.bias is None else x.bias)) / x.softcap), -1)
     x.allowed = np.ones_like(x.allowed)
     return np.asarray(x.softcap * x.t)
@@ -361,7 +361,7 @@ def _own_top(x: Any) -> Array:
 
 
 def _online(x: Any, n: int) -> tuple[Array, Array]:
-    """Sum and output of an online softmax over tiles of n keys, each tile as it stands at its own maximum."""
+    """Sum and output of an online softmax over tiles of n keys that does not rescale earlier tiles to a new maximum."""
     total, out, top = np.zeros_like(x.top), np.zeros((*x.shape[:-1], x.E), x.dtype), np.full_like(x.top, -np.inf)
     for j in range(0, x.S, n):
         tile = slice(j, j + n)

@@ -1,7 +1,7 @@
 """What could explain a wrong case of attention, in the order in which it is tried: the forward first, then the backward.
 
-A fused backward takes the out and lse of the forward. So what is wrong forwards may show backwards in three ways: the backward
-does the same, or it is right but for what it is given, or it does something else.
+A fused backward gets out and lse from the forward. So if the forward is wrong there are three kinds of backward: it makes the
+same mistake, or it is right but starts from wrong values, or it makes another mistake.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from npattn.verify.search import (
 )  # fmt: skip
 from npattn.verify.stages import CANNOT, Run, Variants
 
-UNPROTECTED = {  # products whose weight 0 does not keep out what is masked: 0 times NaN
+UNPROTECTED = {  # products that let masked NaN through, since a weight of 0 times NaN is NaN
     "out": Change("masked_nan=poisons", {"out": lambda x, _: x.dropped @ x.vh}),
     "dv": Change("masked_nan=poisons", {"dvh": lambda x, _: swap(x.dropped) @ x.dout}),
     "dq": Change("masked_nan=poisons", {"dq": lambda x, _: x.scale * (x.dcap @ x.kh)}),
@@ -46,7 +46,7 @@ INPUTS = ("q", "k", "v", "dout")
 
 
 def of_earlier_calls(earlier: list[dict[str, Any]], given: dict[str, Any]) -> list[Change]:
-    """An option that was kept from an earlier call, whatever this one says."""
+    """Changes that use an option of an earlier call instead of that of this call."""
     stages = {"mask": "array", "key_lengths": "lengths", "scale": "scale"}
     found: dict[str, Change] = {}
     for name, stage in stages.items():
@@ -70,9 +70,9 @@ def _always(value: Any) -> Callable[[Any, Any], Any]:
 
 
 def masked_nan(s: Search) -> list[Explanation]:
-    """NaN and inf in masked places: whether nothing is wrong but that they have come through unprotected products.
+    """Whether all that is wrong is NaN from masked places that came through an unprotected product.
 
-    If only the places of NaN and inf differ, and it is not that, no more is tried than what makes or hides them.
+    If only the places of NaN and inf are wrong for another reason, only changes that move NaN are tried from here on.
     """
     if all(np.isfinite(getattr(s.problem, n)).all() for n in INPUTS):
         return []
@@ -92,7 +92,7 @@ def masked_nan(s: Search) -> list[Explanation]:
 
 
 def _differ_in_nan(got: Array, right: Array, sigma: Array) -> bool:
-    """Whether what is finite in both is right, and something is finite in one alone."""
+    """Whether some elements are finite in one array alone, and those that are finite in both are right."""
     both = np.isfinite(got) & np.isfinite(right)
     if (both == (np.isfinite(got) | np.isfinite(right))).all():
         return False
@@ -101,7 +101,7 @@ def _differ_in_nan(got: Array, right: Array, sigma: Array) -> bool:
 
 
 def unwritten(s: Search) -> list[Explanation]:
-    """Whether dk or dv is wrong for keys that nobody sees, and for no other: a buffer beyond a length, as it was."""
+    """Whether dk or dv is wrong only for keys that no query sees, such as a buffer that is not written beyond a length."""
     if s.found or not set(s.left) <= {"dk", "dv"} or not all(np.isfinite(getattr(s.problem, n)).all() for n in "kv"):
         return []
     x = Run(s.problem, s.given, s.memory.align, changes=s.base, dtype=np.float64)
@@ -126,7 +126,7 @@ def _wrong_outputs(s: Search) -> list[str]:
 
 
 def change_of_the_forward(s: Search) -> list[Explanation]:
-    """One change that explains all outputs. What explains one output alone is remembered for `change_of_each_output`."""
+    """One change that explains all outputs. Changes that explain one output are stored for `change_of_each_output`."""
     wrong, returned = _wrong_outputs(s), [t for t in s.outputs if t in s.returned]
     matches: list[tuple[float, Change]] = []
     s.partly = {t: [] for t in wrong}
@@ -149,14 +149,14 @@ def change_of_the_forward(s: Search) -> list[Explanation]:
 
 
 def rounding_of_the_forward(s: Search) -> list[Explanation]:
-    """A factor or a rounding, if that explains all outputs."""
+    """Factors and roundings, if they explain all wrong outputs."""
     wrong = _wrong_outputs(s)
     rough = _roughly(s, wrong) if wrong else []
     return rough if {t for e in rough for t in e.tensors} >= set(wrong) else []
 
 
 def two_changes_of_the_forward(s: Search) -> list[Explanation]:
-    """Two changes that together explain all outputs; the commonest mistakes first, as long as there is time."""
+    """Two changes that together explain all outputs. Pairs are tried until the time is over, likely ones first."""
     wrong, returned, memory = _wrong_outputs(s), [t for t in s.outputs if t in s.returned], s.memory
     if not wrong or s.large or memory.pairs_left <= 0 or memory.left < 0 or not returned or s.only_nan:
         return []
@@ -191,7 +191,7 @@ def _wrong_gradients(s: Search) -> list[str]:
 
 
 def the_same_in_the_backward(s: Search) -> list[Explanation]:
-    """Whether the backward follows from what the forward does."""
+    """Whether the changes that explain the forward explain the backward, too."""
     wrong, returned, changes = _wrong_gradients(s), [t for t in s.returned if t not in s.outputs], s.followed
     if not wrong or not changes:
         return []
@@ -199,7 +199,7 @@ def the_same_in_the_backward(s: Search) -> list[Explanation]:
     tried = (
         (s.values(changes), "in the backward too"),
         (s.values(changes, backward=[*s.base, *changes, KEPT_WEIGHTS]), "in the backward too"),
-        (s.values(changes, backward=s.base), "by way of its out and lse"),  # a right backward, of what is wrong
+        (s.values(changes, backward=s.base), "by way of its out and lse"),  # a right backward that starts from wrong values
     )
     for values, where in tried:
         if (apart := s.away(returned, values)) < np.inf:
@@ -210,7 +210,7 @@ def the_same_in_the_backward(s: Search) -> list[Explanation]:
 
 
 def added_to_the_call_before(s: Search) -> list[Explanation]:
-    """Whether a gradient stands in a buffer that was not cleared."""
+    """Whether a gradient was added to that of the call before, in a buffer that was not cleared."""
     for t in _wrong_gradients(s):
         last = s.memory.returned[-1].get(t) if s.memory.returned else None
         if not isinstance(last, np.ndarray) or last.shape != s.got[t].shape or t not in s.right or not np.isfinite(last).all():
@@ -222,7 +222,7 @@ def added_to_the_call_before(s: Search) -> list[Explanation]:
 
 
 def _of_backward(s: Search, change: Change, kept: Variants | None, out: Any) -> Iterator[Values]:
-    """What comes out with a change of the backward alone: of one that is fused, and of one that makes its own forward."""
+    """The results with a change of the backward alone: of a fused backward, and of one that computes the forward again."""
     if kept is not None and not s.changes_forward(change):
         with contextlib.suppress(*CANNOT):
             yield kept.everything(change)
@@ -232,7 +232,7 @@ def _of_backward(s: Search, change: Change, kept: Variants | None, out: Any) -> 
 
 
 def change_of_the_backward(s: Search) -> list[Explanation]:
-    """One change of the backward alone that explains all gradients, or one for each."""
+    """One change of the backward alone that explains all gradients, or else one for each gradient."""
     wrong, returned = _wrong_gradients(s), [t for t in s.returned if t not in s.outputs]
     if not wrong or s.backward_done:
         return []
@@ -262,13 +262,13 @@ def change_of_the_backward(s: Search) -> list[Explanation]:
 
 
 def no_evidence(s: Search) -> list[Explanation]:
-    """Takes names back that rest on too little: what is NaN, 0 or one number nearly everywhere would fit many mistakes."""
+    """Removes explanations with too little evidence: a tensor of NaN or one number nearly everywhere fits many mistakes."""
     changes = s.problem.op.changes
     poisoned = {t for e in s.found if e.names in (("masked_nan=poisons",), (NEVER_WRITTEN,)) for t in e.tensors}
     flat = flat_of(s.wrong, s.got, s.right, s.outputs)
 
     def supported(e: Explanation) -> bool:
-        """By a case that holds, where it is silent: without one there is no evidence at all."""
+        """Whether there is a right case, and no right case in which the mistake would show."""
         mistakes = [changes[n] for n in e.names if n in changes]
         return bool(s.memory.right) and not any(s.memory.excluded(c, s.base, e.where == "in the backward") for c in mistakes)
 
@@ -284,7 +284,7 @@ def no_evidence(s: Search) -> list[Explanation]:
 
 
 def _detached(s: Search, e: Explanation) -> Explanation:
-    """Gradients that are 0 everywhere are not said to be a matter of tiles."""
+    """For gradients that are 0 everywhere a mistake of tiles is replaced by DETACHED."""
     changes = s.problem.op.changes
     tiles = all(n in changes and changes[n].tile for n in e.names)
     if not tiles or any(t in s.outputs or s.got[t].any() for t in e.tensors):
@@ -300,7 +300,7 @@ def factor_or_rounding(s: Search) -> list[Explanation]:
 
 
 def _roughly(s: Search, wrong: list[str]) -> list[Explanation]:
-    """What is right but for a factor, or rounded too early: by the size of the errors, not by the values."""
+    """Tensors that are right up to a factor, or rounded. A rounding is recognised by the size of errors, not by values."""
     wrong = [t for t in wrong if np.isfinite(s.before[t])]
     if not wrong:
         return []
@@ -313,7 +313,7 @@ def _roughly(s: Search, wrong: list[str]) -> list[Explanation]:
 
 
 def _scale(s: Search, wrong: list[str]) -> list[Explanation]:
-    """Whether a scale that is a little off explains everything: by its derivative, then in full."""
+    """Whether a slightly wrong scale explains everything. The derivative by the scale gives its size; a full run checks it."""
 
     def scaled(factor: float) -> Change:
         return Change("scale", {"scale": lambda x, scale: scale * factor})
@@ -335,9 +335,9 @@ def rows_by_a_factor(s: Search) -> list[Explanation]:
 
 
 def _rows(s: Search, wrong: list[str]) -> list[Explanation]:
-    """Whether each row is right but for a factor that is as near to 1 as an lse that is rounded would make it.
+    """Whether each row is right up to a factor near 1, as small as the rounding of lse makes it.
 
-    The gradients of the same weights follow.
+    The gradients have to follow from weights with the same factors.
     """
     out = s.got.get("out")
     if "out" in wrong and s.row_factor is None and isinstance(out, np.ndarray) and np.isfinite(out).all():
@@ -345,7 +345,7 @@ def _rows(s: Search, wrong: list[str]) -> list[Explanation]:
     factor = s.row_factor
     if factor is None or s.before.get("lse", 0.0) > GOOD_RMS:
         return []
-    forward = Change("rows", {"weights": lambda x, w: w * factor})  # and so Delta, if it is made of that output
+    forward = Change("rows", {"weights": lambda x, w: w * factor})  # Delta has it, too, if it is made of this output
     values = s.values([forward], backward=[*s.base, Change("rows", {"p": lambda x, p: p * factor})])
     found, worst = [], 0.0
     for t in [t for t in wrong if t in values]:
@@ -359,7 +359,7 @@ def _rows(s: Search, wrong: list[str]) -> list[Explanation]:
 
 
 def _factor_of_rows(s: Search, out: Array) -> Array | None:
-    """(..., L, 1) the factor of each row of out, by least squares; None where it is not near 1, or nowhere off."""
+    """(..., L, 1): the factor of each row of out, by least squares; None if one is not near 1, or if all are 1."""
     want, lse, sigma = s.right["out"], s.right["lse"], s.sigma["out"]
     unit = float(np.finfo(s.problem.dtype).eps) / 2
     near_one = 4 * unit * np.maximum(np.abs(np.where(np.isfinite(lse), lse, 0)), 4)[..., None]
@@ -373,7 +373,7 @@ def _factor_of_rows(s: Search, out: Array) -> Array | None:
 
 
 def _roundings() -> dict[str, Precision]:
-    """One rounding at a time, and all of a class."""
+    """Precision classes with one rounding each, and those with all roundings of a class."""
     plain, found = PRECISIONS["float32"], {}
     for knob in ("inputs", "scores", "weights", "dweights", "dscores", "out"):
         for bits, storage in ((11, "float16"), (8, "bfloat16")):
@@ -384,15 +384,15 @@ def _roundings() -> dict[str, Precision]:
 
 
 def _rounding(s: Search, wrong: list[str]) -> list[Explanation]:
-    """The one rounding, or the class of precision, whose predicted errors are as large as those that are seen.
+    """The rounding, or the precision class, that predicts errors as large as those that are seen.
 
-    All tensors that it reaches have to be wrong, on the sides, forward or backward, that are asked for. Where no single one
-    explains everything, each tensor gets its own.
+    All tensors that it reaches, of the side (forward or backward) that is searched, have to be wrong. If no single rounding
+    explains everything, several may, each some of the tensors.
     """
     if not wrong or s.problem.dtype == np.float64 or s.large:
         return []
     names = _roundings()
-    if s.memory.left < 0 or any(n in s.memory.known for n in names):  # it rounds the same everywhere
+    if s.memory.left < 0 or any(n in s.memory.known for n in names):  # a candidate rounds alike in all cases
         ends = tuple(n.partition(" ")[2] for n in s.memory.known if " rounded to " in n)
         names = {n: p for n, p in names.items() if n in s.memory.known or (n[:4] == "out " and n[4:] in ends)}
     found = [fit for name, precision in names.items() for fit in _fits(s, wrong, name, precision)]
@@ -410,7 +410,7 @@ def _rounding(s: Search, wrong: list[str]) -> list[Explanation]:
 
 
 def _fits(s: Search, wrong: list[str], name: str, precision: Precision) -> list[tuple[float, Explanation]]:
-    """Whether the errors are as large as this rounding makes them: how far off, in logarithms, and what it explains."""
+    """Whether this rounding makes such errors: [(how far sizes differ, as a logarithm, explanation)], empty if it does not."""
     truth = s.problem.truth(precision)
     if truth is None:
         return []
@@ -418,12 +418,12 @@ def _fits(s: Search, wrong: list[str], name: str, precision: Precision) -> list[
     off = {t: distance(s.got[t], truth.values[t], truth.sigma[t]) for t in s.returned}
     reached = {t for t in s.returned if median(truth.sigma[t], dtype) > 8 * median(s.sigma[t], dtype)}
     if name.startswith("weights"):
-        reached -= {"dq", "dk", "dbias", "dsink"}  # by way of the output alone, if that is what Delta is made of
+        reached -= {"dq", "dk", "dbias", "dsink"}  # it reaches them only through the output, if Delta is made of that
     backward = bool(reached & outputs) and not reached & outputs & bad
     reached = {t for t in reached if (t in outputs) in {t in outputs for t in wrong}}
     fits = {t for t in bad if 0.3 <= off[t][0] <= 1.7 and off[t][1] <= 16}
     last = name.startswith("out ")
-    if last:  # each tensor by itself, and seen in its digits
+    if last:  # each tensor is rounded by itself, which its digits show
         fits = {t for t in fits if t != "lse" and (round_to(s.got[t], precision.format) == s.got[t]).all()}
         text = name if fits >= reached and "out" in bad else f"{{}} {name.partition(' ')[2]}"
     else:
@@ -431,7 +431,7 @@ def _fits(s: Search, wrong: list[str], name: str, precision: Precision) -> list[
     fits &= set(wrong)
     if not fits:
         return []
-    size = max(abs(math.log(off[t][0] / 0.85)) for t in fits) - last  # digits say more than sizes
+    size = max(abs(math.log(off[t][0] / 0.85)) for t in fits) - last  # digits are better evidence than sizes
     order = tuple(t for t in s.returned if t in fits)
     where = "in the backward" if backward and name.startswith(("weights", "inputs", "scores")) else ""
     return [(size, Explanation((text.format(", ".join(order)),), order, max(off[t][0] for t in order), where))]

@@ -1,4 +1,4 @@
-"""Problems of attention that are related to one: for the exact conditions of `npattn.verify.conditions`."""
+"""Problems related to a given problem of attention, for the exact conditions of `npattn.verify.conditions`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class AttentionRelatives(Relatives):
         return Problem(problem.op, inputs, options, cotangents)
 
     def strided(self, problem: Problem) -> Problem:
-        """Heads behind queries, every second element, the last axis in reverse."""
+        """Inputs as views: q transposed, every second column for k, the last axis of v in reverse."""
 
         def turned(x: Array) -> Array:
             return np.swapaxes(np.ascontiguousarray(np.swapaxes(x, -3, -2)), -3, -2)
@@ -56,7 +56,7 @@ class AttentionRelatives(Relatives):
         return dataclasses.replace(problem, inputs={"q": turned(problem.q), "k": wide, "v": back}, cotangents=cotangents)
 
     def hidden(self, problem: Problem) -> Problem | None:
-        """Other numbers where no query may see a key, and in queries that may see none."""
+        """Other numbers in keys that no query may see, and in queries that may see no key."""
         if not parts_of(problem):
             return None
         seen = dense_mask(problem)
@@ -75,7 +75,7 @@ class AttentionRelatives(Relatives):
 
     @quiet
     def outside(self, problem: Problem, truth: Truth, values: Values) -> str | None:
-        """A mean of the values that a query may see lies between the least and the greatest of them, up to det."""
+        """An output is a mean of the values that its query may see, so it lies between their least and greatest, up to det."""
         if "out" not in values or "dropout_mask" in problem.options:
             return None
         out = values["out"]
@@ -97,7 +97,7 @@ class AttentionRelatives(Relatives):
 
 
 def _another(p: Part) -> Part:
-    """Another mask in the same words."""
+    """Another mask with the same keyword; the same one if there is no other."""
     if isinstance(p.mask, np.ndarray) and p.keyword == "mask":
         return dataclasses.replace(p, mask=np.roll(p.mask, 1, (-2, -1)))
     if p.keyword == "key_lengths":

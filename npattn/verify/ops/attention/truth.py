@@ -1,4 +1,4 @@
-"""What is right of attention: the dense reference in a better dtype, or 40 digits, and the predicted error of each element."""
+"""The truth for attention: the dense reference in a better dtype or in 40 digits, and the predicted error of each element."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from npattn.verify.precision import Precision
 from npattn.verify.rounded import rounded
 from npattn.verify.stages import run
 
-EXACT = 40_000  # elements of the scores up to which mpmath is used, where long double is no better than float64
+EXACT = 40_000  # elements of the scores; up to this size mpmath is used if long double is no better than float64
 
 
 def reference(problem: Problem) -> Values:
@@ -34,7 +34,7 @@ def _with_cache(p: Problem) -> tuple[Values, tuple[AttentionCache, Array, Attent
 
 @quiet
 def truth(problem: Problem, precision: Precision) -> Truth | None:
-    """The reference's values, and sigma by the formulas of docs/error-model.md; None where nothing is better than the dtype."""
+    """The reference's values, and sigma by the formulas of docs/error-model.md; None if no better precision is available."""
     dtype = better(problem.dtype)
     if dtype is None and (importlib.util.find_spec("mpmath") is None or math.prod(problem.shape) > EXACT):
         return None
@@ -53,7 +53,7 @@ def truth(problem: Problem, precision: Precision) -> Truth | None:
 
 
 def exact(problem: Problem) -> tuple[Values, Values]:
-    """Outputs and gradients in 40 digits, as float64 and what it leaves; for small float64 problems. Needs mpmath."""
+    """Outputs and gradients in 40 digits: as float64, and the rest that float64 cannot hold. Needs mpmath; it is slow."""
     import mpmath
 
     with mpmath.workdps(40):
@@ -65,7 +65,7 @@ def exact(problem: Problem) -> tuple[Values, Values]:
 
 @quiet
 def overflow(problem: Problem, precision: Precision) -> str:
-    """Whether scores or dP are stored in float16 and do not fit."""
+    """Why a precision class is not tested here: scores or dP may overflow float16. "" if they do not."""
     if precision.storage != "float16":
         return ""
     largest, top = float(np.finfo(np.float16).max), 0.0
@@ -78,7 +78,7 @@ def overflow(problem: Problem, precision: Precision) -> str:
 
 
 def eager(problem: Problem, precision: Precision) -> Values:
-    """What an honest dense implementation of this class returns: what the rules of other suites compare with."""
+    """What an honest dense implementation of this class returns. The rules of other suites compare with it."""
     forward, backward = rounded(precision)
     options = given_all(problem)
     out, lse = forward(**problem.inputs, **options)
