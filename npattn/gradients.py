@@ -79,16 +79,16 @@ def _rebuild(tree: Any, leaves: list[Any]) -> Any:
     return type(tree)(*new) if hasattr(tree, "_fields") else type(tree)(new)
 
 
-def _find(tree: Any, path: str) -> Any:
-    """The part of a tree of gradients at the path of an input."""
-    for part in path.split("."):
-        parts = _children(tree)
-        names = None if parts is None else dict(parts)
-        if names is None or part not in names:
-            order = ": the inputs are a sequence, and so are their gradients" if path.isdigit() and names is not None else ""
-            raise GradcheckError(f"gradcheck: the backward gives no gradient of {path}{order}")
-        tree = names[part]
-    return tree
+def _find(tree: Any, path: str, whole: str = "") -> Any:
+    """The part of a tree of gradients that stands where ``path`` stands in the inputs."""
+    parts = dict(_children(tree) or ())
+    if path in parts:
+        return parts[path]
+    for part, x in parts.items():  # a name may hold a dot itself, as those of torch's state_dict do
+        if path.startswith(f"{part}."):
+            return _find(x, path[len(part) + 1 :], whole or path)
+    order = ": the inputs are a sequence, and so are their gradients" if path.isdigit() and parts else ""
+    raise GradcheckError(f"gradcheck: the backward gives no gradient of {whole or path}{order}")
 
 
 def _as_outputs(out: Any) -> list[Array]:

@@ -287,6 +287,14 @@ class Base2(Mine):
         return super().gradients(dout, q, kh, vh, o, None if dlse is None else dlse / np.float32(math.log(2)))
 
 
+class Base2OfFloat64(Mine):
+    def outputs(self, out, lse, v, o):
+        return out, lse / math.log(2)
+
+    def gradients(self, dout, q, kh, vh, o, dlse):
+        return super().gradients(dout, q, kh, vh, o, None if dlse is None else dlse / math.log(2))
+
+
 class NoDlse(Mine):
     def gradients(self, dout, q, kh, vh, o, dlse):
         return super().gradients(dout, q, kh, vh, o, None)
@@ -428,6 +436,12 @@ def judged(tested, convention, names):
 def test_right_under_its_own_convention(convention):
     tested, names = FOLLOWS[convention]
     assert judged(tested, convention, names) == {n: ["ok"] for n in names}
+
+
+def test_float64_is_judged_as_float64_under_a_convention_too():
+    assert judged(Base2OfFloat64(), "lse=log2", ["float64"]) == {"float64": ["ok"]}
+    (text,) = judged(Base2(), "lse=log2", ["float64"])["float64"]  # it divides by a log 2 of float32
+    assert text.startswith("lse[")
 
 
 @pytest.mark.parametrize("convention", FOLLOWS)

@@ -328,3 +328,16 @@ def test_what_is_wrong_with_a_gradient_that_is_not_there():
         gradcheck(lambda x: (x, None), lambda d, c: {"x": None}, {"x": x})
     with pytest.raises(GradcheckError, match="no gradient of 0: the inputs are a sequence, and so are their gradients"):
         gradcheck(lambda x: (x, None), lambda d, c: {"x": d}, [x])
+    with pytest.raises(GradcheckError, match=r"no gradient of a\.b$"):
+        gradcheck(lambda a: (a["b"], None), lambda d, c: {"a": {"c": d}}, {"a": {"b": x}})
+
+
+def test_names_may_hold_a_dot():
+    x = np.arange(1.0, 4.0)
+    named = {"layer": {"0.weight": x}, "layer.bias": 2 * x}
+
+    def forward(**inputs):
+        return inputs["layer"]["0.weight"] * inputs["layer.bias"], None
+
+    rows = gradcheck(forward, lambda d, c: {"layer": {"0.weight": 2 * x * d}, "layer.bias": x * d}, named)
+    assert [row.name for row in rows] == ["layer.0.weight", "layer.bias"]

@@ -261,11 +261,6 @@ def load(name: str, backward: str | None = None, convention: Convention | None =
     return Candidate(name, *functions, convention, op or "attention")
 
 
-def built_in(op: str) -> list[str]:
-    """The names of the candidates for an op that come with npattn."""
-    return [name for name, (own, _) in BUILT_IN.items() if own == op]
-
-
 def _function(name: str, like: str | None = None) -> Callable[..., Any]:
     where, colon, attribute = name.rpartition(":")
     if not colon:

@@ -200,7 +200,7 @@ def describe(result: Result, first_seed: int = 0) -> Iterator[str]:
     if blind:
         yield f"           no power: {', '.join(blind)}"
     for check in _wrong(result):
-        text = check.text if check.text.startswith(check.tensor) else f"{check.tensor} {check.text}"
+        text = check.text if check.text.startswith((f"{check.tensor} ", f"{check.tensor}[")) else f"{check.tensor} {check.text}"
         yield f"           {text}"
     for explanation in result.explanations:
         yield f"           => {explanation.text}"

@@ -27,7 +27,7 @@ WRONG_NAMES = {  # in more cases than right ones, and why
 
 @pytest.mark.slow
 def test_every_bug_is_caught_and_most_are_named():
-    """Measured: 59 caught, 41 named, 6 of a wrong name. A busy machine has less time to look for names: a few may be missing."""
+    """Measured: 59 caught, 41 named, 6 of a wrong name. A busy machine may find fewer names: it has less time."""
     verdicts = {bug: verdict for bug, _, verdict, *_ in measure_all()}
     assert "MISSED" not in verdicts.values()
     assert {bug for bug, verdict in verdicts.items() if verdict == "MISNAMED"} <= set(WRONG_NAMES)

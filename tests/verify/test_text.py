@@ -135,6 +135,11 @@ def test_a_case_that_is_wrong_has_a_line_for_each_tensor_and_what_it_looks_like(
     assert described(checks, why, "issue 12") == [f"  known  {first}", *lines]
 
 
+def test_a_tensor_of_one_letter_is_named_too():
+    wrong = Check("h", "wrong", "has shape (2, 3), expected (2, 4)", worst=math.inf)
+    assert described([wrong])[1:] == ["           h has shape (2, 3), expected (2, 4)"]
+
+
 def test_a_case_that_was_not_tested_has_the_reason():
     unable = [SINK, Check("lse", "not supported", "sink")]
     assert described(unable) == [f"  --     {'a':40} not supported: sink"]

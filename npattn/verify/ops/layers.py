@@ -70,7 +70,12 @@ class LayerCalls(Calls):
         found = dict(returned)
         name = next((n for n in self.back if n in found), "")
         params = self.back[name](found) if name else found.pop("params", found.pop("dparams", None))
-        found |= {} if params is None else of_params(params)
+        if hasattr(params, "_asdict"):
+            params = params._asdict()
+        if params is not None and not isinstance(params, Mapping):
+            kind, expected = type(params).__name__, type(problem.inputs["params"]).__name__
+            return f"the backward returns params as a {kind}, expected npattn.{expected} or a mapping"
+        found |= {n: x for n, x in (params or {}).items() if x is not None}
         return {n if n in problem.gradients else f"d{n}": x for n, x in found.items()}
 
     def _inputs(self, problem: Problem, function: Callable[..., Any]) -> list[Any]:

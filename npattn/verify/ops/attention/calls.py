@@ -116,7 +116,8 @@ class AttentionCalls(Calls):
             values = run(problem, given, c.causal, base, dtype=better(problem.dtype))
             plain = truth
             same = {n: values[n] for n in plain.values}
-            truth = Truth(same, _widened(values, plain.sigma), bound=lambda: _widened(same, plain.det))
+            eps = float(np.finfo(precision.dtype).eps)
+            truth = Truth(same, _widened(values, plain.sigma, eps), bound=lambda: _widened(same, plain.det, eps))
         open_ = {"out"} if dead and c.dead_out == "undefined" else set()
         open_ |= {"lse"} if dead and c.dead_lse == "undefined" else set()
         open_ |= set(GRADIENTS) if dead and c.dead_grad == "undefined" else set()
@@ -161,14 +162,14 @@ def canonical(problem: Problem) -> Problem:
     return dataclasses.replace(problem, options={**problem.options, "bias": dense})
 
 
-def _widened(values: dict[str, Array], sigma: dict[str, Array]) -> dict[str, Array]:
+def _widened(values: dict[str, Array], sigma: dict[str, Array], eps: float) -> dict[str, Array]:
     """sigma, but at least its median and half an ulp: a convention may give a rounded number where npattn's result is exact."""
     wide = {}
     for name, s in sigma.items():
         known = s[np.isfinite(s) & (s > 1e-30)]  # smaller values of sigma allow for underflow alone
         size = np.where(np.isfinite(values[name]), np.abs(values[name]), 0.0).astype(np.float64)
-        floor = float(np.median(known)) if known.size else 2.0**-18 * float(size.max(initial=0.0))
-        wide[name] = np.maximum(np.maximum(s, floor), 2.0**-25 * size)
+        floor = float(np.median(known)) if known.size else 32 * eps * float(size.max(initial=0.0))
+        wide[name] = np.maximum(np.maximum(s, floor), eps / 4 * size)
     return wide
 
 
