@@ -24,6 +24,7 @@ from npattn import environment
 from npattn.arguments import add_verify, asked, check_together, check_writable, file, some_text
 from npattn.verify import CandidateError, Report, Result, text
 from npattn.verify.api import each_result
+from npattn.verify.ops import OPS
 from npattn.verify.worker import LostError, Worker
 
 OK, WRONG, USAGE, LITTLE, UNWRITTEN, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -130,9 +131,9 @@ def verify_command(given: argparse.Namespace) -> int:
         say(*(text.candidates() if given.list_candidates else text.conventions()))
         return OK
     if given.self_test:
-        from npattn.verify.selftest import run_self_test
+        from npattn.verify.selftest import run_self_test, seeds
 
-        return OK if run_self_test(say) else WRONG
+        return OK if run_self_test(say, seeds([OPS[given.op]] if given.op else OPS.values())) else WRONG
     spec, cases, expected = asked(given)
     if given.list:
         say(*text.cases(cases))

@@ -20,7 +20,15 @@ from npattn.verify.explain import Diagnostician
 from npattn.verify.judge import Result, Settings, examine
 from npattn.verify.precision import PRECISIONS, Precision, round_to
 from npattn.verify.report import Facts, Report
-from npattn.verify.request import CASES_OF, check_features, check_names, check_op, check_supported, expected_reasons
+from npattn.verify.request import (
+    CASES_OF,
+    check_cases,
+    check_features,
+    check_names,
+    check_op,
+    check_supported,
+    expected_reasons,
+)
 from npattn.verify.text import unknown_keywords
 
 
@@ -56,6 +64,7 @@ def verify(
     check_supported(candidate.op, candidate.name, level, rules)
     settings = Settings(level, None if precision is None else PRECISIONS[precision], rules)
     chosen, seeds = list(CASES_OF[candidate.op] if cases is None else cases), list(seeds)
+    check_cases(candidate.op, chosen, seeds)
     expected = expected_reasons(expected_failures or {}, [*CASES_OF[candidate.op], *chosen])
     diagnostician = Diagnostician(candidate.align) if diagnose else None
     results = []

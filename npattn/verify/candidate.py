@@ -44,7 +44,10 @@ def said(error: BaseException) -> str:
 
 def library_of(function: Callable[..., Any]) -> str:
     """The tensor library that a function's module belongs to or imports; "" if there is none."""
-    inner = inspect.unwrap(function) if callable(function) else function
+    try:
+        inner = inspect.unwrap(function) if callable(function) else function
+    except ValueError:  # it wraps itself
+        inner = function
     homes = [str(getattr(inner, "__module__", ""))]
     homes += [x.__name__ for x in getattr(inner, "__globals__", {}).values() if inspect.ismodule(x)]
     found = (name for home in homes for name in ("torch", "jax", "tensorflow", "mlx", "cupy") if home.split(".")[0] == name)
@@ -60,6 +63,15 @@ class Candidate:
     backward: Callable[..., Any] | None = None
     convention: Convention = OWN
     op: str = "attention"
+
+    def __post_init__(self) -> None:
+        if self.op not in OPS:
+            raise CandidateError(f"op {self.op!r}, expected one of {', '.join(OPS)}")
+        if not callable(self.forward):
+            raise CandidateError(f"{self.name} is a {type(self.forward).__name__}, expected a function")
+        known, changed = self.record.calls.conventions, self.convention.changes()
+        if others := [f"{n}={v}" for n, v in changed.items() if known is not None and n not in known]:
+            raise CandidateError(f"convention {', '.join(others)}: for attention, and {self.name} is {self.op}")
 
     @property
     def record(self) -> Op:

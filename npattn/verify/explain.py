@@ -17,7 +17,7 @@ import numpy as np
 
 from npattn.ops.allowed import quiet
 from npattn.ops.checks import Array
-from npattn.tolerances import GOOD_RMS, MATCH_RMS, ROUGH_RMS
+from npattn.tolerances import MATCH_RMS, ROUGH_RMS
 from npattn.verify.op import Change, Problem, Values, facts
 from npattn.verify.search import (
     LARGE,
@@ -30,8 +30,7 @@ from npattn.verify.search import (
     factor,
     flat_of,
     joined,
-    near,
-    nearest,
+    offset,
 )  # fmt: skip
 from npattn.verify.stages import attempt
 
@@ -49,7 +48,7 @@ def one_change(s: Search) -> list[Explanation]:
         if not values:
             continue
         off = {t: distance(s.got[t], values[t], s.sigma[t]) if t in values else (np.inf, np.inf) for t in s.returned}
-        fits = {t: off[t][0] <= MATCH_RMS if s.before[t] <= GOOD_RMS else near(off[t], s.before[t]) for t in s.returned}
+        fits = {t: s.matches(t, off[t]) for t in s.returned}
         if all(fits.values()):
             whole.append((max(o[0] for o in off.values()), change))
         for t in s.left:
@@ -58,9 +57,8 @@ def one_change(s: Search) -> list[Explanation]:
     found = []
     for t, some in ({"": whole} if whole else partly).items():
         if some:
-            (apart, change), *others = nearest(some)
-            tensors = (t,) if t else tuple(s.left)
-            found.append(Explanation((change.name,), tensors, apart, others=tuple(c.name for _, c in others)))
+            (apart, change), others = s.best(some)
+            found.append(Explanation((change.name,), (t,) if t else tuple(s.left), apart, others=others))
     # Many changes give a constant tensor. So it counts only if the change also explains a tensor that is not constant.
     flat = flat_of(s.returned, s.got, s.right, s.outputs).keys()
     return [e for e in joined(found) if not set(e.tensors) <= flat or (whole and set(s.returned) > flat)]
@@ -69,6 +67,11 @@ def one_change(s: Search) -> list[Explanation]:
 def a_factor(s: Search) -> list[Explanation]:
     """A tensor that is right up to a constant factor."""
     return [e for t in s.clear if np.isfinite(s.before[t]) for e in factor(s, t)]
+
+
+def a_constant(s: Search) -> list[Explanation]:
+    """A tensor that is right up to a constant that was added to all of it."""
+    return [e for t in s.clear if np.isfinite(s.before[t]) for e in offset(s, t)]
 
 
 def one_number_everywhere(s: Search) -> list[Explanation]:
@@ -89,8 +92,12 @@ def hidden_nan(s: Search) -> list[Explanation]:
 
 
 def the_same_again(s: Search) -> list[Explanation]:
-    """A tensor that is equal to what an earlier call returned, to the last bit."""
-    seen = [t for t in s.left for call in s.memory.returned if t in call and np.array_equal(call[t], s.got[t], equal_nan=True)]
+    """A tensor that is equal to what an earlier call returned, to the last bit, though another result was due there."""
+    seen = [
+        t for t in s.left for returned, due in s.memory.returned
+        if t in returned and t in due and np.array_equal(returned[t], s.got[t], equal_nan=True)
+        and t in s.right and not np.array_equal(due[t], s.right[t], equal_nan=True)
+    ]
     return joined(Explanation(("what an earlier call returned: state is kept",), (t,), 0.0) for t in dict.fromkeys(seen))
 
 
@@ -103,6 +110,7 @@ OF_EVERY_OP = (
 
 HYPOTHESES = (
     Hypothesis("one thing is done otherwise", "a run a change", one_change),
+    Hypothesis("a tensor is off by a constant", "nothing more", a_constant),
     Hypothesis("a tensor is off by a factor", "nothing more", a_factor),
 )
 
@@ -120,7 +128,7 @@ class Diagnostician(Memory):
         self.right: dict[frozenset[str], tuple[Any, ...]] = {}  # right cases, one for each set of facts
         self.ruled_out: dict[str, bool] = {}
         self.earlier: list[dict[str, Any]] = []
-        self.returned: list[dict[str, Any]] = []
+        self.returned: list[tuple[dict[str, Any], Values]] = []
         self.sought = False  # whether a right case was looked for
         self.unnamed: list[tuple[Problem, dict[str, Any], Values, Values, Values]] = []  # a few cases that were not explained
 
@@ -133,7 +141,7 @@ class Diagnostician(Memory):
             self.right[here] = (problem, given, sigma, values, [t for t in values if t in got])
             self.ruled_out.clear()
         self.earlier = [*self.earlier[-7:], given]
-        self.returned = [*self.returned[-7:], got]
+        self.returned = [*self.returned[-7:], (got, values)]
 
     def excluded(self, change: Change, base: list[Change], in_backward: bool) -> bool:
         """Whether a case that was right would have been wrong with this change."""
@@ -180,7 +188,8 @@ class Diagnostician(Memory):
             return []
         started, op = time.thread_time(), problem.op
         s = Search(self, problem, given, sigma, got, wrong, list(base), op.more_changes(self.earlier, given))
-        for hypothesis in (*(op.hypotheses or HYPOTHESES), *OF_EVERY_OP):
+        own = (op.hypotheses or HYPOTHESES) if s.variants is not None else ()  # they need the equations, which may be of rank 4
+        for hypothesis in (*own, *OF_EVERY_OP):
             more = hypothesis.test(s)  # `no_evidence` replaces s.found
             s.found = [*s.found, *more]
         self.left -= time.thread_time() - started
@@ -190,7 +199,7 @@ class Diagnostician(Memory):
             flat = {t for e in s.found for t in e.tensors}
             copies = {t: got[t].copy() for t in s.returned if t not in flat}
             self.unnamed.append((problem, given, copies, s.right, sigma))
-        return [*s.found, _unknown(s.left, self.left >= 0)] if s.left else s.found
+        return [*s.found, _unknown(s.left, self.left >= 0 and not s.cut_short)] if s.left else s.found
 
 
 class Listener(Diagnostician):
@@ -211,7 +220,7 @@ def _unknown(tensors: Iterable[str], searched: bool = True) -> Explanation:
     """The entry that says that there is no explanation."""
     where = " matches; see the places above"
     if not searched:
-        where = " matches of what was found before: the time to look for more is up; see the places above"
+        where = " matches of what was tried: the time to look for more is up; see the places above"
     return Explanation((UNKNOWN,), tuple(tensors), math.inf, where)
 
 

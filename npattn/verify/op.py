@@ -212,6 +212,7 @@ class Calls:
     text = ""  # the signatures, for messages
     keywords: tuple[str, ...] = ()  # the options of the forward that verify knows
     assumed: tuple[str, ...] = ()  # those that a function is taken to have if its signature is ``**options`` or not known
+    conventions: tuple[str, ...] | None = None  # the fields of a `Convention` that mean something for this op; None: all
     positional: tuple[str, ...] = ()  # possible names of its first parameters; any other is an option never given
 
     def arguments(

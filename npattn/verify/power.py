@@ -89,7 +89,10 @@ def _computed(
     found: dict[str, Reach] = {}
     if not math.prod(problem.shape):
         return found
-    variants = Variants(problem, given, align, base)
+    try:
+        variants = Variants(problem, given, align, base)
+    except CANNOT:  # the equations of attention are for rank 4
+        return found
     least = 16 if problem.dtype == np.float64 else 0  # sigma; less may be rounding of these runs, which are in float64, too
     for change in neighbours(problem, given)[: 6 if math.prod(problem.shape) > LARGE else None]:
         with contextlib.suppress(*CANNOT):
@@ -98,8 +101,9 @@ def _computed(
             if outputs is None or any(_rejected(level, *reach[t]) for t in tested if t in reach):
                 continue
             values = variants.everything(change)
-            if any(_moved(x, variants.unchanged.get(t), truth.sigma.get(t), least) for t, x in values.items()):
-                found[change.name] = _reach(values, truth, scale)
+            moved = {t: x for t, x in values.items() if _moved(x, variants.unchanged.get(t), truth.sigma.get(t), least)}
+            if moved:
+                found[change.name] = _reach(moved, truth, scale)
     return found
 
 

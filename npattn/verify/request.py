@@ -43,6 +43,16 @@ def _check_name(what: str, name: str, known: Iterable[str]) -> None:
         raise CandidateError(f"{what} {name!r}, expected one of {', '.join(known)}")
 
 
+def check_cases(op: str, cases: Iterable[Any], seeds: Iterable[int]) -> None:
+    """Raises where a case is none of this op, or a seed is negative."""
+    for case in cases:
+        if (of := getattr(case, "op", "attention")) != op:
+            raise CandidateError(f"case {case.name!r} is of {of}, expected a case of {op}")
+    for seed in seeds:
+        if seed < 0:
+            raise CandidateError(f"seed {seed}, expected 0 or more")
+
+
 def check_supported(op: str, name: str, level: str, rules: Iterable[str]) -> None:
     """Raise if the op has no such level, or no rules."""
     if (level == "bounded" and not OPS[op].bounded) or (list(rules) and OPS[op].eager is None):

@@ -108,7 +108,7 @@ def flat_of(wrong: Iterable[str], got: dict[str, Any], right: Values, outputs: I
         if np.isnan(x).all():
             found[t] = "NaN everywhere"
         elif (x == x.flat[0]).all():
-            found[t] = DETACHED if t not in outputs and not x.any() else f"{x.flat[0]:.6g} everywhere"
+            found[t] = DETACHED if t not in outputs and not x.any() else f"{x.flat[0] + 0.0:.6g} everywhere"
     return found
 
 
@@ -124,7 +124,7 @@ class Memory:
     pairs_left: int
     known: Any  # how often each name was found
     earlier: list[dict[str, Any]]  # the options of calls before this one
-    returned: list[dict[str, Any]]  # what calls before this one returned
+    returned: list[tuple[dict[str, Any], Values]]  # what calls before this one returned, and what was right there
 
     right: dict[Any, Any]  # cases that were right
 
@@ -142,9 +142,10 @@ class Search:
         self, memory: Memory, problem: Problem, given: dict[str, Any], sigma: Values, got: dict[str, Any], wrong: list[str],
         base: list[Change], more: Iterable[Change] = (),
     ) -> None:  # fmt: skip
-        self.memory, self.problem, self.given, self.sigma, self.got, self.base = memory, problem, given, sigma, got, base
+        self.memory, self.problem, self.given, self.sigma, self.got = memory, problem, given, sigma, got
         self.wrong, self.found = wrong, list[Explanation]()
         here = facts(problem, given)
+        self.base = [c for c in base if c.needs <= here]
         changes = [c for c in problem.op.changes.values() if c.needs <= here and c not in base] + list(more)
         changes.sort(key=lambda c: (-memory.known[c.name], not c.convention, bool(c.tile)))
         self.known = sum(c.name in memory.known for c in changes)
@@ -156,13 +157,15 @@ class Search:
         with contextlib.suppress(*CANNOT):
             self.variants = Variants(problem, given, memory.align, base, self.dtype)
         self.right = {} if self.variants is None else self.variants.unchanged
-        self.before = {t: distance(got[t], self.right[t], sigma[t])[0] if t in self.right else np.inf for t in self.returned}
+        off = {t: distance(got[t], self.right[t], sigma[t]) if t in self.right else (np.inf, np.inf) for t in self.returned}
+        self.before, self.most = ({t: x[n] for t, x in off.items()} for n in range(2))  # rms and maximum
         self.only_nan = False  # whether only the places of NaN and inf are wrong
         self.followed: tuple[Change, ...] = ()  # the changes found in the forward; the backward may make them, too
         self.partly: dict[str, list[tuple[float, Change]]] = {}  # by output: changes that explain it alone
         self.backward_done = False  # whether the search in the backward is over
         self.row_factor: Array | None = None
-        self.until = time.thread_time() + memory.seconds
+        self.until = time.thread_time() + max(memory.seconds, memory.left / 2)
+        self.cut_short = False  # whether the time was up before all changes were tried
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -198,6 +201,14 @@ class Search:
             return Variants(self.problem, self.given, self.memory.align, self.base, self.dtype, returned)
         return None
 
+    def matches(self, t: str, apart: tuple[float, float]) -> bool:
+        """Whether a tensor is so near to what a change gives. What was right has to be right with the change."""
+        if self.before[t] > GOOD_RMS:
+            return near(apart, self.before[t])
+        # Wrong in a few elements: the rms is small with any change that does nothing.
+        nearer = t not in self.wrong or apart[1] <= min(MATCH_MAX, self.most[t] / MATCH_NEARER)
+        return apart[0] <= MATCH_RMS and nearer
+
     def away(self, tensors: Iterable[str], values: Values) -> float:
         """The largest rms distance of these tensors from ``values``; inf if one of them does not match."""
         worst = 0.0
@@ -205,15 +216,16 @@ class Search:
             if t not in values:
                 return np.inf
             apart = distance(self.got[t], values[t], self.sigma[t])
-            right = self.before[t] <= GOOD_RMS  # it was right, and has to be right with the change
-            if not (apart[0] <= MATCH_RMS if right else near(apart, self.before[t])):
+            if not self.matches(t, apart):
                 return np.inf
             worst = max(worst, apart[0])
         return worst
 
     def enough(self, tried: int, matches: list[Any]) -> bool:
         """Whether to stop: the time is over, or in a large case a match is among the changes that were found before."""
-        return (self.large and tried >= self.known and bool(matches)) or time.thread_time() > self.until
+        late = time.thread_time() > self.until
+        self.cut_short |= late
+        return late or (self.large and tried >= self.known and bool(matches))
 
     def best(
         self, matches: list[tuple[float, Change]], backward: bool = False
@@ -240,6 +252,17 @@ def joined(explanations: Iterable[Explanation]) -> list[Explanation]:
             e = dataclasses.replace(e, tensors=(*old.tensors, *e.tensors), distance=max(old.distance, e.distance))
         found[e.names] = e
     return list(found.values())
+
+
+def offset(s: Search, tensor: str) -> list[Explanation]:
+    """Whether a tensor is right up to one number that was added to all of its finite elements."""
+    got, want = np.asarray(s.got[tensor], np.float64), s.right[tensor]
+    finite = np.isfinite(want) & np.isfinite(got)
+    added = float(np.median(got[finite] - want[finite])) if finite.sum() > 1 else 0.0
+    apart = distance(s.got[tensor], np.asarray(want + added), s.sigma[tensor])
+    if added and near(apart, s.before[tensor]):
+        return [Explanation((f"{tensor} is off by {added:.6g} everywhere",), (tensor,), apart[0])]
+    return []
 
 
 def factor(s: Search, tensor: str) -> list[Explanation]:

@@ -81,7 +81,8 @@ def staged(
         return {t: x for t, x in found.items() if t not in op.outputs}
 
     backward_ = _signed(gradients, [first, *names], (*op.calls.keywords, *others))
-    return Candidate("seeded", _signed(forward, names, op.calls.keywords), backward_, Convention(causal=align), op.name)
+    convention = Convention() if op.calls.conventions is not None else Convention(causal=align)
+    return Candidate("seeded", _signed(forward, names, op.calls.keywords), backward_, convention, op.name)
 
 
 def _signed(function: Callable[..., Any], names: list[str], keywords: Iterable[str]) -> Callable[..., Any]:

@@ -310,7 +310,8 @@ def _spread(samples: Array, want: Array, precision: Precision) -> Array:
     top = np.maximum(np.abs(error).max(0), 1e-300)  # squares of numbers below 1e-154 would underflow
     rms = top * np.sqrt(np.square(error / top).mean(0))
     size = np.where(np.isfinite(want), np.abs(want), 0).astype(np.float64)
-    rounded = np.where(size > 0, np.hypot(ROUNDING_STD * precision.out * size, precision.subnormal), 0)
+    low = np.hypot(ROUNDING_STD * precision.out * size, precision.subnormal) if precision.out else 0.0
+    rounded = np.where(size > 0, low, 0)
     return np.where(np.isfinite(want), np.hypot(rms, rounded), 0.0)
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import re
+
 import numpy as np
 import pytest
 
 import npattn
 from npattn import attention
-from npattn.verify import CASES, Candidate, examine, verify
+from npattn.verify import CASES, CASES_OF, Candidate, CandidateError, Case, examine, verify
+from npattn.verify.ops import OPS
 from npattn.verify.ops.attention.cases import BY_NAME
 from npattn.verify.precision import round_to
 
@@ -189,3 +194,87 @@ def test_functions_written_for_tensors_are_told_so():
     assert "verify gives NumPy arrays and expects them back, and this function may want tensors of" in report.hints()[0]
     examined = examine(Candidate("mine", lambda q, k, v: [0.0]), BY_NAME["plain"])
     assert "is a list, expected a numpy.ndarray: np.array(out, np.float32)" in examined.checks[0].text
+
+
+# --- found by an adversary ------------------------------------------------------------------------------------------------
+
+
+def test_a_right_output_in_float64_is_not_without_power_for_what_only_its_gradients_show():
+    def silu_in_float64(x):
+        return npattn.silu(x)
+
+    report = verify(silu_in_float64, op="silu", cases=[c for c in CASES_OF["silu"] if c.dtype == "float64"])
+    assert report.tested == 2
+
+
+def test_equal_results_prove_no_state_where_equal_results_were_due():
+    def without_the_last(scores):
+        e = np.exp(scores[..., :-1] - scores.max(-1, keepdims=True))
+        return np.concatenate([e / e.sum(-1, keepdims=True), 0 * scores[..., :1]], -1)
+
+    cases = [OPS["softmax"].by_name[name] for name in ("tiny", "constant rows")]
+    assert not [text for text in verify(without_the_last, op="softmax", cases=cases).diagnosis if "state is kept" in text]
+
+
+def test_what_a_class_does_not_round_is_as_exact_as_float32():
+    def a_little_more(x):
+        return npattn.silu(x) + np.float32(0.0025)
+
+    assert verify(a_little_more, op="silu", precision="float8", cases=CASES_OF["silu"][:1]).wrong
+
+
+def test_a_change_that_does_nothing_explains_nothing():
+    def one_element(scores):
+        weights = npattn.softmax(scores)
+        weights[0, 0, 0, 0] += 2e-6
+        return weights
+
+    (wrong,) = verify(one_element, op="softmax", cases=CASES_OF["softmax"][:1]).wrong
+    assert not [e.text for e in wrong.explanations if e.distance < np.inf]
+
+
+def test_of_two_changes_alike_the_one_that_no_right_case_excludes_is_named():
+    with np.errstate(all="ignore"):
+        cases = [OPS["silu"].by_name[name] for name in ("x100", "inf and -inf")]
+        (text,) = verify(lambda x: x / (1 + np.exp(-x)), op="silu", cases=cases).diagnosis
+    assert text == "-inf times 0 is NaN"
+
+
+@pytest.mark.parametrize("lead", [(), (2, 3)])
+def test_cases_of_other_ranks(lead):
+    mine = Case("mine", ("causal top_left",), sizes={"H": 2, "G": 2, "L": 5, "S": 5, "D": 4, "E": 4}, lead=lead)
+    assert verify("blockwise", cases=[mine]).passed
+    assert len(verify(lambda q, k, v, *, mask=None: npattn.attention(q, k, v), cases=[mine]).wrong) == 1
+
+
+def test_silu_with_1_minus_s_as_torch_has_it_is_right():
+    def backward(dy, x):
+        s = 1 / (1 + np.exp(-x))
+        return dy * s * (1 + x * (1 - s))
+
+    case = dataclasses.replace(CASES_OF["silu"][0], draw=functools.partial(CASES_OF["silu"][0].draw, shift=12.0))
+    assert not verify(npattn.silu, backward, op="silu", cases=[case]).wrong
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: Candidate("x", npattn.silu, op="nope"), "op 'nope', expected one of attention"),
+        (lambda: verify(None), "None is a NoneType, expected a function"),
+        (lambda: verify(npattn.silu, op="silu", seeds=[-1]), "seed -1, expected 0 or more"),
+        (lambda: verify(npattn.attention, cases=CASES_OF["rnn"]), "case 'plain' is of rnn, expected a case of attention"),
+        (lambda: verify("softmax", convention="mask=drop"), "convention mask=drop: for attention, and softmax is softmax"),
+    ],
+)
+def test_what_cannot_be_asked(call, text):
+    with pytest.raises(CandidateError, match=re.escape(text)):
+        call()
+
+
+def test_a_constant_that_is_added_is_told():
+    def with_another_lse(q, k, v):
+        out, lse = npattn.attention(q, k, v, return_lse=True)
+        return out, lse - np.float32(0.25)
+
+    (text,) = verify(with_another_lse, cases=CASES_OF["attention"][:1]).diagnosis
+    assert re.fullmatch(r"lse is off by -0\.25\d* everywhere|lse is off by -0\.2499\d* everywhere", text), text

@@ -42,7 +42,7 @@ class LayerCalls(Calls):
         back: Mapping[str, Callable[[dict[str, Any]], Any]] | None = None,
     ) -> None:  # fmt: skip
         self.text, self.keywords, self.assumed, self.cotangents = text, keywords, keywords, cotangents
-        self.to, self.back = to or {}, back or {}
+        self.to, self.back, self.conventions = to or {}, back or {}, ("masked_nan", "float64")
 
     def arguments(
         self, candidate: Any, problem: Problem, takes: frozenset[str], backward: bool

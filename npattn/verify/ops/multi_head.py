@@ -397,6 +397,8 @@ _MISTAKES: dict[str, Mistake] = {
     "columns of q, k and v interleaved": {f"split_{n}": _interleaved for n in "qkv"},
     "heads of q, k and v split without a transpose": {f"split_{n}": _as_it_lies for n in "qkv"},
     "split and merged without a transpose": {f"split_{n}": _as_it_lies for n in "qkv"} | {"merge": to_value(_flat_merge)},
+    "columns of all heads interleaved, and merged so": {f"split_{n}": _interleaved for n in "qkv"}
+    | {"merge": to_value(_interleaved_merge)},
     "one projection for all heads": {
         "split_q": lambda x, route: lambda a: np.repeat(route(a)[..., :1, :, :], route(a).shape[-3], -3)},
     "one key head for all": {"group": _groups(lambda x: np.zeros(x.H, int))},

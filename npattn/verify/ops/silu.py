@@ -54,7 +54,9 @@ def forward(x: Any) -> None:
     x.keep("inside", lambda: x.x)
     x.keep("e", lambda: np.exp(-np.abs(x.inside)), lambda e: EXP_ULPS * x.unit * e + x.kind.tiny)
     x.rounded("s", lambda: np.where(x.inside >= 0, 1, x.e) / (1 + x.e), 2.0)  # (1): a sum and a division
-    x.rounded("t", lambda: np.where(x.inside >= 0, x.e, 1) / (1 + x.e), 2.0)
+    # If t is computed as 1 - s, as torch does, it has the rounding error of s, but at most all of t is lost.
+    x.keep("t", lambda: np.where(x.inside >= 0, x.e, 1) / (1 + x.e),
+           lambda t: 2 * x.unit * t + np.minimum(2 * x.unit * x.s[0], t))  # fmt: skip
     x.rounded("y", lambda: _times(x.x, x.s))  # (2)
 
 

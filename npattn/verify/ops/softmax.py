@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 
 def _rows_of_scores(
     rng: Rng, *, shape: Shape = (2, 3, 7, 13), size: float = 1.0, shift: float = 0.0, mask: str = "", ties: bool = False,
-    put: dict[int, float] | None = None, row: float | None = None,
+    put: dict[int, float] | None = None, row: float | None = None, last_dweights: float | None = None,
 ) -> Problem:  # fmt: skip
     """A problem of softmax. put: index -> value in every row; row: the value of all elements of row 1"""
     scores = size * normal(rng, *shape) + shift
@@ -35,7 +35,10 @@ def _rows_of_scores(
     four = (1,) * (4 - len(shape)) + shape
     seen = MASKS[mask](rng, four) if mask else None
     options = {} if seen is None else {"mask": seen if seen.ndim == 2 else seen.reshape(seen.shape[4 - len(shape) :])}
-    return Problem(Op.known["softmax"], {"scores": scores}, options, {"dweights": normal(rng, *shape)})
+    dweights = normal(rng, *shape)
+    if last_dweights is not None:
+        dweights[..., -1] = last_dweights
+    return Problem(Op.known["softmax"], {"scores": scores}, options, {"dweights": dweights})
 
 
 _case = partial(case, "softmax", _rows_of_scores)
@@ -56,6 +59,7 @@ CASES = [
     _case("scores of -inf and a mask", "scores of -inf", put={2: -np.inf}, mask="mask"),
     _case("row of NaN", "NaN containment", row=np.nan),
     _case("NaN behind the mask", "NaN containment", mask="last third", put={-1: np.nan, -2: np.inf}),
+    _case("NaN behind the mask, in dweights", "NaN containment", mask="last third", last_dweights=np.nan),
     _case("x5", "hard inputs", size=5.0),
     _case("x30", "hard inputs", size=30.0),
     _case("x1e4", "hard inputs", size=1e4),

@@ -32,6 +32,7 @@ from npattn.verify.search import (
     flat_of,
     joined,
     median,
+    offset,
 )  # fmt: skip
 from npattn.verify.stages import CANNOT, Run, Variants
 
@@ -212,7 +213,7 @@ def the_same_in_the_backward(s: Search) -> list[Explanation]:
 def added_to_the_call_before(s: Search) -> list[Explanation]:
     """Whether a gradient was added to that of the call before, in a buffer that was not cleared."""
     for t in _wrong_gradients(s):
-        last = s.memory.returned[-1].get(t) if s.memory.returned else None
+        last = s.memory.returned[-1][0].get(t) if s.memory.returned else None
         if not isinstance(last, np.ndarray) or last.shape != s.got[t].shape or t not in s.right or not np.isfinite(last).all():
             continue
         if distance(s.got[t] - last, s.right[t], s.sigma[t])[0] <= MATCH_RMS:
@@ -306,7 +307,7 @@ def _roughly(s: Search, wrong: list[str]) -> list[Explanation]:
         return []
     if scale := _scale(s, wrong):
         return scale
-    found = [e for t in wrong for e in factor(s, t)]
+    found = [e for t in wrong for e in offset(s, t) or factor(s, t)]
     for more in (_rows, _rounding):
         found += more(s, [t for t in wrong if t not in {x for e in found for x in e.tensors}])
     return found
