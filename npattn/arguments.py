@@ -111,7 +111,7 @@ def add_verify(verbs: Any, statuses: dict[int, str]) -> Any:
                    help="fail if FEATURE was not tested")  # fmt: skip
     v.add_argument("--no-diagnosis", dest="diagnose", action="store_false", help="do not look for what it does instead")
     v.add_argument("--self-test", action="store_true",
-                   help="verify verify: seeded bugs have to be caught and named; all (10 minutes), or those of --op")  # fmt: skip
+                   help="verify verify: seeded bugs are caught and named; all (10 minutes), or of --op")  # fmt: skip
     v.add_argument("--list", action="store_true", help="list the cases and their features, run nothing")
     v.add_argument("--list-candidates", action="store_true", help="list the built-in candidates")
     v.add_argument("--list-conventions", action="store_true", help="list the fields of a convention, their values and presets")

@@ -114,7 +114,7 @@ def check(options, seed, *, elements, blockwise=True, central=True):
         # element by element: where dense is right, which the complex step has shown, blockwise is
         same(tiles[1](dout, tiles[0](**inputs)[1]), want, terms)
     *line, total = along_a_line(*tiles, inputs, terms)  # of the last way, in bundles of heads
-    for method in methods:
+    for method in methods if len(options) < 2 else ("complex",):
         gradcheck(*line, {"t": 0.0}, method=method, terms={"t": total})
 
 
@@ -153,7 +153,7 @@ def same(got, expected, terms):
 
 @pytest.mark.parametrize("options", GRID, ids=" + ".join)
 def test_gradients_of_every_option_and_pair(options):
-    check(options, seed=GRID.index(options), elements=20 if len(options) == 1 else 6)
+    check(options, seed=GRID.index(options), elements=20 if len(options) == 1 else 4)
 
 
 def test_no_option_at_all():

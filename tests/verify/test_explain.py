@@ -78,7 +78,13 @@ def off(got, want, sigma):
 # --- stages ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def _large(case):
+    return case.sizes["L"] * case.sizes["S"] > 50_000
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if _large(c) else c for c in CASES], ids=lambda c: c.name
+)
 def test_without_a_change_the_stages_are_attention(case):
     """Both are honest implementations in float64: they agree within twice what is allowed to one."""
     problem, arguments = calls(case, np.float64)
