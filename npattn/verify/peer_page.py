@@ -85,7 +85,7 @@ def examined(name: str) -> Examined:
     settings, cases = Settings(power=False), CASES_OF[candidate.op]
     report = Report(name, [examine(candidate, case, 0, settings) for case in cases], candidate.op)
     under_preset = None
-    if preset:
+    if preset and candidate.record.calls.conventions is None:
         # The adapters take arguments in npattn's form. So only the "expected" and "undefined" fields of a preset count.
         convention = PRESETS[preset].convention
         said = {n: v for use in ("expected", "undefined") for n, v in convention.changes(use).items() if n != "dlse"}
