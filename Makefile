@@ -7,7 +7,7 @@ deep:  ## all proofs, and Hypothesis with its deep profile
 	python -m pytest -m "slow or not slow" --hypothesis-profile=deep
 
 peers:  ## against installed libraries: pip install torch==2.13.0 '.[peers]'
-	python -m pytest tests/peers
+	python -m pytest -m "slow or not slow" tests/peers
 
 lint:
 	ruff check .
