@@ -14,6 +14,7 @@ import numpy as np
 import scipy
 
 import npattn
+from npattn.ops import exponentials
 
 # Prints the best time of several square products in float32, in seconds. It runs in a process of its own, because OpenBLAS
 # chooses its kernels when it is loaded.
@@ -44,16 +45,9 @@ def describe() -> dict[str, str]:
         "threads": blas.get("threads", "unknown"),
         "longdouble": f"{np.finfo(np.longdouble).nmant + 1} bits of precision",
     }
-    if facts["kernels"] in ("Haswell", "Zen", "SkylakeX", "Cooperlake", "SapphireRapids") and _has_avx512():
+    if facts["kernels"] in ("Haswell", "Zen", "SkylakeX", "Cooperlake", "SapphireRapids") and exponentials.has_avx512():
         facts |= _kernel_advice(facts["kernels"])
     return facts
-
-
-def _has_avx512() -> bool:
-    """Whether NumPy has found AVX-512; NumPy 2.4 names the level of the architecture instead (X86_V4)."""
-    config: Any = np.show_config("dicts")
-    found = config.get("SIMD Extensions", {})
-    return bool({"AVX512_SKX", "X86_V4"} & {*found.get("baseline", ()), *found.get("found", ())})
 
 
 def _kernel_advice(kernels: str) -> dict[str, str]:

@@ -179,8 +179,8 @@ def near_dense(q, k, v, dout, bound=1e-4, sizes=SIZES, **options):
     ways = []
     plain = tiled.attend
 
-    def attend(plan, heads, i, buffers, a, steady):
-        found = plain(plan, heads, i, buffers, a, steady)
+    def attend(plan, heads, i, buffers, a, steady, *base):
+        found = plain(plan, heads, i, buffers, a, steady, *base)
         ways.append((steady, found is not None))
         return found
 

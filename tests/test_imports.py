@@ -23,6 +23,7 @@ ORDER = [
     "ops.softmax",
     "ops.merge",
     "ops.attention",
+    "ops.exponentials",
     "ops.products",
     "ops.tiles",
     "ops.blockwise",

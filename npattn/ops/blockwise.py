@@ -40,8 +40,10 @@ from npattn.ops.calls import (
 )
 from npattn.ops.checks import Array, Shape
 from npattn.ops.edge import own_keywords
+from npattn.ops.exponentials import LEAST, TWO, Base, total_of
+from npattn.ops.exponentials import E as OF_E
 from npattn.ops.pairs import Pairs, Part
-from npattn.ops.products import Buffers, by_rows, dots, finite, finite_or_not, only, sum_rows, times, total_of, with_ones
+from npattn.ops.products import Buffers, by_rows, dots, finite, finite_or_not, only, sum_rows, times, with_ones
 from npattn.ops.threads import Turns, share
 from npattn.ops.tiles import SIZES, Heads, Plan, Sizes, in_parts, within
 
@@ -52,6 +54,7 @@ class Kept(NamedTuple):
     out: Array  # (..., H, L, E) in the computing dtype
     total: Array  # (..., H, L) sum of exp(scores - lse): 1 up to rounding, 0 without a key, NaN if the dense code took over
     sizes: Sizes
+    bases: dict[tuple[int, int], Base]  # of the exponentials, by number of heads and of tile of queries
 
 
 # --- the public edge -----------------------------------------------------------------------------------------------------
@@ -123,26 +126,30 @@ def forward(call: Call, sizes: Sizes = SIZES, keep: bool = True) -> tuple[Array,
     tasks = itertools.product(reversed(range(len(plan.rows))), plan.heads)
     share(work, tasks, partial(Buffers, c.computing), most=1 if plan.small else None, threads=sizes.threads)
     out, lse = as_given(call, out, lse)
-    return out, AttentionCache(call, None, lse, Kept(kept, total, sizes))
+    return out, AttentionCache(call, None, lse, Kept(kept, total, sizes, plan.bases))
 
 
-def attend(plan: Plan, heads: Heads, i: int, buffers: Buffers, a: Array, steady: bool) -> tuple[Array, Array] | None:
+def attend(
+    plan: Plan, heads: Heads, i: int, buffers: Buffers, a: Array, steady: bool, base: Base | None = None
+) -> tuple[Array, Array] | None:
     """lse and total of the queries of tile i of some heads; their out is written into a. None if a number is not finite.
 
-    steady : m stays 0; None is also returned if that loses digits
+    steady : m stays 0; None is also returned if that loses digits.  base : of the exponentials, if it is not the fastest one
     """
     c, rows, blocks = plan.call, plan.rows[i], list(itertools.chain(*plan.blocks(heads, i)))
+    base = base or (plan.base if steady else OF_E)
+    scale, softcap = in_base(base, c)
     given = c.q[heads.index][..., rows, :].astype(c.computing, copy=False)
-    q = np.multiply(c.scale, given, out=buffers.take("q", *given.shape))
-    if abs(c.scale) > 1:  # scale q may overflow where scale (q . k) is a number
+    q = np.multiply(scale, given, out=buffers.take("q", *given.shape))
+    if abs(scale) > 1:  # scale q may overflow where scale (q . k) is a number
         over = (np.isfinite(given) & ~np.isfinite(q)).any(-1)
         if over.any() and (over & plan.who_sees(heads, i, buffers)).any():
             return None
     n, E = q.shape[:-2], c.v.shape[-1]
     k, v = c.k[heads.group], c.v[heads.group]
-    sink = sink_of(c, heads)
+    sink = base.scaled(sink_of(c, heads))
     m = np.zeros(q.shape[:-1], c.computing).real + (0.0 if steady else sink.real)
-    alone = select(sink != -np.inf, np.exp(sink - m))  # the sink's term of z: one more logit, without a value
+    alone = select(sink != -np.inf, base.power(sink - m))  # the sink's term of z: one more logit, without a value
     z, a[...] = alone.copy(), 0
     for block in blocks:
         at, cols = within(block.rows, rows), block.cols
@@ -153,19 +160,22 @@ def attend(plan: Plan, heads: Heads, i: int, buffers: Buffers, a: Array, steady:
         if c.softcap is not None:
             s /= c.softcap
             np.tanh(s, out=s)
-            s *= c.softcap  # (2)
+            s *= softcap  # (2)
         if pairs.bias is not None:
             s += pairs.bias  # (3)
-        pairs.hide(s)  # (4)
+        if base is TWO and block is blocks[0] and pairs.sample(s).min(initial=0.0) < LEAST:
+            return attend(plan, heads, i, buffers, a, steady, OF_E)
         if not steady:
+            pairs.hide(s)  # (4)
             top = np.maximum(m[..., at], s.real.max(-1, initial=-np.inf))  # (5a)
             shift = finite(top)
-            r = np.exp(m[..., at] - shift)
+            r = base.power(m[..., at] - shift)
             m[..., at] = top
             z[..., at] *= r
             a[..., at, :] *= r[..., None]
             s -= shift[..., None]
-        e = np.exp(s, out=s)
+        e = base.power(s, out=s)
+        pairs.clear(e)  # (4): behind the exponential, because exp2 is slow where it has to give 0
         z[..., at] += e @ buffers.ones(wide)  # (5b)
         if c.dropout is not None:
             e *= c.dropout.tile(heads.index, block.rows, cols)  # (6)
@@ -179,9 +189,15 @@ def attend(plan: Plan, heads: Heads, i: int, buffers: Buffers, a: Array, steady:
     if not (np.isfinite(z).all() and np.isfinite(a).all() and (z.real >= least).all(where=seen)):
         return None
     a /= np.where(z == 0, 1, z)[..., None]  # (5c)
-    lse = finite(m) + np.log(z)  # (5c)
-    lse = np.where(seen & (z != 0), lse, sink)  # exactly the sink
-    return lse, np.where(seen, total_of(z, finite(m), lse), 0)
+    lse = base.unscaled(finite(m) + base.log(z))  # (5c)
+    lse = np.where(seen & (z != 0), lse, sink_of(c, heads))  # exactly the sink
+    plan.bases[heads.number, i] = base
+    return lse, np.where(seen, total_of(z, finite(m), base.scaled(lse), base), 0)
+
+
+def in_base(base: Base, c: Call) -> tuple[Any, Any]:
+    """scale and softcap for scores in the unit of a base: it is multiplied into the one that comes last."""
+    return (base.scaled(c.scale), None) if c.softcap is None else (c.scale, base.scaled(c.softcap))
 
 
 def sink_of(c: Call, heads: Heads) -> Array:
@@ -202,7 +218,7 @@ class Backward:
         self.plan, self.turns = Plan(self.c, kept.sizes), Turns()
         self.do1 = np.empty((*dout.shape[:-1], dout.shape[-1] + 1), c.computing)  # (..., H, L, E + 1) [dout, -off] / total
         self.off = np.empty_like(kept.total)  # (..., H, L) sum_j p_j dp_j - dlse
-        self.shift = np.empty_like(kept.total)  # (..., H, L) lse
+        self.shift = np.empty_like(kept.total)  # (..., H, L) lse, in the unit of the scores
         self.dq, self.dk, self.dv = (
             np.zeros(x.shape, dtype) for x, dtype in ((c.q, c.computing), (c.k, c.k.dtype), (c.v, c.v.dtype))
         )
@@ -248,18 +264,23 @@ class Backward:
             off -= select(lse != -np.inf, self.dlse[index])  # (5) subtracts off from dp
         do1 = self.do1[index]
         np.divide(do, total[..., None], out=do1[..., :E])
-        self.shift[index], do1[..., E] = select(lse != -np.inf, lse), -off / total
-        scaled = (self.scaled_queries(heads, rows, buffers) for rows in self.plan.rows)
+        do1[..., E] = -off / total
+        for i, rows in enumerate(self.plan.rows):
+            self.shift[index][..., rows] = self.base(heads, i).scaled(select(lse != -np.inf, lse)[..., rows])
+        scaled = (self.scaled_queries(heads, i, rows, buffers) for i, rows in enumerate(self.plan.rows))
         finite = all(np.isfinite(x).all() for x in itertools.chain((total, do1), scaled))
         if finite and all_seen_are_finite(self.plan, heads, buffers):
             self.sound.add(heads.number)
 
-    def scaled_queries(self, heads: Heads, rows: slice, buffers: Buffers) -> Array:
+    def base(self, heads: Heads, i: int) -> Base:
+        return self.kept.bases.get((heads.number, i), OF_E)
+
+    def scaled_queries(self, heads: Heads, i: int, rows: slice, buffers: Buffers) -> Array:
         """scale q, as in the forward, and 0 in rows without a key."""
         alive = self.kept.total[heads.index][..., rows] != 0
         q = only(alive, self.c.q[heads.index][..., rows, :].astype(self.c.computing, copy=False))
         result = buffers.take("q", *q.shape)
-        np.multiply(self.c.scale, q, out=result)
+        np.multiply(in_base(self.base(heads, i), self.c)[0], q, out=result)
         return result
 
     def differentiate(self, task: tuple[tuple[int, list[Heads]], Any], buffers: Buffers) -> None:
@@ -271,12 +292,12 @@ class Backward:
         sum_k, sum_v = buffers.take("dk", *k.shape[:-1], D), buffers.take("dv", *v.shape[:-1], E)
         sum_k[...], sum_v[...] = 0, 0
         for heads, i in itertools.product(group, range(len(plan.rows))):
-            row, do = plan.blocks(heads, i), self.do1[heads.index]
+            row, do, base = plan.blocks(heads, i), self.do1[heads.index], self.base(heads, i)
             earlier = sum(map(bool, row[:j]))
             for block in row[j]:
                 rows, near = block.rows, within(block.cols, cols)
                 pairs = plan.pairs_of(heads, block, buffers)
-                q_i, do_i = self.scaled_queries(heads, rows, buffers), do[..., rows, :]
+                q_i, do_i = self.scaled_queries(heads, i, rows, buffers), do[..., rows, :]
                 k_j, v_j = k[..., near, :], v[..., near, :]
                 n, high, wide = q_i.shape[:-2], rows.stop - rows.start, near.stop - near.start
                 s, dp = buffers.take("scores", *n, high, wide), buffers.take("dp", *n, high, wide)
@@ -284,12 +305,12 @@ class Backward:
                 if c.softcap is not None:
                     s /= c.softcap
                     t = np.tanh(s, out=buffers.take("tanh", *n, high, wide))
-                    np.multiply(t, c.softcap, out=s)  # (2)
+                    np.multiply(t, base.scaled(c.softcap), out=s)  # (2)
                 if pairs.bias is not None:
                     s += pairs.bias  # (3)
-                pairs.hide(s)  # (4)
                 s -= self.shift[heads.index][..., rows, None]
-                p = np.exp(s, out=s)  # (5), times total
+                p = base.power(s, out=s)  # (5), times total
+                pairs.clear(p)  # (4)
                 if c.dropout is None:
                     dropped = p
                     dots(do_i, v_j, dp)  # (7): dp less its mean
@@ -309,7 +330,8 @@ class Backward:
                     np.square(t, out=t)
                     ds *= np.subtract(1, t, out=t)  # (2)
                     pairs.select(ds, t)
-                sum_k[..., near, :] += sum_rows(ds, q_i, buffers.take("more", *k.shape[:-2], wide, D))  # (1)
+                of_k = sum_rows(ds, q_i, buffers.take("more", *k.shape[:-2], wide, D))  # (1)
+                sum_k[..., near, :] += of_k if c.softcap is not None else base.unscaled(of_k)
                 of_q = times(ds, finite_k[..., near, :], buffers.take("dq", *n, high, D))  # (1)
                 turns.wait((heads.number, i), earlier)
                 self.dq[heads.index][..., rows, :] += of_q
@@ -326,7 +348,11 @@ class Backward:
         if self.c.sink is not None:
             sink, total = sink_of(self.c, heads), self.kept.total[heads.index]
             some = np.asarray(sink != -np.inf)  # a sink of -inf is none, even if other numbers are NaN
-            p_sink = select(some, np.exp(sink - self.shift[heads.index]) / select(total != 0, total, 1.0))
+            e_sink = np.empty_like(total)
+            for i, rows in enumerate(self.plan.rows):
+                base = self.base(heads, i)
+                e_sink[..., rows] = base.power(base.scaled(sink) - self.shift[heads.index][..., rows])
+            p_sink = select(some, e_sink / select(total != 0, total, 1.0))
             self.dsinks[heads.number] = -select(some, p_sink * self.off[heads.index]).sum(-1)  # (5)
 
     def by_rows(self, group: list[Heads], buffers: Buffers) -> None:

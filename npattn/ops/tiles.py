@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from npattn.ops import exponentials
 from npattn.ops.calls import Call, visible
 from npattn.ops.checks import Array, Shape
 from npattn.ops.pairs import ALL, EMPTY, FULL
@@ -47,6 +48,9 @@ class Sizes:
 SIZES = Sizes()
 
 
+SAMPLE = 8  # rows
+
+
 class Heads(NamedTuple):
     """Heads that are computed together: one head, or several small ones, a slice of one of the axes before (L, D)."""
 
@@ -72,15 +76,26 @@ class Visible(NamedTuple):
     bias: Any = None
     some: slice = slice(0)  # the rows of the block that may not see all of its keys
     allowed: Any = None  # which of their pairs are allowed. None: all
-    edge: Any = None  # +inf where allowed, else -inf
+    edge: Any = None  # +inf where allowed, else 0
     seen: Any = None  # keys of the block that some query of the group sees. None: all
 
     def hide(self, s: Array) -> None:
-        """-inf where not allowed, even in place of NaN, without branches. Where allowed, NaN becomes inf."""
+        """Set scores to -inf where not allowed, whatever is there."""
         if self.allowed is not None:
-            here = s[..., self.some, :]
-            if s.dtype.kind == "c":
-                np.copyto(here, -np.inf, where=~self.allowed)
+            np.copyto(s[..., self.some, :], -np.inf, where=~self.allowed)
+
+    def sample(self, s: Array) -> Array:
+        """Some rows of scores, 0 where not allowed."""
+        if self.allowed is None or self.some.start >= SAMPLE:
+            return s[..., :SAMPLE, :]
+        return np.where(self.allowed[..., :SAMPLE, :], s[..., self.some, :][..., :SAMPLE, :], 0)
+
+    def clear(self, e: Array) -> None:
+        """Set exponentials to 0 where not allowed, without branches, whatever is there. Where allowed, NaN becomes inf."""
+        if self.allowed is not None:
+            here = e[..., self.some, :]
+            if e.dtype.kind == "c":
+                np.copyto(here, 0, where=~self.allowed)
             else:
                 np.fmin(here, self.edge, out=here)
 
@@ -102,6 +117,8 @@ class Plan:
     def __init__(self, call: Call, sizes: Sizes = SIZES) -> None:
         self.call, self.sizes = call, sizes
         self.lead, (self.L, self.D), (self.S, self.E) = call.q.shape[:-2], call.q.shape[-2:], call.v.shape[-2:]
+        # A bias would have to be scaled in each tile.
+        self.base = exponentials.fastest(call.computing) if call.bias is None else exponentials.E
         self.readers = self.lead[-1] // max(call.k.shape[-3], 1) or 1  # heads of a group
         # Whether the work is too small for a second thread.
         rows, columns = max(self.L * self.readers, sizes.few_rows), max(self.D, self.E, sizes.few_features)
@@ -111,6 +128,7 @@ class Plan:
         self.of_rows, self.of_cols = self._tiles()  # each tile as its parts, side by side
         self.rows, self.cols = ([slice(x[0].start, x[-1].stop) for x in tiles] for tiles in (self.of_rows, self.of_cols))
         self.found: dict[tuple[str, int], list[list[Block]]] = {}
+        self.bases: dict[tuple[int, int], exponentials.Base] = {}  # by heads and tile of queries: as the forward took it
 
     def _together(self) -> int:
         """How many heads are computed together; 0 if each by itself."""
@@ -231,8 +249,8 @@ class Plan:
         n = (1,) * (self.call.q[heads.index].ndim - 2)  # the axes of the heads, 1 if all have the same mask
         shape = (*n, rows.stop - rows.start, cols.stop - cols.start)
         allowed = np.broadcast_to(allowed, np.broadcast_shapes(allowed.shape, shape))
-        edge = np.subtract(allowed, 0.5, dtype=np.empty(0, self.call.computing).real.dtype)
-        edge *= np.inf
+        real = np.empty(0, self.call.computing).real.dtype.type
+        edge = np.where(allowed, real(np.inf), real(0))
         return allowed, edge, np.asarray(by_group(allowed, self.call.k[heads.group]).any(-2))
 
     def who_sees(self, heads: Heads, i: int, buffers: Buffers) -> Array:

@@ -280,10 +280,10 @@ def test_env(capsys):
 
 def test_env_says_when_better_kernels_are_left_unused(monkeypatch):
     monkeypatch.setattr(environment, "openblas", lambda: {"kernels": "Haswell", "threads": "2"})
-    monkeypatch.setattr(environment, "_has_avx512", lambda: True)
+    monkeypatch.setattr(environment.exponentials, "has_avx512", lambda: True)
     monkeypatch.setattr(environment, "_time_products", lambda kinds: [0.02, 0.01])
     facts = environment.describe()
     assert "OPENBLAS_CORETYPE=SkylakeX" in facts["advice"]
     assert "2.00x" in facts["measured"]
-    monkeypatch.setattr(environment, "_has_avx512", lambda: False)
+    monkeypatch.setattr(environment.exponentials, "has_avx512", lambda: False)
     assert "advice" not in environment.describe()
