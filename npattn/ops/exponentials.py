@@ -1,8 +1,8 @@
 """Exponentials to the base that this processor computes fastest.
 
 exp(x) = 2^(x log2 e), and log2 e can be multiplied into the scores for nothing, because they are scaled anyway. Where NumPy has
-found AVX-512 its float32 exp2 takes about 0.6 of the time of exp, and its errors are smaller: at most 1.0 unit in the last place
-where exp has 2.5. Elsewhere exp is the faster one.
+found AVX-512 its float32 exp2 takes about 0.6 of the time of exp, and its errors are smaller: at most 1.0 unit in the last
+place, where exp has 2.5. Elsewhere exp is the faster one.
 """
 
 from __future__ import annotations
