@@ -278,3 +278,8 @@ def test_a_constant_that_is_added_is_told():
 
     (text,) = verify(with_another_lse, cases=CASES_OF["attention"][:1]).diagnosis
     assert re.fullmatch(r"lse is off by -0\.25\d* everywhere|lse is off by -0\.2499\d* everywhere", text), text
+
+
+def test_a_convention_that_a_call_has_no_use_for_changes_nothing_in_it():
+    report = verify("blockwise", convention="dead_grad=leak,softcap=after_bias", cases=[BY_NAME["dead rows"]])
+    assert report.wrong  # blockwise does not leak
