@@ -147,7 +147,7 @@ def attention_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
 
     dout : (..., H, L, E), as out; dlse : (..., H, L) in the computing dtype; ignored where lse is -inf. Raises as the forward.
     """
-    check_cotangents("attention", cache, dout, dlse)
+    check_cotangents("attention", "weights", cache, dout, dlse)
     call = cache.call
     dbias = None if call.bias is None else call.bias.new_gradient()
     weights, lse, dout, dlse = lifted(call, cache.weights, cache.lse, dout, dlse)

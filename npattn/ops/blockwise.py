@@ -7,7 +7,8 @@ largest score so far, and e_j = exp(s_j - m'):
     z' = r z + sum_j e_j               a' = r a + sum_j e_j v_j      (5b)
     out = a / z                        lse = m + log z               (5c)   after the last tile
 
-First it is tried with m = 0, without (5a): z shows in the end whether exp has left its range. The backward visits each tile
+First it is tried with m = 0, without (5a): z shows in the end whether exp has left its range. Where exp2 is faster than exp it
+is 2^(s_j log2 e), with log2 e in the scale (npattn/ops/exponentials.py). The backward visits each tile
 once, with p_j = exp(s_j - lse) / total. Here total is the sum of exp(s_j - lse): it is 1 up to the rounding of lse, and is kept
 so that p is as exact as the dense weights. sum_j p_j dp_j is dout . out. One more column in the product subtracts it from dp:
 [do, -off] [v, 1]^T = do v^T - off (both divided by total).
@@ -40,8 +41,7 @@ from npattn.ops.calls import (
 )
 from npattn.ops.checks import Array, Shape
 from npattn.ops.edge import own_keywords
-from npattn.ops.exponentials import LEAST, TWO, Base, total_of
-from npattn.ops.exponentials import E as OF_E
+from npattn.ops.exponentials import BASE_2, BASE_E, LEAST, Base, total_of
 from npattn.ops.pairs import Pairs, Part
 from npattn.ops.products import Buffers, by_rows, dots, finite, finite_or_not, only, sum_rows, times, with_ones
 from npattn.ops.threads import Turns, share
@@ -83,7 +83,7 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     dout : (..., H, L, E), as out; dlse : (..., H, L) in the computing dtype; both are ignored in rows whose lse is -inf.
     Raises TypeError, ValueError, as the forward does.
     """
-    check_cotangents("blockwise", cache, dout, dlse)
+    check_cotangents("blockwise", "kept", cache, dout, dlse)
     call = cache.call
     return grads_of(call, *Backward(with_heads(call), cache.kept, *lifted(call, cache.lse, dout, dlse)).run())
 
@@ -137,7 +137,7 @@ def attend(
     steady : m stays 0; None is also returned if that loses digits.  base : of the exponentials, if it is not the fastest one
     """
     c, rows, blocks = plan.call, plan.rows[i], list(itertools.chain(*plan.blocks(heads, i)))
-    base = base or (plan.base if steady else OF_E)
+    base = base or (plan.base if steady else BASE_E)
     scale, softcap = in_base(base, c)
     given = c.q[heads.index][..., rows, :].astype(c.computing, copy=False)
     q = np.multiply(scale, given, out=buffers.take("q", *given.shape))
@@ -163,8 +163,8 @@ def attend(
             s *= softcap  # (2)
         if pairs.bias is not None:
             s += pairs.bias  # (3)
-        if base is TWO and block is blocks[0] and pairs.sample(s).min(initial=0.0) < LEAST:
-            return attend(plan, heads, i, buffers, a, steady, OF_E)
+        if base is BASE_2 and block is blocks[0] and pairs.sample(s).min(initial=0.0) < LEAST:
+            return attend(plan, heads, i, buffers, a, steady, BASE_E)
         if not steady:
             pairs.hide(s)  # (4)
             top = np.maximum(m[..., at], s.real.max(-1, initial=-np.inf))  # (5a)
@@ -273,7 +273,7 @@ class Backward:
             self.sound.add(heads.number)
 
     def base(self, heads: Heads, i: int) -> Base:
-        return self.kept.bases.get((heads.number, i), OF_E)
+        return self.kept.bases.get((heads.number, i), BASE_E)
 
     def scaled_queries(self, heads: Heads, i: int, rows: slice, buffers: Buffers) -> Array:
         """scale q, as in the forward, and 0 in rows without a key."""
@@ -305,7 +305,7 @@ class Backward:
                 if c.softcap is not None:
                     s /= c.softcap
                     t = np.tanh(s, out=buffers.take("tanh", *n, high, wide))
-                    np.multiply(t, base.scaled(c.softcap), out=s)  # (2)
+                    np.multiply(t, in_base(base, c)[1], out=s)  # (2)
                 if pairs.bias is not None:
                     s += pairs.bias  # (3)
                 s -= self.shift[heads.index][..., rows, None]

@@ -138,9 +138,10 @@ def bind_dropout(op: str, mask: object, shape: Shape, dtype: np.dtype[Any], comp
     return DenseBound(view)
 
 
-def check_cotangents(op: str, cache: AttentionCache, dout: Any, dlse: Any) -> None:
+def check_cotangents(op: str, own: str, cache: AttentionCache, dout: Any, dlse: Any) -> None:
+    """Raises where they do not fit. own : the field of the cache that only the forward of this op fills"""
     check_class(op, "cache", cache, AttentionCache, f", from {op}_forward")
-    if (cache.weights if op == "attention" else cache.kept) is None:
+    if getattr(cache, own) is None:
         raise ValueError(f"{op}: cache is that of the other forward, expected that of {op}_forward")
     c = cache.call
     check_cotangent(op, "dout", dout, (*c.q.shape[:-1], c.v.shape[-1]), c.q.dtype, c.computing)

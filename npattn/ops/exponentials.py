@@ -38,7 +38,7 @@ LEAST = -60.0
 """exp2 takes a hundred times as long where its result is below 2^-126, the least normal number. So base e is taken where a
 sample of the scores goes below this."""
 
-E, TWO = Base(1.0), Base(1 / math.log(2))
+BASE_E, BASE_2 = Base(1.0), Base(1 / math.log(2))
 
 
 @functools.cache
@@ -50,7 +50,7 @@ def has_avx512() -> bool:
 
 
 def fastest(dtype: np.dtype[Any]) -> Base:
-    return TWO if dtype == np.float32 and has_avx512() else E
+    return BASE_2 if dtype == np.float32 and has_avx512() else BASE_E
 
 
 def total_of(z: Array, m: Array, shift: Array, base: Base) -> Array:

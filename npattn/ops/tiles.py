@@ -118,7 +118,7 @@ class Plan:
         self.call, self.sizes = call, sizes
         self.lead, (self.L, self.D), (self.S, self.E) = call.q.shape[:-2], call.q.shape[-2:], call.v.shape[-2:]
         # A bias would have to be scaled in each tile.
-        self.base = exponentials.fastest(call.computing) if call.bias is None else exponentials.E
+        self.base = exponentials.fastest(call.computing) if call.bias is None else exponentials.BASE_E
         self.readers = self.lead[-1] // max(call.k.shape[-3], 1) or 1  # heads of a group
         # Whether the work is too small for a second thread.
         rows, columns = max(self.L * self.readers, sizes.few_rows), max(self.D, self.E, sizes.few_features)

@@ -194,10 +194,11 @@ def fits(candidate: Candidate, report: Report, cases: list[Any], settings: Setti
     declared = settings.precision
     if candidate.record.eager is None:
         return ""
+    rounds = {name for name, change in candidate.record.changes.items() if change.rounds}
     wrong = {
         r.case for r in report.wrong
         if any(math.isfinite(c.worst) for c in r.checks if c.status == "wrong" and c.tensor in ("out", "lse"))
-        and all("round" in n or e.distance == math.inf for e in r.explanations for n in e.names)
+        and all(e.rounds or e.distance == math.inf or rounds.issuperset(e.names) for e in r.explanations)
     }  # fmt: skip
     small = [c for c in cases if c.name in wrong and c.dtype == "float32" and not c.twist]
     some = [c for c in small if c.family == "normal"][:5]

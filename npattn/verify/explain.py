@@ -125,6 +125,7 @@ class Diagnostician(Memory):
         self.left = total  # seconds of computing for all cases; then only changes that were already found are tried
         self.pairs_left = pairs  # a search for two changes at once is expensive: only the first few cases get one
         self.known: Counter[str] = Counter()
+        self.bits = set[int]()
         self.right: dict[frozenset[str], tuple[Any, ...]] = {}  # right cases, one for each set of facts
         self.ruled_out: dict[str, bool] = {}
         self.earlier: list[dict[str, Any]] = []

@@ -37,6 +37,7 @@ class Change:
     tile: int = 0  # the tile size that it depends on, 0: none. A kernel's tile size is not known, so several are tried
     likely: bool = False  # so common that every verdict has to reject it (`npattn.verify.power`)
     nan: str = ""  # "moves": it changes where NaN is, so it is tried if only that is wrong; "makes": finite inputs may give NaN
+    rounds: bool = False  # it is a rounding, which a class of precision may allow
 
 
 # --- one problem -----------------------------------------------------------------------------------------------------------

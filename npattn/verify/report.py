@@ -188,7 +188,7 @@ class Report:
 
         def plain(x: Any) -> Any:
             if isinstance(x, dict):
-                return {name: plain(y) for name, y in x.items()}
+                return {name: plain(y) for name, y in x.items() if name != "rounds"}  # that is for `fits`
             if isinstance(x, (list, tuple)):
                 return [plain(y) for y in x]
             return None if isinstance(x, float) and not math.isfinite(x) else x

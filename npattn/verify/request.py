@@ -46,8 +46,8 @@ def _check_name(what: str, name: str, known: Iterable[str]) -> None:
 def check_cases(op: str, cases: Iterable[Any], seeds: Iterable[int]) -> None:
     """Raises where a case is none of this op, or a seed is negative."""
     for case in cases:
-        if (of := getattr(case, "op", "attention")) != op:
-            raise CandidateError(f"case {case.name!r} is of {of}, expected a case of {op}")
+        if case.op != op:
+            raise CandidateError(f"case {case.name!r} is of {case.op}, expected a case of {op}")
     for seed in seeds:
         if seed < 0:
             raise CandidateError(f"seed {seed}, expected 0 or more")

@@ -36,6 +36,7 @@ class Explanation:
     distance: float  # rms, in sigma
     where: str = ""  # "in the backward", or nothing
     others: tuple[str, ...] = ()  # changes that fit here as well
+    rounds: bool = False  # what is seen is a rounding, which a class of precision may allow
 
     @property
     def text(self) -> str:
@@ -123,6 +124,7 @@ class Memory:
     left: float  # seconds for all searches; below 0 only changes that were found before are tried
     pairs_left: int
     known: Any  # how often each name was found
+    bits: set[int]  # to which roundings were found
     earlier: list[dict[str, Any]]  # the options of calls before this one
     returned: list[tuple[dict[str, Any], Values]]  # what calls before this one returned, and what was right there
 

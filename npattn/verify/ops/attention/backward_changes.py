@@ -28,8 +28,9 @@ from npattn.verify.precision import round_to
 @each((8, "bfloat16"), (11, "float16"))
 def _(low: tuple[int, str]) -> None:
     bits, storage = low
-    add("kept_lse", {f"lse rounded to {bits} bits before the backward": lambda x, _: round_to(x.kept_lse, storage)})
-    add("kept_out", {f"the output rounded to {bits} bits before Delta": lambda x, _: round_to(x.kept_out, storage)})
+    of_lse, of_out = f"lse rounded to {bits} bits before the backward", f"the output rounded to {bits} bits before Delta"
+    add("kept_lse", {of_lse: lambda x, _: round_to(x.kept_lse, storage)}, rounds=True)
+    add("kept_out", {of_out: lambda x, _: round_to(x.kept_out, storage)}, rounds=True)
 
 
 add("dl", {"dlse=ignored": lambda x, _: 0.0}, "dlse", convention=True)

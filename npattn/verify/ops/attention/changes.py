@@ -23,7 +23,7 @@ CHANGES: dict[str, Change] = {}
 
 def add(
     stage: str, rows: dict[str, Any], needs: str = "", *, convention: bool = False, tile: int = 0,
-    companions: dict[str, tuple[str, ...]] | None = None,
+    companions: dict[str, tuple[str, ...]] | None = None, rounds: bool = False,
 ) -> None:  # fmt: skip
     """Register changes of one stage. rows : name -> a function of (x, honest value), or (function, `Change.nan`)
 
@@ -34,7 +34,8 @@ def add(
     for name, row in rows.items():
         assert name not in CHANGES, name
         value, nan = row if isinstance(row, tuple) else (row, "")
-        CHANGES[name] = Change(name, {stage: value}, facts, convention, (companions or {}).get(name, ()), tile, likely, nan)
+        CHANGES[name] = Change(name, {stage: value}, facts, convention, (companions or {}).get(name, ()), tile, likely, nan,
+                               rounds)  # fmt: skip
 
 
 def each(*values: Any) -> Callable[[Callable[[Any], None]], None]:

@@ -12,7 +12,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -356,7 +356,7 @@ def _rows(s: Search, wrong: list[str]) -> list[Explanation]:
             found.append(t)
             worst = max(worst, apart[0])
     name = "each row is off by a factor, as of exp(s - lse) with a rounded lse"
-    return [Explanation((name,), tuple(found), worst)] if found else []
+    return [Explanation((name,), tuple(found), worst, rounds=True)] if found else []
 
 
 def _factor_of_rows(s: Search, out: Array) -> Array | None:
@@ -373,15 +373,24 @@ def _factor_of_rows(s: Search, out: Array) -> Array | None:
     return None
 
 
-def _roundings() -> dict[str, Precision]:
-    """Precision classes with one rounding each, and those with all roundings of a class."""
-    plain, found = PRECISIONS["float32"], {}
-    for knob in ("inputs", "scores", "weights", "dweights", "dscores", "out"):
+class _Low(NamedTuple):
+    """What may be rounded early: one field of a `Precision` to so many bits, or all that a class rounds."""
+
+    name: str
+    precision: Precision
+    field: str = ""
+    bits: int = 0
+
+
+def _roundings() -> list[_Low]:
+    plain, found = PRECISIONS["float32"], list[_Low]()
+    for field in ("inputs", "scores", "weights", "dweights", "dscores", "out"):
         for bits, storage in ((11, "float16"), (8, "bfloat16")):
-            low: dict[str, Any] = {knob: 2.0**-bits}
-            found[f"{knob} rounded to {bits} bits"] = dataclasses.replace(plain, storage=storage, **low)
-    classes = {f"all that {n} rounds": p for n, p in PRECISIONS.items() if n not in ("float64", "float32", "float8")}
-    return found | classes
+            low: dict[str, Any] = {field: 2.0**-bits}
+            precision = dataclasses.replace(plain, storage=storage, **low)
+            found.append(_Low(f"{field} rounded to {bits} bits", precision, field, bits))
+    classes = [_Low(f"all that {n} rounds", p) for n, p in PRECISIONS.items() if n not in ("float64", "float32", "float8")]
+    return found + classes
 
 
 def _rounding(s: Search, wrong: list[str]) -> list[Explanation]:
@@ -392,50 +401,49 @@ def _rounding(s: Search, wrong: list[str]) -> list[Explanation]:
     """
     if not wrong or s.problem.dtype == np.float64 or s.large:
         return []
-    names = _roundings()
-    if s.memory.left < 0 or any(n in s.memory.known for n in names):  # a candidate rounds alike in all cases
-        ends = tuple(n.partition(" ")[2] for n in s.memory.known if " rounded to " in n)
-        names = {n: p for n, p in names.items() if n in s.memory.known or (n[:4] == "out " and n[4:] in ends)}
-    found = [fit for name, precision in names.items() for fit in _fits(s, wrong, name, precision)]
+    tried, known = _roundings(), s.memory.known
+    if s.memory.left < 0 or any(low.name in known for low in tried):  # a candidate rounds alike in all cases
+        tried = [low for low in tried if low.name in known or (low.field == "out" and low.bits in s.memory.bits)]
+    found = [fit for low in tried for fit in _fits(s, wrong, low)]
     best: list[Explanation] = []
     left = set(wrong)
     while left and found:
         whole = [f for f in found if set(f[1].tensors) >= left] or found
-        e = min(whole, key=lambda f: (len(left - set(f[1].tensors)), f[0]))[1]
+        _, e, bits = min(whole, key=lambda f: (len(left - set(f[1].tensors)), f[0]))
         if not left & set(e.tensors):
             break
+        s.memory.bits |= {bits} - {0}
         best.append(dataclasses.replace(e, tensors=tuple(t for t in e.tensors if t in left)))
         left -= set(e.tensors)
         found = [f for f in found if set(f[1].tensors) <= left]
     return best
 
 
-def _fits(s: Search, wrong: list[str], name: str, precision: Precision) -> list[tuple[float, Explanation]]:
-    """Whether this rounding makes such errors: [(how far sizes differ, as a logarithm, explanation)], empty if it does not."""
-    truth = s.problem.truth(precision)
+def _fits(s: Search, wrong: list[str], low: _Low) -> list[tuple[float, Explanation, int]]:
+    """Whether this rounding makes such errors: [(how far sizes differ, as a logarithm; explanation; bits)], or nothing."""
+    truth = s.problem.truth(low.precision)
     if truth is None:
         return []
     dtype, bad, outputs = s.problem.dtype, {t for t in s.returned if s.before[t] > GOOD_RMS}, set(s.outputs)
     off = {t: distance(s.got[t], truth.values[t], truth.sigma[t]) for t in s.returned}
     reached = {t for t in s.returned if median(truth.sigma[t], dtype) > 8 * median(s.sigma[t], dtype)}
-    if name.startswith("weights"):
+    if low.field == "weights":
         reached -= {"dq", "dk", "dbias", "dsink"}  # it reaches them only through the output, if Delta is made of that
     backward = bool(reached & outputs) and not reached & outputs & bad
     reached = {t for t in reached if (t in outputs) in {t in outputs for t in wrong}}
     fits = {t for t in bad if 0.3 <= off[t][0] <= 1.7 and off[t][1] <= 16}
-    last = name.startswith("out ")
+    last = low.field == "out"
     if last:  # each tensor is rounded by itself, which its digits show
-        fits = {t for t in fits if t != "lse" and (round_to(s.got[t], precision.format) == s.got[t]).all()}
-        text = name if fits >= reached and "out" in bad else f"{{}} {name.partition(' ')[2]}"
-    else:
-        fits, text = fits if fits >= reached else set(), name
-    fits &= set(wrong)
+        fits = {t for t in fits if t != "lse" and (round_to(s.got[t], low.precision.format) == s.got[t]).all()}
+    each = last and not (fits >= reached and "out" in bad)
+    fits = set(wrong) & (fits if last or fits >= reached else set())
     if not fits:
         return []
     size = max(abs(math.log(off[t][0] / 0.85)) for t in fits) - last  # digits are better evidence than sizes
     order = tuple(t for t in s.returned if t in fits)
-    where = "in the backward" if backward and name.startswith(("weights", "inputs", "scores")) else ""
-    return [(size, Explanation((text.format(", ".join(order)),), order, max(off[t][0] for t in order), where))]
+    name = f"{', '.join(order)} rounded to {low.bits} bits" if each else low.name
+    where = "in the backward" if backward and low.field in ("weights", "inputs", "scores") else ""
+    return [(size, Explanation((name,), order, max(off[t][0] for t in order), where, rounds=True), low.bits)]
 
 
 HYPOTHESES = (
