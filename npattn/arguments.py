@@ -136,7 +136,7 @@ def check_together(given: argparse.Namespace) -> None:
     present |= {"candidate"} if given.candidate is not None else set()
     present |= {"diagnose"} if not given.diagnose else set()
 
-    def said(name: str) -> str:
+    def as_typed(name: str) -> str:
         return NAMED.get(name, f"--{name.replace('_', '-')}")
 
     pairs = [(alone, other) for alone in ALONE for other in sorted(present) if (alone, other) != ("self_test", "op")]
@@ -144,7 +144,7 @@ def check_together(given: argparse.Namespace) -> None:
     pairs += [("causal", "convention")] if "causal=" in given.convention else []
     for a, b in pairs:
         if a in present and b in present and a != b:
-            raise CandidateError(f"{said(a)} and {said(b)} contradict each other: give one of them")
+            raise CandidateError(f"{as_typed(a)} and {as_typed(b)} contradict each other: give one of them")
     if given.json is not None and given.save is not None and given.json.resolve() == given.save.resolve():
         raise CandidateError(f"--json and --save name one file, {given.json}: give each its own")
     for option, path in (("--json", given.json), ("--save", given.save)):

@@ -15,13 +15,13 @@ from oracles import attention_loops
 
 from npattn.ops.allowed import quiet
 from npattn.tolerances import GOOD_MAX, GOOD_RMS
-from npattn.verify.op import better
+from npattn.verify.op import better_dtype
 from npattn.verify.ops.attention.draw import FAMILIES, MEDIUM, SMALL, Part, dense_mask, draw, parts_of
 from npattn.verify.ops.attention.truth import overflow
 from npattn.verify.precision import PRECISIONS, of_dtype, round_to
 from npattn.verify.rounded import rounded
 
-NO_BETTER = pytest.mark.skipif(better(np.float64) is None, reason="no dtype here is better than float64")
+NO_BETTER = pytest.mark.skipif(better_dtype(np.float64) is None, reason="no dtype here is better than float64")
 EACH = pytest.mark.parametrize("name", [pytest.param(n, marks=NO_BETTER if n == "float64" else ()) for n in PRECISIONS])
 SQUARE = {"H": 1, "G": 1, "L": 128, "S": 128, "D": 64, "E": 64}
 SINGLE_OPTIONS = ("mask array", "causal top_left", "softcap", "bias BHLS", "sink", "dropout_mask", "dlse", "G < H")

@@ -97,7 +97,7 @@ def check(
     check_features("require", require, candidate.op, [f for case in cases for f in case.features])
     report = verify(candidate, cases=cases, **options).require(require)
     masks = [name for name in ("mask", "causal") if name in report.features()]
-    if masks and report.strangers and report.untested(masks) == masks:
+    if masks and report.unknown_parameters and report.untested(masks) == masks:
         warnings.warn(f"{report.candidate}: no mask was tested. {unknown_keywords(report)[0]}", stacklevel=2)
     return report
 

@@ -33,7 +33,7 @@ class CandidateError(Exception):
     """A usage error: nothing can be verified as it was asked for."""
 
 
-def said(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
     """The first line of an exception's message; its ``__str__`` may raise itself."""
     try:
         lines = str(error).strip().splitlines()
@@ -92,7 +92,7 @@ class Candidate:
         return frozenset(names | set(assumed if any(p.kind == p.VAR_KEYWORD for p in parameters) else ()))
 
     @property
-    def strangers(self) -> list[str]:
+    def unknown_parameters(self) -> list[str]:
         """Parameters of the forward that verify does not know. One of them may be a known option under another name."""
         calls = self.record.calls
         known = {*calls.keywords, *calls.positional, "return_lse", "args", "kwargs", "options"}
@@ -104,9 +104,9 @@ class Candidate:
         """The keyword arguments of this problem in npattn's own form, and the names that the function does not take."""
         return self.record.calls.arguments(self, problem, self.takes(function), backward)
 
-    def said(self, problem: Problem, given: dict[str, Any]) -> dict[str, Any]:
+    def in_convention(self, problem: Problem, given: dict[str, Any]) -> dict[str, Any]:
         """The same arguments in the form of the candidate's convention."""
-        return self.record.calls.said(self, problem, given)
+        return self.record.calls.in_convention(self, problem, given)
 
     def changes(self) -> list[Change]:
         """What the convention changes in the equations."""
@@ -188,23 +188,23 @@ def is_array(x: Any) -> bool:
 
 def _called(who: str, call: Callable[[], Any], problem: Any, *given: dict[str, Any]) -> Any:
     """What a candidate returns, or an Outcome if it refuses, raises, or writes into its inputs."""
-    before = _marks(problem, *given)
+    before = _snapshot(problem, *given)
     try:
         with np.errstate():  # restores the state if the candidate changes it
             returned = call()
     except NotImplementedError as error:
-        return Outcome(status="refused", text=said(error) or f"{who}raises NotImplementedError")
+        return Outcome(status="refused", text=message_of(error) or f"{who}raises NotImplementedError")
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a candidate may raise SystemExit or GeneratorExit, too
         return Outcome(status="wrong", text=f"{who}raises {_described(error)}")
-    if written := _written(before, _marks(problem, *given)):
+    if changed := _changed_arrays(before, _snapshot(problem, *given)):
         what = "the backward modifies an input" if who else "an input was modified"
-        return Outcome(status="wrong", text=f"{what}: {written}")
+        return Outcome(status="wrong", text=f"{what}: {changed}")
     return returned
 
 
-def _marks(problem: Any, *more: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+def _snapshot(problem: Any, *more: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     """By name, everything about the given arrays that a function could change."""
     return {
         part or name: (x.shape, x.dtype, x.flags.writeable, x.strides, x.tobytes())
@@ -214,14 +214,14 @@ def _marks(problem: Any, *more: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     }
 
 
-MARKS = ("has another shape", "has another dtype", "can be written or not, as it could not before", "has other strides", "")
+ASPECTS = ("has another shape", "has another dtype", "can be written or not, as it could not before", "has other strides", "")
 
 
-def _written(before: dict[str, tuple[Any, ...]], after: dict[str, tuple[Any, ...]]) -> str:
+def _changed_arrays(before: dict[str, tuple[Any, ...]], after: dict[str, tuple[Any, ...]]) -> str:
     """Which arrays have changed, and in what; "" if none has."""
     found = []
     for name, old in before.items():
-        what = next((text for text, a, b in zip(MARKS, old, after[name], strict=True) if a != b), None)
+        what = next((text for text, a, b in zip(ASPECTS, old, after[name], strict=True) if a != b), None)
         if what is not None:
             found.append(f"{name} {what}".strip())
     return ", ".join(found)
@@ -232,7 +232,7 @@ def _described(error: BaseException) -> str:
     try:
         frames = traceback.extract_tb(error.__traceback__)
         where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-        return f"{type(error).__name__}: {said(error)}{where}"
+        return f"{type(error).__name__}: {message_of(error)}{where}"
     except BaseException:
         return "what cannot be described"
 
@@ -286,7 +286,7 @@ def _function(name: str, like: str | None = None) -> Callable[..., Any]:
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        raise CandidateError(f"{where} cannot be imported: {type(error).__name__}: {said(error)}") from error
+        raise CandidateError(f"{where} cannot be imported: {type(error).__name__}: {message_of(error)}") from error
     for part in attribute.split("."):
         if not hasattr(module, part):
             raise CandidateError(f"{where} has no {attribute}")

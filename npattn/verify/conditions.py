@@ -115,10 +115,10 @@ def _other(
     A backward after them uses its own forward's results. A call with another mask or bias of the same shape uses that one.
     """
     relatives = problem.op.relatives
-    for p in (relatives.otherwise(problem), relatives.first_sequence(problem)):
+    for p in (relatives.with_other_numbers(problem), relatives.first_sequence(problem)):
         if p is not None:
             _call(candidate, p)
-    masked = relatives.masked_otherwise(problem)
+    masked = relatives.with_another_mask(problem)
     if masked is not None:
         truth = candidate.truth(masked, precision)
         got = _call(candidate, masked)

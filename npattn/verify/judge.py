@@ -87,7 +87,7 @@ class Result:
 @quiet
 def compare(
     tensor: str, got: Any, want: Array, sigma: Array, dtypes: Iterable[Any], level: str = "good",
-    det: Callable[[], Array | None] = lambda: None, letters: str = "", rest: Any = 0.0,
+    det: Callable[[], Array | None] = lambda: None, letters: str = "", remainder: Any = 0.0,
 ) -> Check:  # fmt: skip
     """Compare one tensor with the truth, in units of sigma. NaN and inf have to be where the truth has them."""
     if not is_array(got):
@@ -100,7 +100,7 @@ def compare(
         return Check(tensor, "wrong", f"has dtype {got.dtype}, expected {' or '.join(map(str, dtypes))}", worst=math.inf)
     if np.isnan(np.where(np.isfinite(want), sigma, 1.0)).any():
         raise ArithmeticError(f"{tensor}: the predicted error is NaN where the truth is finite: a fault of npattn's own")
-    off = units(got, want, sigma, rest)
+    off = units(got, want, sigma, remainder)
     if not off.size:
         return Check(tensor, "ok", "empty", level="tight")
     index = tuple(map(int, np.unravel_index(off.argmax(), off.shape)))
@@ -169,9 +169,9 @@ def examine(
         result.checks.append(
             Check(wanted[0], forward.status, forward.text, worst=math.inf if forward.status == "wrong" else 0.0)
         )
-        rest = "not given" if forward.status == "wrong" else forward.status
+        of_others = "not given" if forward.status == "wrong" else forward.status
         text = WRONG_BEFORE if forward.status == "wrong" else forward.text
-        result.checks.extend(Check(t, rest, text) for t in wanted[1:])
+        result.checks.extend(Check(t, of_others, text) for t in wanted[1:])
         return result
     returned = {n: x.copy() if isinstance(x, np.ndarray) else x for n, x in forward.values.items()}
     backward = call_backward(candidate, theirs, forward.values)
@@ -190,7 +190,7 @@ def examine(
             else:
                 det = functools.partial(_det, truth, t)
                 check = compare(t, judged[t], truth.values[t], truth.sigma[t], dtypes, settings.level, det,
-                                problem.op.axes.get(t, ""), truth.rest.get(t, 0.0))  # fmt: skip
+                                problem.op.axes.get(t, ""), truth.remainder.get(t, 0.0))  # fmt: skip
                 result.checks.append(check)
         elif t in outcome.missing:
             result.checks.append(Check(t, "not given", outcome.missing[t]))
@@ -275,7 +275,7 @@ def _or_state(
     unknown = {t for e in explanations if UNKNOWN in e.names for t in e.tensors}
     if not unknown:
         return explanations
-    other = problem.op.otherwise(problem)
+    other = problem.op.another_call(problem)
     forward = call_forward(candidate, other)
     call_backward(candidate, other, forward.values)
     forward = call_forward(candidate, problem)

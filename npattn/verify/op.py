@@ -49,7 +49,7 @@ class Truth:
 
     values: Values
     sigma: Values
-    rest: Values = field(default_factory=dict)  # what has to be added to the values if no dtype holds them exactly enough
+    remainder: Values = field(default_factory=dict)  # what has to be added to the values if no dtype holds them exactly enough
     bound: Callable[[], Values] = dict  # computes ``det`` when it is needed
 
     @functools.cached_property
@@ -65,12 +65,12 @@ def parts(values: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
         yield from ((name, part, y) for part, y in inner.items())
 
 
-def in_each(f: Callable[[Any], Any], x: Any) -> Any:
+def map_parts(f: Callable[[Any], Any], x: Any) -> Any:
     """f(x); for a NamedTuple, a NamedTuple of f of each part."""
-    return type(x)(*(in_each(f, y) for y in x)) if isinstance(x, tuple) and hasattr(x, "_fields") else f(x)
+    return type(x)(*(map_parts(f, y) for y in x)) if isinstance(x, tuple) and hasattr(x, "_fields") else f(x)
 
 
-def better(dtype: Any) -> Any:
+def better_dtype(dtype: Any) -> Any:
     """A dtype in which the truth about ``dtype`` can be computed, or None where this machine has none."""
     if np.dtype(dtype) != np.float64:
         return np.float64
@@ -113,7 +113,7 @@ class Problem:
         return self.op.outputs
 
     @property
-    def given(self) -> dict[str, Any]:
+    def differentiable_arrays(self) -> dict[str, Any]:
         """Every array that has a gradient, by its own name: inputs, each parameter, and differentiable options."""
         options = {name: self.options[name] for name in self.op.differentiable if name in self.options}
         return {part or name: x for name, part, x in parts(self.inputs | options) if x is not None}
@@ -121,7 +121,7 @@ class Problem:
     @property
     def gradients(self) -> tuple[str, ...]:
         """The names of the gradients: 'd' and the name of the array."""
-        return tuple(f"d{name}" for name in self.given)
+        return tuple(f"d{name}" for name in self.differentiable_arrays)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -151,8 +151,8 @@ class Problem:
         def once(x: Any) -> Any:
             return done.setdefault(id(x), f(x))
 
-        of_each = ({n: in_each(once, x) for n, x in values.items()} for values in (self.inputs, self.options, self.cotangents))
-        return Problem(self.op, *of_each)
+        fields = (self.inputs, self.options, self.cotangents)
+        return Problem(self.op, *({n: map_parts(once, x) for n, x in values.items()} for values in fields))
 
     def astype(self, dtype: Any) -> Problem:
         """All floating arrays in another dtype."""
@@ -161,7 +161,7 @@ class Problem:
     def stored(self, precision: Precision) -> Problem:
         """The same problem, its numbers rounded to the storage format of ``precision``: in float16, or in float32 for others.
 
-        Options, and cotangents of outputs that are always in float32 (`Op.wide`), stay in float32.
+        Options, and cotangents of outputs that are always in float32 (`Op.in_computing_dtype`), stay in float32.
         """
         if precision.storage in ("float32", "float64"):
             return self.astype(precision.dtype)
@@ -173,12 +173,12 @@ class Problem:
             return np.where(np.isfinite(low) | ~np.isfinite(x), low, x)  # an option that would overflow stays
 
         p = self.astype(np.float32)
-        wide = {f"d{name}": p.cotangents.pop(f"d{name}") for name in self.op.wide if f"d{name}" in p.cotangents}
+        in_float32 = {f"d{t}": p.cotangents.pop(f"d{t}") for t in self.op.in_computing_dtype if f"d{t}" in p.cotangents}
         low = p.each(held)
         if precision.storage == "float16":
             both = Problem(self.op, low.inputs, {}, low.cotangents).astype(np.float16)
             low = Problem(self.op, both.inputs, low.options, both.cotangents)
-        low.cotangents |= wide
+        low.cotangents |= in_float32
         return low
 
     def truth(self, precision: Precision) -> Truth | None:
@@ -230,7 +230,7 @@ class Calls:
         """The gradients by npattn's names, or a text that says what was returned instead."""
         raise NotImplementedError
 
-    def said(self, candidate: Any, problem: Problem, given: dict[str, Any]) -> dict[str, Any]:
+    def in_convention(self, candidate: Any, problem: Problem, given: dict[str, Any]) -> dict[str, Any]:
         """The same options in the form of the candidate's convention."""
         return given
 
@@ -254,11 +254,11 @@ class Relatives:
         """The same with other numbers in masked places."""
         return None
 
-    def masked_otherwise(self, problem: Problem) -> Problem | None:
+    def with_another_mask(self, problem: Problem) -> Problem | None:
         """The same with another mask and bias of the same shapes."""
         return None
 
-    def otherwise(self, problem: Problem) -> Problem:
+    def with_other_numbers(self, problem: Problem) -> Problem:
         """The same with other numbers."""
         raise NotImplementedError
 
@@ -294,11 +294,11 @@ class Op:
     calls: Calls
     differentiable: tuple[str, ...] = ()  # options that have a gradient
     optional: tuple[str, ...] = ()  # gradients that a backward may leave out
-    wide: tuple[str, ...] = ()  # outputs in the computing dtype, whatever the inputs are
-    handed: frozenset[str] = frozenset()  # stages whose change reaches the output alone, not what the backward keeps
+    in_computing_dtype: tuple[str, ...] = ()  # outputs in the computing dtype, whatever the inputs are
+    output_only_stages: frozenset[str] = frozenset()  # a change of them reaches the output alone, not what the backward keeps
     shape: Callable[[Problem], tuple[int, ...]] = lambda p: np.shape(next(iter(p.cotangents.values())))
     arguments: Callable[[Problem], dict[str, Any]] = lambda p: p.options  # the options as the reference takes them
-    given: Callable[[Problem], dict[str, Any]] = lambda p: p.options  # for candidates that take arrays alone
+    as_arrays: Callable[[Problem], dict[str, Any]] = lambda p: p.options  # for candidates that take arrays alone
     facts: Callable[[Problem, Mapping[str, Any]], set[str]] = lambda p, given: set()  # in addition to the names of the options
     undefined: Callable[[Problem, Precision], str] = lambda p, precision: ""  # why a class of precision is not tested here
     canonical: Callable[[Problem], Problem] = lambda p: p  # the form in which candidates get a problem
@@ -308,7 +308,7 @@ class Op:
     conditioned: tuple[str, ...] = ()  # the cases on which they are examined
     hypotheses: tuple[Any, ...] = ()  # see `npattn.verify.search`; empty: those for every op
     more_changes: Callable[[list[dict[str, Any]], dict[str, Any]], list[Change]] = lambda earlier, given: []  # of earlier calls
-    otherwise: Callable[[Problem], Problem] = negated  # another call of the same shapes, to be made in between
+    another_call: Callable[[Problem], Problem] = negated  # another call of the same shapes, to be made in between
     evidence: tuple[str, ...] = ()  # cases to run before NaN everywhere is explained
     basics: tuple[str, ...] = ()  # cases in which most mistakes do not show
     random_cases: Callable[[int, int], list[Any]] = lambda seed, count: []
@@ -319,14 +319,14 @@ class Op:
         Op.known[self.name] = self
 
     def __reduce__(self) -> Any:
-        return _named, (self.name,)  # pickled by its name: another process has its own record
+        return _known_op, (self.name,)  # pickled by its name: another process has its own record
 
     @functools.cached_property
     def by_name(self) -> dict[str, Any]:
         return {case.name: case for case in self.cases}
 
 
-def _named(name: str) -> Op:
+def _known_op(name: str) -> Op:
     return Op.known[name]
 
 

@@ -88,8 +88,8 @@ def examined(name: str) -> Examined:
     if preset and candidate.record.calls.conventions is None:
         # The adapters take arguments in npattn's form. So only the "expected" and "undefined" fields of a preset count.
         convention = PRESETS[preset].convention
-        said = {n: v for use in ("expected", "undefined") for n, v in convention.changes(use).items() if n != "dlse"}
-        own, wrong = dataclasses.replace(candidate, convention=Convention(**said)), {r.case for r in report.wrong}
+        declared = {n: v for use in ("expected", "undefined") for n, v in convention.changes(use).items() if n != "dlse"}
+        own, wrong = dataclasses.replace(candidate, convention=Convention(**declared)), {r.case for r in report.wrong}
         again = [examine(own, case, 0, settings) for case in cases if case.name in wrong]
         under_preset = sum(c.status == "wrong" for r in again for c in r.checks)
     return Examined(name, report, Probes(name).found if preset else {}, under_preset)
@@ -173,8 +173,8 @@ def _agreement(p: Examined) -> str:
     if not p.conventions:
         return "-"
     preset = PEERS[p.name].preset
-    said = PRESETS[preset].convention
-    apart = [f"{n}={value}" for n, value in p.conventions.items() if getattr(said, n) != value]
+    preset_convention = PRESETS[preset].convention
+    apart = [f"{n}={value}" for n, value in p.conventions.items() if getattr(preset_convention, n) != value]
     return f"`{preset}`" + (f" but for {', '.join(apart)}" if apart else "")
 
 

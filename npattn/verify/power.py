@@ -137,7 +137,7 @@ def digest(problem: Problem, given: Mapping[str, Any], align: str, precision: Pr
     arrays = {**problem.inputs, **problem.cotangents, **problem.options}
     if "mask" in problem.options:
         del arrays["mask"]
-        arrays["mask"] = problem.op.given(problem)["mask"]
+        arrays["mask"] = problem.op.as_arrays(problem)["mask"]
     for name, _, x in parts(arrays):
         text.update(f"{name} {getattr(x, 'shape', '')} {getattr(x, 'dtype', x)}".encode())
         text.update(x.tobytes() if isinstance(x, np.ndarray) else b"")

@@ -67,9 +67,9 @@ def save(path: Path, candidate: Candidate, case: Any, seed: int, settings: Setti
     problem, precision = as_given(case, seed, settings)
     arrays: dict[str, Any] = {**problem.inputs, **problem.cotangents}
     options, _ = candidate.arguments(problem, candidate.forward)
-    options = candidate.said(problem, options)
+    options = candidate.in_convention(problem, options)
     if "mask" in problem.options:
-        options["allowed"] = problem.op.given(problem)["mask"]
+        options["allowed"] = problem.op.as_arrays(problem)["mask"]
     plain = {n: x for n, x in options.items() if isinstance(x, (int, float, str, bool, tuple))}  # a window may hold None
     arrays |= {n: x for n, x in options.items() if n not in plain}
     truth = None if problem.op.undefined(problem, precision) else candidate.truth(problem, precision)

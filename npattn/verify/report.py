@@ -30,7 +30,7 @@ class Facts:
     candidate: str
     op: str = "attention"
     options: tuple[str, ...] = ()  # the keywords of its forward that verify knows
-    strangers: tuple[str, ...] = ()  # see `Candidate.strangers`
+    unknown_parameters: tuple[str, ...] = ()  # see `Candidate.unknown_parameters`
     library: str = ""  # the tensor library that its module uses
     backward: bool = False  # whether there is one
 
@@ -38,7 +38,7 @@ class Facts:
     def of(cls, candidate: Candidate) -> Facts:
         options = tuple(sorted(candidate.takes(candidate.forward) & set(candidate.record.calls.keywords)))
         library, backward = library_of(candidate.forward), candidate.backward is not None
-        return cls(candidate.name, candidate.op, options, tuple(candidate.strangers), library, backward)
+        return cls(candidate.name, candidate.op, options, tuple(candidate.unknown_parameters), library, backward)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Report:
     op: str = "attention"
     level: str = "good"
     precision: str = ""  # the declared class
-    strangers: tuple[str, ...] = ()  # see `Facts`, also for options, library and backward
+    unknown_parameters: tuple[str, ...] = ()  # see `Facts`, also for options, library and backward
     fits: str = ""  # another precision class that the errors fit best; "" if there is none
     rules: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
@@ -129,8 +129,8 @@ class Report:
     @property
     def refused(self) -> dict[str, int]:
         """The messages of refused cases, and how many cases have each; the commonest first."""
-        said = Counter(text for r in self.results for text in {c.text for c in r.checks if c.status == "refused"})
-        return dict(said.most_common())
+        messages = Counter(text for r in self.results for text in {c.text for c in r.checks if c.status == "refused"})
+        return dict(messages.most_common())
 
     @property
     def unused(self) -> list[str]:

@@ -19,12 +19,12 @@ LEVELS = {"tight": (TIGHT_RMS, TIGHT_MAX), "good": (GOOD_RMS, GOOD_MAX)}  # and 
 
 
 @quiet
-def units(got: Array, want: Array, sigma: Array, rest: Any = 0.0) -> Array:
-    """|got - want - rest| / sigma; 0 where equal, inf where got and want differ in NaN or inf."""
+def units(got: Array, want: Array, sigma: Array, remainder: Any = 0.0) -> Array:
+    """|got - want - remainder| / sigma; 0 where equal, inf where got and want differ in NaN or inf."""
     x, y = np.asarray(got, want.dtype), want
-    same = ((x == y) & (rest == 0)) | (np.isnan(x) & np.isnan(y)) | ((x == y) & np.isinf(x))
+    same = ((x == y) & (remainder == 0)) | (np.isnan(x) & np.isnan(y)) | ((x == y) & np.isinf(x))
     finite = np.isfinite(x) & np.isfinite(y)
-    return np.asarray(np.where(same, 0.0, np.where(finite, np.abs(x - y - rest) / sigma, np.inf)), np.float64)
+    return np.asarray(np.where(same, 0.0, np.where(finite, np.abs(x - y - remainder) / sigma, np.inf)), np.float64)
 
 
 @quiet

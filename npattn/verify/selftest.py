@@ -52,7 +52,7 @@ class Caught:
 
     seed: Seed
     by: str = ""  # the case and tensor that caught it
-    said: tuple[str, ...] = ()  # what the diagnosis says
+    diagnosis: tuple[str, ...] = ()  # what the diagnosis says
     named: bool = False
 
 
@@ -161,7 +161,7 @@ def seeds(ops: Iterable[Op] = OPS.values()) -> Iterator[Seed]:
             cases, shown = next(((c, names) for c in both if (names := c.showing(change))), (both[0], ()))
             if shown:  # else it needs larger tiles than these cases have, or changes only the order of a sum
                 yield Seed(op, "change", change.name, staged(op, [change], align=cases.align), (change.name,), shown)
-            if shown and op.handed and change.likely and (alone := cases.showing(change, backward=True)):
+            if shown and op.output_only_stages and change.likely and (alone := cases.showing(change, backward=True)):
                 tested = staged(op, (), [change], cases.align)
                 yield Seed(op, "in the backward", change.name, tested, (change.name,), alone)
         for name, (wrap, says) in WRAPPERS.items():
@@ -243,8 +243,8 @@ def _caught(seed: Seed, result: Result, wrong: list[Any]) -> Caught:
     texts = [c.text for c in wrong]
     shown = tuple(dict.fromkeys(n for e in result.explanations for n in (*e.names, *e.others[:3])))
     named = any(text == says or fnmatch.fnmatchcase(text, says) for text in (*shown, *texts) for says in seed.says)
-    said = tuple(dict.fromkeys(" and ".join(e.names) for e in result.explanations)) or (texts[0],)
-    return Caught(seed, f"{result.case}: {wrong[0].tensor}", said, named)
+    diagnosis = tuple(dict.fromkeys(" and ".join(e.names) for e in result.explanations)) or (texts[0],)
+    return Caught(seed, f"{result.case}: {wrong[0].tensor}", diagnosis, named)
 
 
 def run_self_test(line: Callable[[str], None], chosen: Iterable[Seed] | None = None) -> bool:
@@ -255,7 +255,7 @@ def run_self_test(line: Callable[[str], None], chosen: Iterable[Seed] | None = N
         one = examined(seed)
         found.append(one)
         mark = "NOT CAUGHT" if not one.by else "named" if one.named else "caught"
-        line(f"  {mark:10} {seed.op.name:10} {seed.name:60} {one.by:40} {'; '.join(one.said)[:100]}")
+        line(f"  {mark:10} {seed.op.name:10} {seed.name:60} {one.by:40} {'; '.join(one.diagnosis)[:100]}")
     groups: dict[tuple[str, str], list[Caught]] = {}
     for one in found:
         groups.setdefault((one.seed.op.name, one.seed.kind), []).append(one)

@@ -18,7 +18,7 @@ import numpy as np
 from npattn.ops.allowed import swap, weight_gradient
 from npattn.ops.checks import Array
 from npattn.tolerances import ROUNDING_STD
-from npattn.verify.op import Change, Problem, Truth, Values, better, cast, facts
+from npattn.verify.op import Change, Problem, Truth, Values, better_dtype, cast, facts
 from npattn.verify.precision import Precision
 from npattn.verify.rounding import Rounding
 
@@ -173,9 +173,9 @@ def _for_backward(
     """The run that the backward continues: a forward with the backward's changes, and the outputs that the forward kept."""
     op, y = x.problem.op, x
     kept = {t: getattr(x, t) for t in op.outputs}
-    if inner != changes or any(op.handed & c.stages.keys() for c in changes):
+    if inner != changes or any(op.output_only_stages & c.stages.keys() for c in changes):
         # Changes of handed-out stages are left out: they are not in what is kept.
-        y = again([Change(c.name, {n: f for n, f in c.stages.items() if n not in op.handed}) for c in inner])
+        y = again([Change(c.name, {n: f for n, f in c.stages.items() if n not in op.output_only_stages}) for c in inner])
         op.forward(y)
         if not fused or inner == changes:
             kept = {t: getattr(y, t) for t in op.outputs}
@@ -293,7 +293,7 @@ def finite(x: Any) -> Any:
 
 def by_noise(problem: Problem, precision: Precision, clean: Callable[[Any], Any] = finite) -> Truth | None:
     """The reference's values, and for sigma the spread of the noisy equations; None if there is no better dtype."""
-    dtype = better(precision.dtype)
+    dtype = better_dtype(precision.dtype)
     if dtype is None:
         return None
     wide = problem.astype(dtype)

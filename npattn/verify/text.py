@@ -59,8 +59,8 @@ def _shares(report: Report) -> str:
 
 def _refusals(report: Report) -> str:
     """The five commonest messages of refused cases, each with the number of cases."""
-    said = [f"{text} ({_count(n)})" for text, n in report.refused.items()]
-    return "; ".join(said[:5]) + (f"; and {len(said) - 5} more" if len(said) > 5 else "")
+    messages = [f"{text} ({_count(n)})" for text, n in report.refused.items()]
+    return "; ".join(messages[:5]) + (f"; and {len(messages) - 5} more" if len(messages) > 5 else "")
 
 
 def summary(report: Report, verbose: bool) -> Iterator[str]:
@@ -143,10 +143,10 @@ def hints(report: Report) -> list[str]:
 
 def unknown_keywords(report: Report) -> list[str]:
     """A line on the candidate's keywords that are never given, because verify does not know them."""
-    if not report.strangers:
+    if not report.unknown_parameters:
         return []
     names = ", ".join(OPS[report.op].calls.keywords)
-    return [f"It also takes {', '.join(report.strangers)}, which verify never gives: its names are {names}"]
+    return [f"It also takes {', '.join(report.unknown_parameters)}, which verify never gives: its names are {names}"]
 
 
 # --- what is wrong --------------------------------------------------------------------------------------------------------
@@ -159,8 +159,8 @@ def lines(report: Report) -> list[str]:
 
 def _wrong_lines(report: Report) -> list[tuple[str, str]]:
     """(case, text) for each wrong tensor, and for each case that is right though it was expected to fail."""
-    said = [(r.case, f"{c.tensor}: {c.text}") for r in report.wrong for c in _wrong(r)]
-    return said + [(r.case, f"was expected to fail ({r.expected}), and holds") for r in report.unexpected]
+    wrong = [(r.case, f"{c.tensor}: {c.text}") for r in report.wrong for c in _wrong(r)]
+    return wrong + [(r.case, f"was expected to fail ({r.expected}), and holds") for r in report.unexpected]
 
 
 def failure(report: Report, require: Iterable[str] = ()) -> str:

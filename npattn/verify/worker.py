@@ -28,7 +28,7 @@ from typing import Any
 
 from npattn.verify import replay
 from npattn.verify.api import examine_all, fits
-from npattn.verify.candidate import CandidateError, load, said
+from npattn.verify.candidate import CandidateError, load, message_of
 from npattn.verify.conditions import examine_conditions
 from npattn.verify.conventions import Convention
 from npattn.verify.explain import Diagnostician
@@ -287,7 +287,7 @@ def _serve(connection: Connection, path: list[str]) -> None:
             send("usage", str(error))
         except BaseException as error:  # verify's own: those of the candidate are caught around its calls
             if what == "load":
-                send("usage", f"{given[0].name} cannot be loaded: {type(error).__name__}: {said(error)}")
+                send("usage", f"{given[0].name} cannot be loaded: {type(error).__name__}: {message_of(error)}")
             else:
                 send("fault", traceback.format_exc())
         else:

@@ -12,7 +12,7 @@ import npattn
 from npattn import MultiHeadParams, RNNParams, convert
 from npattn.tolerances import GOOD_MAX, GOOD_RMS
 from npattn.verify import Candidate
-from npattn.verify.op import Problem, better
+from npattn.verify.op import Problem, better_dtype
 from npattn.verify.ops import OPS
 from npattn.verify.precision import PRECISIONS, of_dtype
 from npattn.verify.stages import attempt, run
@@ -35,7 +35,7 @@ def by_name(op, name):
 
 def mistaken(problem, name):
     """What comes out with a known mistake, in a better dtype; nothing where it cannot be made in this call."""
-    return attempt(problem, None, changes=[problem.op.changes[name]], dtype=better(problem.dtype) or problem.dtype)
+    return attempt(problem, None, changes=[problem.op.changes[name]], dtype=better_dtype(problem.dtype) or problem.dtype)
 
 
 def called(problem, function, *, backward=False):

@@ -36,7 +36,7 @@ def test_a_change_is_caught_and_named(op, name):
         seed = Seed(record, "change", name, staged(record, [record.changes[name]]), (name,), (case,))
     found = examined(seed)
     assert found.by
-    assert found.named, found.said
+    assert found.named, found.diagnosis
 
 
 def test_bugs_that_any_op_can_have_are_caught():

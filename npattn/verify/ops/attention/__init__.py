@@ -20,7 +20,7 @@ from npattn.verify.ops.attention import backward_changes
 from npattn.verify.ops.attention.calls import CALLS, canonical
 from npattn.verify.ops.attention.cases import CASES, random_cases
 from npattn.verify.ops.attention.changes import CHANGES
-from npattn.verify.ops.attention.draw import arguments, given_all
+from npattn.verify.ops.attention.draw import arguments, options_as_arrays
 from npattn.verify.ops.attention.equations import backward, facts, forward
 from npattn.verify.ops.attention.hypotheses import HYPOTHESES, of_earlier_calls
 from npattn.verify.ops.attention.relatives import AttentionRelatives
@@ -57,11 +57,11 @@ ATTENTION = Op(
     calls=CALLS,
     differentiable=("bias", "sink"),
     optional=("dbias", "dsink"),
-    wide=("lse",),
-    handed=frozenset({"lse"}),
+    in_computing_dtype=("lse",),
+    output_only_stages=frozenset({"lse"}),
     shape=_shape,
     arguments=arguments,
-    given=given_all,
+    as_arrays=options_as_arrays,
     facts=facts,
     undefined=overflow,
     canonical=canonical,
@@ -71,7 +71,7 @@ ATTENTION = Op(
     conditioned=("plain", "causal top_left", "mask array", "key_lengths", "G < H", "bias BHLS", "sink", "dead rows", "dlse"),
     hypotheses=HYPOTHESES,
     more_changes=of_earlier_calls,
-    otherwise=lambda p: dataclasses.replace(negated(p), options={}),
+    another_call=lambda p: dataclasses.replace(negated(p), options={}),
     evidence=("plain", "whole tiles, D = 64"),
     basics=("plain", "bias BHLS", "softcap", "mask array", "sink", "dlse", "dropout_mask", "G < H", "causal top_left",
             "key_lengths"),

@@ -10,7 +10,7 @@ import numpy as np
 from npattn.ops.checks import Array
 from npattn.ops.masks import as_mask
 from npattn.verify.conventions import Convention
-from npattn.verify.op import Calls, Change, Problem, Truth, better
+from npattn.verify.op import Calls, Change, Problem, Truth, better_dtype
 from npattn.verify.ops.attention.changes import CHANGES
 from npattn.verify.ops.attention.draw import Part, parts_of
 from npattn.verify.ops.attention.equations import sum_to
@@ -60,7 +60,7 @@ class AttentionCalls(Calls):
     def forward(self, candidate: Any, problem: Problem, given: dict[str, Any]) -> Any:
         c = candidate.convention
         inputs = [_layout(c, x) for x in problem.inputs.values()]
-        returned = candidate.forward(*inputs, **self.said(candidate, problem, given))
+        returned = candidate.forward(*inputs, **self.in_convention(candidate, problem, given))
         if isinstance(returned, tuple) and len(returned) == 2:
             return _layout(c, returned[0]), _lse(c, returned[1])
         return _layout(c, returned)
@@ -74,7 +74,7 @@ class AttentionCalls(Calls):
         if "lse" in takes:
             more["lse"] = _lse(c, values.get("lse"))
         inputs = [_layout(c, x) for x in (problem.dout, *problem.inputs.values())]
-        named = _named(candidate.backward(*inputs, **self.said(candidate, problem, given), **more))
+        named = _named(candidate.backward(*inputs, **self.in_convention(candidate, problem, given), **more))
         if isinstance(named, str):
             return named
         dbias: Any = named.get("dbias")
@@ -83,19 +83,19 @@ class AttentionCalls(Calls):
             named["dbias"] = np.asarray(sum_to(np.asarray(dbias, np.float64), given["bias"]), dbias.dtype)
         return {n: _layout(c, x) if n in ("dq", "dk", "dv") else x for n, x in named.items()}
 
-    def said(self, candidate: Any, problem: Problem, given: dict[str, Any]) -> dict[str, Any]:
+    def in_convention(self, candidate: Any, problem: Problem, given: dict[str, Any]) -> dict[str, Any]:
         """The same options in the form of the convention."""
-        c, shape, said = candidate.convention, problem.shape, dict(given)
+        c, shape, options = candidate.convention, problem.shape, dict(given)
         for name in ("mask", "bias"):
-            if c.mask_shape == "full" and isinstance(said.get(name), np.ndarray):
-                said[name] = np.broadcast_to(said[name], shape).copy()
-        if c.mask == "drop" and said.get("mask") is not None:
-            said["mask"] = ~said["mask"]
-        if said.get("window") is not None:
-            left, right = said["window"]
+            if c.mask_shape == "full" and isinstance(options.get(name), np.ndarray):
+                options[name] = np.broadcast_to(options[name], shape).copy()
+        if c.mask == "drop" and options.get("mask") is not None:
+            options["mask"] = ~options["mask"]
+        if options.get("window") is not None:
+            left, right = options["window"]
             left = left + 1 if c.window == "total" and left is not None else left
-            said["window"] = tuple(-1 if n is None and c.no_limit == "-1" else n for n in (left, right))
-        return said
+            options["window"] = tuple(-1 if n is None and c.no_limit == "-1" else n for n in (left, right))
+        return options
 
 
     def changes(self, convention: Convention) -> list[Change]:
@@ -113,7 +113,7 @@ class AttentionCalls(Calls):
         dead = bool((truth.values["lse"] == -np.inf).any()) or not problem.shape[-1]
         if base := self.changes(c):
             given, _ = self.arguments(candidate, problem, frozenset(self.keywords), False)
-            values = run(problem, given, c.causal, base, dtype=better(problem.dtype))
+            values = run(problem, given, c.causal, base, dtype=better_dtype(problem.dtype))
             plain = truth
             same = {n: values[n] for n in plain.values}
             eps = float(np.finfo(precision.dtype).eps)

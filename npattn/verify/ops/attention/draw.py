@@ -329,7 +329,7 @@ def dense_mask(problem: Problem) -> Array:
     return np.broadcast_to(masks.as_mask("mask", arguments(problem)["mask"]).bind(problem.shape).dense(), problem.shape)
 
 
-def given_all(problem: Problem) -> dict[str, Any]:
+def options_as_arrays(problem: Problem) -> dict[str, Any]:
     """The options for a function that takes arrays alone: the mask as one boolean array."""
     return {**problem.options, "mask": dense_mask(problem)} if parts_of(problem) else problem.options
 

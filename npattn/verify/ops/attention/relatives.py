@@ -15,11 +15,11 @@ from npattn.verify.ops.attention.draw import Part, dense_mask, parts_of
 
 
 class AttentionRelatives(Relatives):
-    def otherwise(self, problem: Problem) -> Problem:
+    def with_other_numbers(self, problem: Problem) -> Problem:
         inputs = {**problem.inputs, "q": -problem.q, "v": problem.v[..., ::-1].copy()}
         return dataclasses.replace(problem, inputs=inputs, cotangents={**problem.cotangents, "dout": -problem.dout})
 
-    def masked_otherwise(self, problem: Problem) -> Problem | None:
+    def with_another_mask(self, problem: Problem) -> Problem | None:
         parts, options = [_another(p) for p in parts_of(problem)], dict(problem.options)
         if isinstance(options.get("bias"), np.ndarray):
             options["bias"] = np.ascontiguousarray(options["bias"][..., ::-1])

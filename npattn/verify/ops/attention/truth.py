@@ -10,8 +10,8 @@ import numpy as np
 from npattn.ops.allowed import quiet
 from npattn.ops.attention import AttentionCache, AttentionGrads, attention_backward, attention_forward
 from npattn.ops.checks import Array
-from npattn.verify.op import Problem, Truth, Values, better
-from npattn.verify.ops.attention.draw import given_all
+from npattn.verify.op import Problem, Truth, Values, better_dtype
+from npattn.verify.ops.attention.draw import options_as_arrays
 from npattn.verify.ops.attention.errors import predict
 from npattn.verify.precision import Precision
 from npattn.verify.rounded import rounded
@@ -35,7 +35,7 @@ def _with_cache(p: Problem) -> tuple[Values, tuple[AttentionCache, Array, Attent
 @quiet
 def truth(problem: Problem, precision: Precision) -> Truth | None:
     """The reference's values, and sigma by the formulas of docs/error-model.md; None if no better precision is available."""
-    dtype = better(problem.dtype)
+    dtype = better_dtype(problem.dtype)
     if dtype is None and (importlib.util.find_spec("mpmath") is None or math.prod(problem.shape) > EXACT):
         return None
     p = problem.astype(dtype or problem.dtype)
@@ -47,8 +47,8 @@ def truth(problem: Problem, precision: Precision) -> Truth | None:
 
     sigma, bound = predicted(False), quiet(lambda: predicted(True))
     if dtype is None:
-        high, rest = exact(problem)
-        return Truth({n: high[n] for n in values}, sigma, rest, bound)
+        high, remainder = exact(problem)
+        return Truth({n: high[n] for n in values}, sigma, remainder, bound)
     return Truth(values, sigma, bound=bound)
 
 
@@ -57,10 +57,10 @@ def exact(problem: Problem) -> tuple[Values, Values]:
     import mpmath
 
     with mpmath.workdps(40):
-        found = run(problem, given_all(problem), dtype=object)
+        found = run(problem, options_as_arrays(problem), dtype=object)
         high = {n: np.asarray(x, np.float64) for n, x in found.items()}
-        rest = {n: np.asarray(np.where(np.isfinite(high[n]), x - high[n], 0), np.float64) for n, x in found.items()}
-    return high, rest
+        remainder = {n: np.asarray(np.where(np.isfinite(high[n]), x - high[n], 0), np.float64) for n, x in found.items()}
+    return high, remainder
 
 
 @quiet
@@ -80,7 +80,7 @@ def overflow(problem: Problem, precision: Precision) -> str:
 def eager(problem: Problem, precision: Precision) -> Values:
     """What an honest dense implementation of this class returns. The rules of other suites compare with it."""
     forward, backward = rounded(precision)
-    options = given_all(problem)
+    options = options_as_arrays(problem)
     out, lse = forward(**problem.inputs, **options)
     grads = backward(problem.dout, **problem.inputs, **options, dlse=problem.cotangents.get("dlse"))
     return {"out": out, "lse": lse, **{n: x for n, x in grads.items() if x is not None}}
