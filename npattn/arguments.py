@@ -10,7 +10,7 @@ from typing import Any
 
 from npattn.verify import CandidateError, Settings
 from npattn.verify.candidate import op_of
-from npattn.verify.conventions import FIELDS, PRESETS, Convention, near, parse
+from npattn.verify.conventions import FIELDS, PRESETS, Convention, parse, suggestion
 from npattn.verify.ops import OPS
 from npattn.verify.precision import PRECISIONS
 from npattn.verify.request import CASES_OF, check_features, check_names, check_supported, expected_reasons
@@ -186,7 +186,7 @@ def _cases(given: argparse.Namespace, op: str) -> list[Any]:
     if given.case is not None:
         named = [case for case in table if case.name == given.case]
         if not named:
-            meant = near(given.case, [case.name for case in table])
+            meant = suggestion(given.case, [case.name for case in table])
             raise CandidateError(f"--case {given.case}: no such case{meant}; --list lists them")
         return named
     cases = [case for case in table if text in case.name.lower() or text in map(str.lower, case.features)]

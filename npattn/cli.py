@@ -164,7 +164,7 @@ def _run(given: argparse.Namespace, worker: Worker, cases: list[Any], expected: 
     more: list[str] = []
     if not report.interrupted:
         try:
-            report = dataclasses.replace(report, fits=worker.fits(report, cases))
+            report = dataclasses.replace(report, fits=worker.fitting_precision(report, cases))
             more = list(_one(given, worker, cases, report, unwritten))
         except KeyboardInterrupt:
             interrupted, report = True, dataclasses.replace(report, interrupted=True)

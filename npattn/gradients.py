@@ -178,7 +178,7 @@ class _Pair:
         return [np.asarray(g) for g in found]
 
 
-def _same(a: list[Array], b: list[Array]) -> bool:
+def _equal(a: list[Array], b: list[Array]) -> bool:
     return all(x.shape == y.shape and np.array_equal(x, y, equal_nan=True) for x, y in zip(a, b, strict=True))
 
 
@@ -289,7 +289,7 @@ def gradcheck(
     # A stream of its own: with default_rng(seed) the cotangent could be the same numbers that the caller drew as inputs.
     rng, pair = np.random.default_rng([STREAM, seed]), _Pair(forward, backward, inputs)
     dout, grads = _cotangent_and_gradients(pair, rng)
-    unknown = [name for name in zero if not any(_is(name, leaf) for leaf in pair.names)]
+    unknown = [name for name in zero if not any(_names_leaf(name, leaf) for leaf in pair.names)]
     if unknown:
         raise ValueError(f"gradcheck: zero names {unknown}, expected names out of {pair.names}")
 
@@ -321,7 +321,7 @@ def gradcheck(
         raise GradcheckError("gradcheck: no derivative was taken, so nothing was tested")
     overall = max((abs(r.numeric) / r.weight for _, _, rows in found for r in rows), default=0.0)
     return [
-        _judge(name, x, rows, method, overall, None if terms is None else terms[name], any(_is(z, name) for z in zero))
+        _judge(name, x, rows, method, overall, None if terms is None else terms[name], any(_names_leaf(z, name) for z in zero))
         for name, x, rows in found
     ]
 
@@ -332,13 +332,13 @@ def _cotangent_and_gradients(pair: _Pair, rng: np.random.Generator) -> tuple[lis
     outs, cache, out = pair.run(pair.values)
     if any(np.isnan(x).any() for x in outs):
         raise GradcheckError("gradcheck: the forward returns NaN")
-    if not _same(outs, pair.outputs(pair.values)):
+    if not _equal(outs, pair.outputs(pair.values)):
         raise GradcheckError("gradcheck: the forward is not repeatable: two calls with the same inputs differ")
     dout = [_random_like(rng, x) for x in outs]
     grads = pair.gradients(dout, out, cache)
-    if not _same(grads, pair.gradients(dout, out, cache)):
+    if not _equal(grads, pair.gradients(dout, out, cache)):
         raise GradcheckError("gradcheck: the backward is not repeatable: two calls with the same cache differ")
-    if not _same(before, pair.values):
+    if not _equal(before, pair.values):
         raise GradcheckError("gradcheck: an input was modified")
     return dout, grads
 
@@ -356,7 +356,7 @@ def _judge(name: str, x: Array, rows: list[Derivative], method: str, overall: fl
     for r in rows:
         if r.doubt > WORST_CENTRAL_ERROR * max(abs(r.numeric), overall * r.weight):
             raise GradcheckError(
-                f"gradcheck: the central difference of {_at(name, r.place)} is {r.numeric:.6g} with an estimated error of "
+                f"gradcheck: the central difference of {_place(name, r.place)} is {r.numeric:.6g} with an estimated error of "
                 f"{r.doubt:.1g} (step {r.step:.1g}): nothing can be tested at a kink or jump"
             )
     if x.size and not zero and all(max(abs(r.analytic), abs(r.numeric)) <= nothing * r.weight + r.doubt for r in rows):
@@ -369,13 +369,13 @@ def _judge(name: str, x: Array, rows: list[Derivative], method: str, overall: fl
         allowed, error = bound * r.weight + r.doubt, abs(r.analytic - r.numeric)
         if not error <= allowed:
             raise GradcheckError(
-                f"gradcheck: gradient of {_at(name, r.place)}: backward gives {r.analytic:.17g}, {method} step "
+                f"gradcheck: gradient of {_place(name, r.place)}: backward gives {r.analytic:.17g}, {method} step "
                 f"h = {r.step:.1g} gives {r.numeric:.17g}; they differ by {error:.2g}, allowed {allowed:.2g}"
                 + ("" if terms is not None else " (of the largest derivative; where larger terms cancel, give terms)")
             )
         if zero and not max(abs(r.analytic), abs(r.numeric)) <= allowed:
             raise GradcheckError(
-                f"gradcheck: the gradient of {_at(name, r.place)} is {r.numeric:.6g}, but zero names {name}"
+                f"gradcheck: the gradient of {_place(name, r.place)} is {r.numeric:.6g}, but zero names {name}"
             )
         ratio = max(ratio, error / allowed if allowed else 0.0)
     return Checked(name, method, len(rows), ratio, max((abs(r.numeric) for r in rows), default=0.0))
@@ -403,11 +403,11 @@ def _agree(
         )
 
 
-def _at(name: str, place: Any) -> str:
+def _place(name: str, place: Any) -> str:
     return f"{name} along a random direction" if place == "along" else f"{name}{place}"
 
 
-def _is(named: str, leaf: str) -> bool:
+def _names_leaf(named: str, leaf: str) -> bool:
     return leaf == named or leaf.endswith("." + named) or leaf.startswith(named + ".")
 
 

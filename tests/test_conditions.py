@@ -13,7 +13,7 @@ from npattn.verify.conditions import CONDITIONS, examine_conditions
 from npattn.verify.ops import OPS
 from npattn.verify.ops.attention.cases import BY_NAME
 from npattn.verify.rounded import rounded
-from npattn.verify.selftest import staged
+from npattn.verify.selftest import from_equations
 
 honest, honest_grads = rounded(PRECISIONS["float32"])
 
@@ -39,7 +39,7 @@ def is_judged_right(candidate, case="plain"):
 @pytest.mark.parametrize("case", OPS["attention"].conditioned)
 @pytest.mark.parametrize(
     "candidate",
-    [staged(OPS["attention"]), load("blockwise"), Candidate("dense", honest, honest_grads)],
+    [from_equations(OPS["attention"]), load("blockwise"), Candidate("dense", honest, honest_grads)],
     ids=["stages", "blockwise", "rounded"],
 )  # fmt: skip
 def test_honest_ones_hold(candidate, case):

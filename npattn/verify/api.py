@@ -75,7 +75,7 @@ def verify(
             on_result(result)
     report = Report(results=results, level=level, precision=precision or "", rules=rules, asked=len(chosen) * len(seeds),
                     **asdict(Facts.of(candidate)))  # fmt: skip
-    return dataclasses.replace(report, fits=fits(candidate, report, chosen, settings))
+    return dataclasses.replace(report, fits=fitting_precision(candidate, report, chosen, settings))
 
 
 def check(
@@ -184,7 +184,7 @@ def examine_all(
     return dataclasses.replace(result, checks=[*result.checks, *examine_conditions(candidate, case, seed, settings)])
 
 
-def fits(candidate: Candidate, report: Report, cases: list[Any], settings: Settings) -> str:
+def fitting_precision(candidate: Candidate, report: Report, cases: list[Any], settings: Settings) -> str:
     """The name of another precision class under which the wrong cases would pass; "" if there is none.
 
     A kernel that rounds to a small format does so everywhere, also in the forward. So a few small cases are enough. Each class
@@ -208,7 +208,7 @@ def fits(candidate: Candidate, report: Report, cases: list[Any], settings: Setti
     holds: dict[str, int] = {}
     for name, precision in PRECISIONS.items():
         if precision.dtype == np.float32 and name not in ("float32", "float8") and precision != declared:
-            holds[name] = sum(_under(candidate, case, precision) for case in some)
+            holds[name] = sum(_passes_under(candidate, case, precision) for case in some)
     best = max(holds, key=lambda name: holds[name])
     if 2 * holds[best] <= len(some):  # half of them: some may contain another mistake, too
         return ""
@@ -218,7 +218,7 @@ def fits(candidate: Candidate, report: Report, cases: list[Any], settings: Setti
     return "" if any(examine(candidate, c, 0, last).status == "wrong" for c in small if not c.options) else best
 
 
-def _under(candidate: Candidate, case: Any, precision: Precision) -> bool:
+def _passes_under(candidate: Candidate, case: Any, precision: Precision) -> bool:
     """Whether a case passes under a class. The digits of its output must be rounded if the class rounds it, and only then."""
     outcome = call_forward(candidate, candidate.record.canonical(case.problem(0))).values.get("out")
     if not isinstance(outcome, np.ndarray) or outcome.dtype.kind != "f":
@@ -229,4 +229,4 @@ def _under(candidate: Candidate, case: Any, precision: Precision) -> bool:
     return examine(candidate, case, 0, Settings(power=False, precision=precision)).status == "ok"
 
 
-__all__ = ["check", "each_result", "examine_all", "fits", "parametrize", "verify"]
+__all__ = ["check", "each_result", "examine_all", "fitting_precision", "parametrize", "verify"]

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from npattn.peers import PEERS
-from npattn.verify.conventions import Convention, near
+from npattn.verify.conventions import Convention, suggestion
 from npattn.verify.op import Change, Op, Problem, Truth, parts
 from npattn.verify.ops import OPS
 from npattn.verify.precision import PRECISIONS, Precision
@@ -280,7 +280,7 @@ def _function(name: str, like: str | None = None) -> Callable[..., Any]:
     if not where or not attribute:
         names = ", ".join(BUILT_IN)
         expected = f"expected {names}, package.module:function or path/to/file.py:function"
-        raise CandidateError(f"{name!r} is no candidate{near(name, BUILT_IN)}; {expected}")
+        raise CandidateError(f"{name!r} is no candidate{suggestion(name, BUILT_IN)}; {expected}")
     try:
         module = _module(where)
     except BaseException as error:

@@ -56,13 +56,13 @@ def conditions(
     hidden, alone = relatives.hidden(problem), relatives.first_sequence(problem)
     contained = candidate.convention.dead_out == "zero" and candidate.convention.dead_grad == "zero"
     tests: list[tuple[str, Any, Callable[[], Check]]] = [
-        ("repeat", True, lambda: _same("repeat", "a second call", saved, _call(candidate, problem))),
-        ("other calls", True, lambda: _other(candidate, problem, first, saved, precision, level)),
+        ("repeat", True, lambda: _compare_bits("repeat", "a second call", saved, _call(candidate, problem))),
+        ("other calls", True, lambda: _after_other_calls(candidate, problem, first, saved, precision, level)),
         ("threads", True, lambda: _threads(candidate, problem, saved)),
         ("strides", True, lambda: _strided(candidate, relatives.strided(problem), truth, level)),
         ("batch size", alone is not None, lambda: _batch(candidate, alone or problem, truth, level)),
         ("masked places", hidden is not None and contained,
-         lambda: _same("masked places", again, saved, _call(candidate, hidden))),
+         lambda: _compare_bits("masked places", again, saved, _call(candidate, hidden))),
     ]  # fmt: skip
     for name, there, test in tests:
         try:
@@ -89,7 +89,7 @@ def _call(candidate: Candidate, problem: Any) -> dict[str, Array]:
     return {n: x for n, x in both.items() if is_array(x)}
 
 
-def _same(name: str, what: str, want: dict[str, Array], got: dict[str, Array]) -> Check:
+def _compare_bits(name: str, what: str, want: dict[str, Array], got: dict[str, Array]) -> Check:
     for tensor, x in want.items():
         y = got.get(tensor)
         if y is None:
@@ -107,7 +107,7 @@ def _same(name: str, what: str, want: dict[str, Array], got: dict[str, Array]) -
     return Check(name, "ok", level="tight")
 
 
-def _other(
+def _after_other_calls(
     candidate: Candidate, problem: Problem, first: dict[str, Array], saved: dict[str, Array], precision: Precision, level: str
 ) -> Check:
     """Calls with other numbers, another shape or another mask overwrite no earlier result and leave no state behind.
@@ -135,8 +135,10 @@ def _other(
         raise CallError(backward.text)
     got = {n: x for n, x in backward.values.items() if isinstance(x, np.ndarray)}
     want = {n: x for n, x in saved.items() if n in problem.gradients}
-    check = _same("other calls", "a backward after another forward", want, got)
-    return check if check.status == "wrong" else _same("other calls", "a call after others", saved, _call(candidate, problem))
+    check = _compare_bits("other calls", "a backward after another forward", want, got)
+    if check.status == "wrong":
+        return check
+    return _compare_bits("other calls", "a call after others", saved, _call(candidate, problem))
 
 
 def _threads(candidate: Candidate, problem: Problem, want: dict[str, Array]) -> Check:
@@ -148,7 +150,7 @@ def _threads(candidate: Candidate, problem: Problem, want: dict[str, Array]) -> 
     def work(p: Problem, expected: dict[str, Array]) -> None:
         for _ in range(3):
             try:
-                found.append(_same("threads", "one of two threads", expected, _call(candidate, p)))
+                found.append(_compare_bits("threads", "one of two threads", expected, _call(candidate, p)))
             except CallError as error:
                 found.append(Check("threads", "wrong", f"{error}, in one of two threads", worst=math.inf))
             except BaseException as error:  # a fault of our own: a thread that ends would count as right

@@ -203,7 +203,7 @@ PRESETS: dict[str, Preset] = {
 }  # fmt: skip
 
 
-def near(name: str, names: Iterable[str]) -> str:
+def suggestion(name: str, names: Iterable[str]) -> str:
     """For an error message: the known name that is nearest to a misspelt one."""
     close = difflib.get_close_matches(name, list(names), 1)
     return f" (did you mean {close[0]!r}?)" if close else ""
@@ -218,11 +218,11 @@ def parse(text: str) -> Convention:
             if i and name in PRESETS:
                 raise ValueError(f"convention: {name!r} behind a field, expected it first: a preset, then what differs from it")
             if i or name not in PRESETS:
-                meant = near(name, PRESETS)
+                meant = suggestion(name, PRESETS)
                 raise ValueError(f"convention: {name!r}{meant}, expected one of {', '.join(PRESETS)}, or field=value")
             convention = PRESETS[name].convention
         elif name not in FIELDS:
-            raise ValueError(f"convention: no field {name!r}{near(name, FIELDS)}, expected one of {', '.join(FIELDS)}")
+            raise ValueError(f"convention: no field {name!r}{suggestion(name, FIELDS)}, expected one of {', '.join(FIELDS)}")
         else:
             convention = dataclasses.replace(convention, **{name: value})
     return convention

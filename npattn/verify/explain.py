@@ -26,15 +26,15 @@ from npattn.verify.search import (
     Hypothesis,
     Memory,
     Search,
+    constant_tensors,
     distance,
     factor,
-    flat_of,
     joined,
     offset,
 )  # fmt: skip
 from npattn.verify.stages import attempt
 
-SHOWS = 30  # sigma: a mistake that moves a tensor this far from the truth would have been noticed
+NOTICEABLE = 30  # sigma: a mistake that moves a tensor this far from the truth would have been noticed
 
 # --- the hypotheses of every op --------------------------------------------------------------------------------------------
 
@@ -42,8 +42,8 @@ SHOWS = 30  # sigma: a mistake that moves a tensor this far from the truth would
 def one_change(s: Search) -> list[Explanation]:
     """One change that explains everything that was returned, or else one change for each tensor."""
     whole: list[tuple[float, Change]] = []
-    partly: dict[str, list[tuple[float, Change]]] = {t: [] for t in s.left}
-    for change in s.changes if s.left else ():
+    partly: dict[str, list[tuple[float, Change]]] = {t: [] for t in s.unexplained}
+    for change in s.changes if s.unexplained else ():
         values = {} if s.memory.contradicted(change) else s.values([change])
         if not values:
             continue
@@ -51,42 +51,42 @@ def one_change(s: Search) -> list[Explanation]:
         fits = {t: s.matches(t, off[t]) for t in s.returned}
         if all(fits.values()):
             whole.append((max(o[0] for o in off.values()), change))
-        for t in s.left:
+        for t in s.unexplained:
             if fits[t]:
                 partly[t].append((off[t][0], change))
     found = []
     for t, some in ({"": whole} if whole else partly).items():
         if some:
             (apart, change), others = s.best(some)
-            found.append(Explanation((change.name,), (t,) if t else tuple(s.left), apart, others=others))
+            found.append(Explanation((change.name,), (t,) if t else tuple(s.unexplained), apart, others=others))
     # Many changes give a constant tensor. So it counts only if the change also explains a tensor that is not constant.
-    flat = flat_of(s.returned, s.got, s.right, s.outputs).keys()
+    flat = constant_tensors(s.returned, s.got, s.right_values, s.outputs).keys()
     return [e for e in joined(found) if not set(e.tensors) <= flat or (whole and set(s.returned) > flat)]
 
 
 def a_factor(s: Search) -> list[Explanation]:
     """A tensor that is right up to a constant factor."""
-    return [e for t in s.clear if np.isfinite(s.before[t]) for e in factor(s, t)]
+    return [e for t in s.clearly_wrong if np.isfinite(s.rms_to_right[t]) for e in factor(s, t)]
 
 
 def a_constant(s: Search) -> list[Explanation]:
     """A tensor that is right up to a constant that was added to all of it."""
-    return [e for t in s.clear if np.isfinite(s.before[t]) for e in offset(s, t)]
+    return [e for t in s.clearly_wrong if np.isfinite(s.rms_to_right[t]) for e in offset(s, t)]
 
 
 def one_number_everywhere(s: Search) -> list[Explanation]:
     """Names a tensor that is NaN, 0 or one other number everywhere."""
-    flat = {t: name for t, name in flat_of(s.wrong, s.got, s.right, s.outputs).items() if t in s.left}
+    flat = {t: name for t, name in constant_tensors(s.wrong, s.got, s.right_values, s.outputs).items() if t in s.unexplained}
     return [Explanation((n,), tuple(t for t in flat if flat[t] == n), math.inf) for n in dict.fromkeys(flat.values())]
 
 
 def hidden_nan(s: Search) -> list[Explanation]:
     """A tensor that has 0 where NaN would be right, and is right elsewhere."""
     found = []
-    for t in s.left:
-        nan = np.isnan(s.right.get(t, np.zeros(0)))
+    for t in s.unexplained:
+        nan = np.isnan(s.right_values.get(t, np.zeros(0)))
         if nan.any() and not s.got[t][nan].any():
-            apart = distance(s.got[t], np.where(nan, 0, s.right[t]), s.sigma[t])[0]
+            apart = distance(s.got[t], np.where(nan, 0, s.right_values[t]), s.sigma[t])[0]
             found += [Explanation(("NaN becomes 0",), (t,), apart)] if apart <= MATCH_RMS else []
     return joined(found)
 
@@ -94,9 +94,9 @@ def hidden_nan(s: Search) -> list[Explanation]:
 def the_same_again(s: Search) -> list[Explanation]:
     """A tensor that is equal to what an earlier call returned, to the last bit, though another result was due there."""
     seen = [
-        t for t in s.left for returned, due in s.memory.returned
+        t for t in s.unexplained for returned, due in s.memory.returned
         if t in returned and t in due and np.array_equal(returned[t], s.got[t], equal_nan=True)
-        and t in s.right and not np.array_equal(due[t], s.right[t], equal_nan=True)
+        and t in s.right_values and not np.array_equal(due[t], s.right_values[t], equal_nan=True)
     ]
     return joined(Explanation(("what an earlier call returned: state is kept",), (t,), 0.0) for t in dict.fromkeys(seen))
 
@@ -122,11 +122,11 @@ class Diagnostician(Memory):
 
     def __init__(self, align: str = "top_left", seconds: float = 2.0, pairs: int = 3, total: float = 12.0) -> None:
         self.align, self.seconds = align, seconds
-        self.left = total  # seconds of computing for all cases; then only changes that were already found are tried
+        self.seconds_left = total  # seconds of computing for all cases; then only changes that were already found are tried
         self.pairs_left = pairs  # a search for two changes at once is expensive: only the first few cases get one
         self.known: Counter[str] = Counter()
         self.bits = set[int]()
-        self.right: dict[frozenset[str], tuple[Any, ...]] = {}  # right cases, one for each set of facts
+        self.right_cases: dict[frozenset[str], tuple[Any, ...]] = {}  # right cases, one for each set of facts
         self.ruled_out: dict[str, bool] = {}
         self.earlier: list[dict[str, Any]] = []
         self.returned: list[tuple[dict[str, Any], Values]] = []
@@ -138,8 +138,8 @@ class Diagnostician(Memory):
     ) -> None:
         """Remember a call. If it was right, the candidate does not make any mistake that would show in it."""
         here = facts(problem, given)
-        if not list(wrong) and math.prod(problem.shape) <= LARGE and here not in self.right:
-            self.right[here] = (problem, given, sigma, values, [t for t in values if t in got])
+        if not list(wrong) and math.prod(problem.shape) <= LARGE and here not in self.right_cases:
+            self.right_cases[here] = (problem, given, sigma, values, [t for t in values if t in got])
             self.ruled_out.clear()
         self.earlier = [*self.earlier[-7:], given]
         self.returned = [*self.returned[-7:], (got, values)]
@@ -148,7 +148,7 @@ class Diagnostician(Memory):
         """Whether a case that was right would have been wrong with this change."""
         key = f"{change.name} {in_backward}"
         if key not in self.ruled_out:
-            self.ruled_out[key] = any(self._shows(change, base, in_backward, *case) for case in self.right.values())
+            self.ruled_out[key] = any(self._shows(change, base, in_backward, *case) for case in self.right_cases.values())
         return self.ruled_out[key]
 
     def _shows(
@@ -159,7 +159,7 @@ class Diagnostician(Memory):
             return False
         changes = [*base, change]
         other = attempt(problem, given, self.align, base if in_backward else changes, backward=changes, dtype=np.float64)
-        return any(distance(values[t].astype(problem.dtype), other[t], sigma[t])[0] > SHOWS for t in tested if t in other)
+        return any(distance(values[t].astype(problem.dtype), other[t], sigma[t])[0] > NOTICEABLE for t in tested if t in other)
 
     def contradicted(self, change: Change) -> bool:
         """Whether this change is visible in a case that was not explained, but does not give what was returned there."""
@@ -167,7 +167,7 @@ class Diagnostician(Memory):
             dtype = np.longdouble if problem.dtype == np.float64 else np.float64
             values = attempt(problem, given, self.align, [change], dtype=dtype, low=problem.dtype)
             shows = [
-                t for t in got if t in values and distance(truth[t].astype(got[t].dtype), values[t], sigma[t])[0] > SHOWS
+                t for t in got if t in values and distance(truth[t].astype(got[t].dtype), values[t], sigma[t])[0] > NOTICEABLE
             ]
             if any(distance(got[t], values[t], sigma[t])[0] > ROUGH_RMS for t in shows):
                 return True
@@ -193,14 +193,14 @@ class Diagnostician(Memory):
         for hypothesis in (*own, *OF_EVERY_OP):
             more = hypothesis.test(s)  # `no_evidence` replaces s.found
             s.found = [*s.found, *more]
-        self.left -= time.thread_time() - started
+        self.seconds_left -= time.thread_time() - started
         self.known.update(name for e in s.found if e.distance < math.inf for name in e.names)
         named = any(e.distance < math.inf for e in s.found)
         if not named and len(self.unnamed) < 3 and all(np.isfinite(got[t]).all() for t in s.returned):
             flat = {t for e in s.found for t in e.tensors}
             copies = {t: got[t].copy() for t in s.returned if t not in flat}
-            self.unnamed.append((problem, given, copies, s.right, sigma))
-        return [*s.found, _unknown(s.left, self.left >= 0 and not s.cut_short)] if s.left else s.found
+            self.unnamed.append((problem, given, copies, s.right_values, sigma))
+        return [*s.found, _unknown(s.unexplained, self.seconds_left >= 0 and not s.cut_short)] if s.unexplained else s.found
 
 
 class Listener(Diagnostician):

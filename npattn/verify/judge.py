@@ -24,7 +24,7 @@ from npattn.verify.power import blind_spots
 from npattn.verify.precision import Precision, of_dtype
 from npattn.verify.rounding import LEVELS, accepts, units
 from npattn.verify.rules import accepted
-from npattn.verify.search import UNKNOWN, Explanation, flat_of
+from npattn.verify.search import UNKNOWN, Explanation, constant_tensors
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,11 @@ def compare(
         )
         text += f" (rms {rms:.3g}; {reached})"
     return Check(
-        tensor, "wrong", f"{text}; {places(letters, WORDS, bad)}", rms, worst, index, reached
+        tensor, "wrong", f"{text}; {places(letters, AXIS_WORDS, bad)}", rms, worst, index, reached
     )
 
 
-WORDS = {"B": "batch", "H": "heads", "G": "key heads", "L": "queries", "S": "keys", "T": "steps"}
+AXIS_WORDS = {"B": "batch", "H": "heads", "G": "key heads", "L": "queries", "S": "keys", "T": "steps"}
 
 
 # --- one case -------------------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def examine(
             elif t not in truth.values:
                 result.checks.append(Check(t, "not supported", "undefined by the convention"))
             else:
-                det = functools.partial(_det, truth, t)
+                det = functools.partial(_bound_of, truth, t)
                 check = compare(t, judged[t], truth.values[t], truth.sigma[t], dtypes, settings.level, det,
                                 problem.op.axes.get(t, ""), truth.remainder.get(t, 0.0))  # fmt: skip
                 result.checks.append(check)
@@ -198,14 +198,14 @@ def examine(
             bad = outcome.status == "wrong" and t == problem.gradients[0]
             status = "wrong" if bad else "not given" if outcome.status == "wrong" else outcome.status
             result.checks.append(Check(t, status, outcome.text, worst=math.inf if bad else 0.0))
-    return _more(candidate, problem, precision, truth, judged, result, settings, diagnostician)
+    return _add_findings(candidate, problem, precision, truth, judged, result, settings, diagnostician)
 
 
-def _det(truth: Truth, tensor: str) -> Array | None:
+def _bound_of(truth: Truth, tensor: str) -> Array | None:
     return truth.det.get(tensor)
 
 
-def _more(
+def _add_findings(
     candidate: Candidate, problem: Problem, precision: Precision, truth: Truth, judged: dict[str, Any], result: Result,
     settings: Settings, diagnostician: Diagnostician | None,
 ) -> Result:  # fmt: skip
@@ -225,11 +225,12 @@ def _more(
         ]
     explanations = []
     judged = {t: x for t, x in judged.items() if is_array(x) and x.dtype.kind == "f"}  # others are explained already
-    wrong = [c.tensor for c in checks if c.status == "wrong" and not _only_dtype(c.tensor, problem, precision, truth, judged)]
+    wrong = [c.tensor for c in checks if c.status == "wrong"]
+    wrong = [t for t in wrong if not _wrong_only_in_dtype(t, problem, precision, truth, judged)]
     if diagnostician is not None and wrong:
         _find_evidence(candidate, diagnostician, problem, truth, judged, wrong, settings)
         explanations = diagnostician.explain(problem, given, truth.sigma, judged, wrong, base)
-        explanations = _or_state(candidate, problem, truth, explanations, settings.level)
+        explanations = _explain_by_state(candidate, problem, truth, explanations, settings.level)
     if diagnostician is not None:
         diagnostician.saw(problem, given, truth.sigma, truth.values, judged, wrong)
     return dataclasses.replace(result, checks=checks, explanations=explanations)
@@ -242,18 +243,18 @@ def _find_evidence(
     """If a tensor is NaN or one number everywhere, look for a right case: without one no explanation of it is trusted."""
     there = [t for t in wrong if t in judged and t in truth.values and judged[t].shape == truth.values[t].shape]
     sought = isinstance(diagnostician, Listener) or diagnostician.sought
-    if sought or not flat_of(there, judged, truth.values, problem.outputs):
+    if sought or not constant_tensors(there, judged, truth.values, problem.outputs):
         return
     diagnostician.sought, before = True, (diagnostician.earlier, diagnostician.returned)
     for name in problem.op.evidence:
-        if not diagnostician.right:
+        if not diagnostician.right_cases:
             settings = dataclasses.replace(settings, power=False, rules=())
             examine(candidate, problem.op.by_name[name], 0, settings, Listener(diagnostician))
     diagnostician.earlier, diagnostician.returned = before  # as if these calls had not been made
 
 
 @quiet
-def _only_dtype(t: str, problem: Any, precision: Precision, truth: Truth, judged: dict[str, Any]) -> bool:
+def _wrong_only_in_dtype(t: str, problem: Any, precision: Precision, truth: Truth, judged: dict[str, Any]) -> bool:
     """Whether a tensor is wrong only in its dtype and by the rounding to that dtype. Then no explanation is looked for."""
     x, want = judged.get(t), truth.values.get(t)
     if not isinstance(x, np.ndarray) or want is None or x.shape != want.shape or x.dtype.kind != "f":
@@ -265,10 +266,10 @@ def _only_dtype(t: str, problem: Any, precision: Precision, truth: Truth, judged
 
 
 WRONG_BEFORE = "the forward is wrong before"
-KEPT = "holds when called again: state is kept between calls"
+STATE_KEPT = "holds when called again: state is kept between calls"
 
 
-def _or_state(
+def _explain_by_state(
     candidate: Candidate, problem: Problem, truth: Truth, explanations: list[Explanation], level: str
 ) -> list[Explanation]:
     """If there is no explanation: is the result right when the call is repeated after a call with other options?"""
@@ -286,7 +287,7 @@ def _or_state(
             return explanations
         if not accepts("good" if level == "bounded" else level, units(got, want, truth.sigma[t])):
             return explanations
-    return [dataclasses.replace(e, names=(KEPT,), where="") if UNKNOWN in e.names else e for e in explanations]
+    return [dataclasses.replace(e, names=(STATE_KEPT,), where="") if UNKNOWN in e.names else e for e in explanations]
 
 
 __all__ = ["LEVELS", "Check", "Result", "Settings", "accepts", "compare", "examine", "units"]

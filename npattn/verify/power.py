@@ -28,10 +28,10 @@ from npattn.verify.ops import OPS
 from npattn.verify.precision import Precision, of_dtype
 from npattn.verify.rounding import LEVELS, accepts, units
 from npattn.verify.search import LARGE
-from npattn.verify.stages import CANNOT, Variants
+from npattn.verify.stages import NOT_APPLICABLE, Variants
 
 Reach = dict[str, tuple[float, float]]  # by tensor: the largest error in sigma, and the rms; inf if the shape differs
-KEPT = Path(__file__).parent / "power.json"
+POWER_FILE = Path(__file__).parent / "power.json"
 SEEDS = range(3)  # those of --deep
 
 
@@ -75,7 +75,7 @@ def _rejected(level: str, most: float, rms: float) -> bool:
     return most > limits[0] or rms > limits[1]
 
 
-def neighbours(problem: Problem, given: Mapping[str, Any]) -> list[Change]:
+def likely_mistakes(problem: Problem, given: Mapping[str, Any]) -> list[Change]:
     """The likely mistakes that can show in a call."""
     present = facts(problem, given)
     return [c for c in problem.op.changes.values() if c.likely and c.needs <= present]
@@ -91,11 +91,11 @@ def _computed(
         return found
     try:
         variants = Variants(problem, given, align, base)
-    except CANNOT:  # the equations of attention are for rank 4
+    except NOT_APPLICABLE:  # the equations of attention are for rank 4
         return found
     least = 16 if problem.dtype == np.float64 else 0  # sigma; less may be rounding of these runs, which are in float64, too
-    for change in neighbours(problem, given)[: 6 if math.prod(problem.shape) > LARGE else None]:
-        with contextlib.suppress(*CANNOT):
+    for change in likely_mistakes(problem, given)[: 6 if math.prod(problem.shape) > LARGE else None]:
+        with contextlib.suppress(*NOT_APPLICABLE):
             outputs = variants.outputs(change)
             reach = _reach(outputs or {}, truth, scale)
             if outputs is None or any(_rejected(level, *reach[t]) for t in tested if t in reach):
@@ -131,7 +131,7 @@ def _moved(a: Array, b: Array | None, sigma: Array | None, least: float) -> bool
 
 def digest(problem: Problem, given: Mapping[str, Any], align: str, precision: Precision, base: list[Change]) -> str:
     """A hash of everything that `Reach` depends on besides the code: the call, its numbers, the mistakes, the precision."""
-    names = [c.name for c in neighbours(problem, given)]
+    names = [c.name for c in likely_mistakes(problem, given)]
     call = (sorted(facts(problem, given)), align, precision, [c.name for c in base], names)
     text = hashlib.blake2b(repr(call).encode(), digest_size=8)
     arrays = {**problem.inputs, **problem.cotangents, **problem.options}
@@ -146,7 +146,7 @@ def digest(problem: Problem, given: Mapping[str, Any], align: str, precision: Pr
 
 @functools.cache
 def _kept() -> dict[str, dict[str, Reach]]:
-    return dict(json.loads(KEPT.read_text())) if KEPT.exists() else {}
+    return dict(json.loads(POWER_FILE.read_text())) if POWER_FILE.exists() else {}
 
 
 def calls(seeds: Iterable[int] = SEEDS) -> Iterable[tuple[Problem, dict[str, Any], Precision]]:
@@ -186,5 +186,5 @@ def write() -> None:
         if reach is not None:
             found[digest(problem, given, "top_left", precision, [])] = reach
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(found[key])}" for key in sorted(found))
-    KEPT.write_text(f"{{\n{lines}\n}}\n")
-    print(f"{len(found)} calls, {sum(map(len, found.values()))} mistakes that some tensor does not tell: {KEPT.name}")
+    POWER_FILE.write_text(f"{{\n{lines}\n}}\n")
+    print(f"{len(found)} calls, {sum(map(len, found.values()))} mistakes that some tensor does not tell: {POWER_FILE.name}")

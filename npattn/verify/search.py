@@ -19,7 +19,7 @@ import numpy as np
 from npattn.ops.checks import Array
 from npattn.tolerances import GOOD_RMS, MATCH_MAX, MATCH_NEARER, MATCH_RMS, ROUGH_MAX, ROUGH_NEARER, ROUGH_RMS
 from npattn.verify.op import Change, Problem, Values, facts
-from npattn.verify.stages import CANNOT, Variants, attempt
+from npattn.verify.stages import NOT_APPLICABLE, Variants, attempt
 
 LARGE = 200_000  # elements of the scores; in larger cases the search may end after the changes that were found before
 UNKNOWN = "nothing that is known"
@@ -82,7 +82,7 @@ def distance(got: Any, value: Array, sigma: Array) -> tuple[float, float]:
     return float(np.sqrt(np.square(units).mean())), float(units.max())
 
 
-def near(apart: tuple[float, float], before: float) -> bool:
+def is_match(apart: tuple[float, float], before: float) -> bool:
     """Whether a tensor matches a change: within rounding, and clearly nearer to it than ``before``, its rms to the reference.
 
     A change may make the problem worse conditioned. Then a larger distance is allowed, if it is nearer by a far larger factor.
@@ -99,7 +99,7 @@ def median(sigma: Array, dtype: Any) -> float:
     return float(np.median(known)) if known.size else 0.0
 
 
-def flat_of(wrong: Iterable[str], got: dict[str, Any], right: Values, outputs: Iterable[str]) -> dict[str, str]:
+def constant_tensors(wrong: Iterable[str], got: dict[str, Any], right: Values, outputs: Iterable[str]) -> dict[str, str]:
     """Tensors that are NaN or one number everywhere, though the truth is not; each with the text to report."""
     found: dict[str, str] = {}
     for t in wrong:
@@ -121,14 +121,14 @@ class Memory:
 
     align: str
     seconds: float  # for one search
-    left: float  # seconds for all searches; below 0 only changes that were found before are tried
+    seconds_left: float  # for all searches; below 0 only changes that were found before are tried
     pairs_left: int
     known: Any  # how often each name was found
     bits: set[int]  # to which roundings were found
     earlier: list[dict[str, Any]]  # the options of calls before this one
     returned: list[tuple[dict[str, Any], Values]]  # what calls before this one returned, and what was right there
 
-    right: dict[Any, Any]  # cases that were right
+    right_cases: dict[Any, Any]  # one for each set of facts
 
     def excluded(self, change: Change, base: list[Change], in_backward: bool) -> bool:
         raise NotImplementedError
@@ -151,22 +151,23 @@ class Search:
         changes = [c for c in problem.op.changes.values() if c.needs <= here and c not in base] + list(more)
         changes.sort(key=lambda c: (-memory.known[c.name], not c.convention, bool(c.tile)))
         self.known = sum(c.name in memory.known for c in changes)
-        self.changes = changes if memory.left >= 0 else changes[: self.known]
+        self.changes = changes if memory.seconds_left >= 0 else changes[: self.known]
         self.large = math.prod(problem.shape) > LARGE
         self.dtype = np.longdouble if problem.dtype == np.float64 else np.float64
         self.returned = [t for t in sigma if isinstance(got.get(t), np.ndarray)]
         self.variants: Variants | None = None
-        with contextlib.suppress(*CANNOT):
+        with contextlib.suppress(*NOT_APPLICABLE):
             self.variants = Variants(problem, given, memory.align, base, self.dtype)
-        self.right = {} if self.variants is None else self.variants.unchanged
-        off = {t: distance(got[t], self.right[t], sigma[t]) if t in self.right else (np.inf, np.inf) for t in self.returned}
-        self.before, self.most = ({t: x[n] for t, x in off.items()} for n in range(2))  # rms and maximum
+        self.right_values = {} if self.variants is None else self.variants.unchanged
+        right, unknown = self.right_values, (np.inf, np.inf)
+        off = {t: distance(got[t], right[t], sigma[t]) if t in right else unknown for t in self.returned}
+        self.rms_to_right, self.max_to_right = ({t: x[n] for t, x in off.items()} for n in range(2))  # rms and maximum
         self.only_nan = False  # whether only the places of NaN and inf are wrong
-        self.followed: tuple[Change, ...] = ()  # the changes found in the forward; the backward may make them, too
-        self.partly: dict[str, list[tuple[float, Change]]] = {}  # by output: changes that explain it alone
+        self.forward_changes: tuple[Change, ...] = ()  # the changes found in the forward; the backward may make them, too
+        self.explained_alone: dict[str, list[tuple[float, Change]]] = {}  # by output: changes that explain it alone
         self.backward_done = False  # whether the search in the backward is over
         self.row_factor: Array | None = None
-        self.until = time.thread_time() + max(memory.seconds, memory.left / 2)
+        self.until = time.thread_time() + max(memory.seconds, memory.seconds_left / 2)
         self.cut_short = False  # whether the time was up before all changes were tried
 
     @property
@@ -174,15 +175,15 @@ class Search:
         return self.problem.outputs
 
     @property
-    def left(self) -> list[str]:
+    def unexplained(self) -> list[str]:
         """The wrong tensors that are not explained yet."""
         explained = {t for e in self.found for t in e.tensors}
         return [t for t in self.wrong if t not in explained]
 
     @property
-    def clear(self) -> list[str]:
-        """Those of `left` whose error is clearly larger than rounding."""
-        return [t for t in self.left if self.before[t] > GOOD_RMS]
+    def clearly_wrong(self) -> list[str]:
+        """Those of `unexplained` whose error is clearly larger than rounding."""
+        return [t for t in self.unexplained if self.rms_to_right[t] > GOOD_RMS]
 
     def values(self, changes: Iterable[Change], **options: Any) -> Values:
         call = (self.problem, self.given, self.memory.align)
@@ -193,25 +194,25 @@ class Search:
 
     def outputs_with(self, change: Change) -> Values:
         """The outputs with one change of the forward."""
-        with contextlib.suppress(*CANNOT):
+        with contextlib.suppress(*NOT_APPLICABLE):
             return {} if self.variants is None else self.variants.forward(change)
         return {}
 
-    def kept(self, returned: Array | None) -> Variants | None:
+    def backward_variants(self, returned: Array | None) -> Variants | None:
         """The runs with one change of the backward that starts from this output; what they share is computed once."""
-        with contextlib.suppress(*CANNOT):
+        with contextlib.suppress(*NOT_APPLICABLE):
             return Variants(self.problem, self.given, self.memory.align, self.base, self.dtype, returned)
         return None
 
     def matches(self, t: str, apart: tuple[float, float]) -> bool:
         """Whether a tensor is so near to what a change gives. What was right has to be right with the change."""
-        if self.before[t] > GOOD_RMS:
-            return near(apart, self.before[t])
+        if self.rms_to_right[t] > GOOD_RMS:
+            return is_match(apart, self.rms_to_right[t])
         # Wrong in a few elements: the rms is small with any change that does nothing.
-        nearer = t not in self.wrong or apart[1] <= min(MATCH_MAX, self.most[t] / MATCH_NEARER)
+        nearer = t not in self.wrong or apart[1] <= min(MATCH_MAX, self.max_to_right[t] / MATCH_NEARER)
         return apart[0] <= MATCH_RMS and nearer
 
-    def away(self, tensors: Iterable[str], values: Values) -> float:
+    def largest_distance(self, tensors: Iterable[str], values: Values) -> float:
         """The largest rms distance of these tensors from ``values``; inf if one of them does not match."""
         worst = 0.0
         for t in tensors:
@@ -258,22 +259,22 @@ def joined(explanations: Iterable[Explanation]) -> list[Explanation]:
 
 def offset(s: Search, tensor: str) -> list[Explanation]:
     """Whether a tensor is right up to one number that was added to all of its finite elements."""
-    got, want = np.asarray(s.got[tensor], np.float64), s.right[tensor]
+    got, want = np.asarray(s.got[tensor], np.float64), s.right_values[tensor]
     finite = np.isfinite(want) & np.isfinite(got)
     added = float(np.median(got[finite] - want[finite])) if finite.sum() > 1 else 0.0
     apart = distance(s.got[tensor], np.asarray(want + added), s.sigma[tensor])
-    if added and near(apart, s.before[tensor]):
+    if added and is_match(apart, s.rms_to_right[tensor]):
         return [Explanation((f"{tensor} is off by {added:.6g} everywhere",), (tensor,), apart[0])]
     return []
 
 
 def factor(s: Search, tensor: str) -> list[Explanation]:
     """Whether a tensor is right up to a constant factor."""
-    got, want = np.asarray(s.got[tensor], np.float64), s.right[tensor]
+    got, want = np.asarray(s.got[tensor], np.float64), s.right_values[tensor]
     finite = np.isfinite(want) & np.isfinite(got)
     norm = float(np.square(want[finite]).sum())
     factor = float((got[finite] * want[finite]).sum()) / norm if norm else 1.0
     apart = distance(s.got[tensor], np.asarray(factor * want), s.sigma[tensor])
-    if abs(factor - 1) > 1e-6 and factor and near(apart, s.before[tensor]):
+    if abs(factor - 1) > 1e-6 and factor and is_match(apart, s.rms_to_right[tensor]):
         return [Explanation((f"{tensor} is {factor:.6g} times what it should be",), (tensor,), apart[0])]
     return []

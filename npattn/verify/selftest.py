@@ -28,7 +28,7 @@ from npattn.verify.op import Change, Op, Problem, Values, facts
 from npattn.verify.ops import OPS
 from npattn.verify.precision import of_dtype
 from npattn.verify.search import distance
-from npattn.verify.stages import CANNOT, Variants, run
+from npattn.verify.stages import NOT_APPLICABLE, Variants, run
 
 SETTINGS = Settings(power=False)
 NAMED = 0.9  # at least this share of the seeds has to be named
@@ -42,7 +42,7 @@ class Seed(NamedTuple):
     kind: str  # "change", "in the backward" or "wrapper"
     name: str
     candidate: Candidate
-    says: tuple[str, ...]  # patterns for the name in a diagnosis, or for the text of a check
+    name_patterns: tuple[str, ...]  # patterns for the name in a diagnosis, or for the text of a check
     cases: tuple[str, ...]  # the cases on which it is examined
 
 
@@ -59,7 +59,7 @@ class Caught:
 # --- candidates made of the equations --------------------------------------------------------------------------------------
 
 
-def staged(
+def from_equations(
     op: Op, changes: Iterable[Change] = (), backward: Iterable[Change] | None = None, align: str = "top_left"
 ) -> Candidate:
     """A candidate made of the op's equations with these changes; it computes in the dtype of its inputs."""
@@ -80,12 +80,12 @@ def staged(
         found = values(inputs, given, True, {first: dout, **more})
         return {t: x for t, x in found.items() if t not in op.outputs}
 
-    backward_ = _signed(gradients, [first, *names], (*op.calls.keywords, *others))
+    backward_ = _with_signature(gradients, [first, *names], (*op.calls.keywords, *others))
     convention = Convention() if op.calls.conventions is not None else Convention(causal=align)
-    return Candidate("seeded", _signed(forward, names, op.calls.keywords), backward_, convention, op.name)
+    return Candidate("seeded", _with_signature(forward, names, op.calls.keywords), backward_, convention, op.name)
 
 
-def _signed(function: Callable[..., Any], names: list[str], keywords: Iterable[str]) -> Callable[..., Any]:
+def _with_signature(function: Callable[..., Any], names: list[str], keywords: Iterable[str]) -> Callable[..., Any]:
     """The function, with a signature of these positional names and keywords."""
     P = inspect.Parameter
     parameters = [P(n, P.POSITIONAL_ONLY) for n in names] + [P(n, P.KEYWORD_ONLY, default=None) for n in keywords]
@@ -96,7 +96,7 @@ def _signed(function: Callable[..., Any], names: list[str], keywords: Iterable[s
 # --- wrappers --------------------------------------------------------------------------------------------------------------
 
 
-def _of_each(change: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _changing_each_array(change: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A wrapper that changes each array that a function returns."""
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,16 +135,16 @@ def _keeps_state(function: Callable[..., Any]) -> Callable[..., Any]:
 
 STATE = ("*state is kept*", "*of an earlier call is used*", "*in a second call*", "*in a call after others*",
          "*overwritten by the next call*", "*for another mask*")  # fmt: skip
-WITHOUT_NAN = _of_each(np.nan_to_num)
+WITHOUT_NAN = _changing_each_array(np.nan_to_num)
 WRAPPERS: dict[str, tuple[Callable[[Callable[..., Any]], Callable[..., Any]], tuple[str, ...]]] = {
     "writes into an input": (_writes, ("*modifie*",)),
     "keeps state": (_keeps_state, STATE),
-    "returns float64": (_of_each(lambda x: x.astype(np.float64)), ("*has dtype float64*",)),
-    "returns an axis more": (_of_each(lambda x: x[..., None]), ("*has shape*",)),
-    "returns None": (_of_each(lambda x: None), ("*is not returned*", "*NoneType*")),
-    "returns a list": (_of_each(lambda x: x.tolist()), ("*is a list*",)),
-    "times 1.001": (_of_each(lambda x: x * x.dtype.type(1.001)), ("* is 1.001 times what it should be",)),
-    "zeros": (_of_each(lambda x: 0 * x), ("*0 everywhere*", "no gradient", "dh ignored")),
+    "returns float64": (_changing_each_array(lambda x: x.astype(np.float64)), ("*has dtype float64*",)),
+    "returns an axis more": (_changing_each_array(lambda x: x[..., None]), ("*has shape*",)),
+    "returns None": (_changing_each_array(lambda x: None), ("*is not returned*", "*NoneType*")),
+    "returns a list": (_changing_each_array(lambda x: x.tolist()), ("*is a list*",)),
+    "times 1.001": (_changing_each_array(lambda x: x * x.dtype.type(1.001)), ("* is 1.001 times what it should be",)),
+    "zeros": (_changing_each_array(lambda x: 0 * x), ("*0 everywhere*", "no gradient", "dh ignored")),
     "NaN becomes 0": (WITHOUT_NAN, ("NaN * become* 0", "NaN becomes 0")),
 }
 
@@ -160,32 +160,32 @@ def seeds(ops: Iterable[Op] = OPS.values()) -> Iterator[Seed]:
             # "causal=top_left" changes nothing in equations that are aligned in that way: so both alignments are tried.
             cases, shown = next(((c, names) for c in both if (names := c.showing(change))), (both[0], ()))
             if shown:  # else it needs larger tiles than these cases have, or changes only the order of a sum
-                yield Seed(op, "change", change.name, staged(op, [change], align=cases.align), (change.name,), shown)
+                yield Seed(op, "change", change.name, from_equations(op, [change], align=cases.align), (change.name,), shown)
             if shown and op.output_only_stages and change.likely and (alone := cases.showing(change, backward=True)):
-                tested = staged(op, (), [change], cases.align)
+                tested = from_equations(op, (), [change], cases.align)
                 yield Seed(op, "in the backward", change.name, tested, (change.name,), alone)
-        for name, (wrap, says) in WRAPPERS.items():
+        for name, (wrap, name_patterns) in WRAPPERS.items():
             if wrap is WITHOUT_NAN and not both[0].have_nan():
                 continue
-            honest = staged(op)
+            honest = from_equations(op)
             assert honest.backward is not None
             for side in ("forward", "backward"):
                 functions = {"forward": honest.forward, "backward": honest.backward}
                 functions[side] = wrap(functions[side])
                 tested = Candidate("seeded", functions["forward"], functions["backward"], op=op.name)
-                yield Seed(op, "wrapper", f"{side}: {name}", tested, says, both[0].names)
+                yield Seed(op, "wrapper", f"{side}: {name}", tested, name_patterns, both[0].names)
 
 
 class _Cases:
     """The cases that are not large, those in float32 first; it finds one in which a change shows."""
 
     def __init__(self, op: Op, align: str) -> None:
-        self.op, self.align, self.honest = op, align, staged(op, align=align)
+        self.op, self.align, self.honest = op, align, from_equations(op, align=align)
         ordered = sorted(op.cases, key=lambda c: (c.dtype, c.name not in op.basics))
         self.names = tuple(c.name for c in ordered if math.prod(c.problem().shape) < SMALL)
-        self.of = functools.cache(self._of)
+        self.prepared = functools.cache(self._prepare)
 
-    def _of(self, name: str) -> tuple[Variants, Values, Values]:
+    def _prepare(self, name: str) -> tuple[Variants, Values, Values]:
         """One case: its equations, truth and sigma."""
         problem = self.op.canonical(self.op.by_name[name].problem())
         given, _ = self.honest.arguments(problem, self.honest.forward)
@@ -199,17 +199,17 @@ class _Cases:
         backward : the change is made in the backward alone
         """
         with_nan = ""
-        if backward and not self.of(self.names[0])[0].changes_forward(change):
+        if backward and not self.prepared(self.names[0])[0].changes_forward(change):
             return ()
         for name in self.names:
-            variants, want, sigma = self.of(name)
+            variants, want, sigma = self.prepared(name)
             problem = variants.call[0]
             if not change.needs <= facts(problem, variants.call[1]):
                 continue
             try:
                 values = variants.everything(change) if not backward else run(
                     *variants.call, (), backward=[change], dtype=np.float64, low=problem.dtype)  # fmt: skip
-            except CANNOT:
+            except NOT_APPLICABLE:
                 continue
             far = [distance(want[t].astype(problem.dtype), x, sigma[t])[1] for t, x in values.items() if t in want]
             if any(4 * GOOD_MAX < off < np.inf for off in far):
@@ -219,7 +219,7 @@ class _Cases:
 
     def have_nan(self) -> bool:
         """Whether NaN is the right value anywhere in these cases."""
-        return any(np.isnan(x).any() for name in self.names for x in self.of(name)[1].values())
+        return any(np.isnan(x).any() for name in self.names for x in self.prepared(name)[1].values())
 
 
 def examined(seed: Seed) -> Caught:
@@ -235,14 +235,14 @@ def examined(seed: Seed) -> Caught:
         if not wrong:
             wrong = [c for c in examine_conditions(seed.candidate, op.by_name[name], 0, SETTINGS) if c.status == "wrong"]
         if wrong:
-            return _caught(seed, result, wrong)
+            return _caught_by(seed, result, wrong)
     return Caught(seed)
 
 
-def _caught(seed: Seed, result: Result, wrong: list[Any]) -> Caught:
+def _caught_by(seed: Seed, result: Result, wrong: list[Any]) -> Caught:
     texts = [c.text for c in wrong]
     shown = tuple(dict.fromkeys(n for e in result.explanations for n in (*e.names, *e.others[:3])))
-    named = any(text == says or fnmatch.fnmatchcase(text, says) for text in (*shown, *texts) for says in seed.says)
+    named = any(text == name or fnmatch.fnmatchcase(text, name) for text in (*shown, *texts) for name in seed.name_patterns)
     diagnosis = tuple(dict.fromkeys(" and ".join(e.names) for e in result.explanations)) or (texts[0],)
     return Caught(seed, f"{result.case}: {wrong[0].tensor}", diagnosis, named)
 
@@ -271,4 +271,4 @@ def run_self_test(line: Callable[[str], None], chosen: Iterable[Seed] | None = N
     return enough
 
 
-__all__ = ["Caught", "Seed", "examined", "run_self_test", "seeds", "staged"]
+__all__ = ["Caught", "Seed", "examined", "from_equations", "run_self_test", "seeds"]

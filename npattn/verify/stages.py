@@ -23,7 +23,7 @@ from npattn.verify.precision import Precision
 from npattn.verify.rounding import Rounding
 
 SAMPLES = 32  # of the noise: the standard error of sigma is 1 / sqrt(64), 12 percent
-CANNOT = (ValueError, IndexError, TypeError, AttributeError, KeyError, ZeroDivisionError)
+NOT_APPLICABLE = (ValueError, IndexError, TypeError, AttributeError, KeyError, ZeroDivisionError)
 """What a change may raise in a call in which it cannot be made."""
 
 
@@ -51,8 +51,8 @@ class Run:
         self.precision, self.sampled = precision, False
         self.rng = None if precision is None else np.random.default_rng(0)
         tiny = float(np.finfo(np.float64 if precision is None else precision.dtype).smallest_normal)
-        self.kind = Rounding(False, 0.0 if precision is None else precision.u, tiny)
-        self.unit, self.of_inputs = self.kind.unit, ROUNDING_STD * (0.0 if precision is None else precision.inputs)
+        self.rounding = Rounding(False, 0.0 if precision is None else precision.u, tiny)
+        self.unit, self.of_inputs = self.rounding.unit, ROUNDING_STD * (0.0 if precision is None else precision.inputs)
         self.changes: dict[str, list[Callable[[Any, Any], Any]]] = {}
         for change in changes:
             for stage, value in change.stages.items():
@@ -108,7 +108,7 @@ class Run:
         return np.where((a != 0) & (b != 0), self.unit * np.abs(a + b), 0)
 
     def product(self, name: str, a: Array, b: Array) -> Any:
-        return self.keep(name, lambda: a @ b, lambda _: self.kind.product(a[0], b[0]))
+        return self.keep(name, lambda: a @ b, lambda _: self.rounding.product(a[0], b[0]))
 
     def linear(self, name: str, x: Array, w: Array, b: Any) -> Any:
         """x w + b; b may be None."""
@@ -117,14 +117,14 @@ class Run:
 
         def error(_: Any) -> Array:
             y = x[0] @ w[0]
-            return np.hypot(self.kind.product(x[0], w[0]), self._adding(y, b[0]))
+            return np.hypot(self.rounding.product(x[0], w[0]), self._adding(y, b[0]))
 
         return self.keep(name, lambda: x @ w + b, error)
 
     def total(self, name: str, terms: Array, axis: Any, keepdims: bool = False) -> Any:
         """A sum; the axis is counted from the end."""
         return self.keep(name, lambda: terms.sum(axis, keepdims=keepdims),
-                         lambda x: self.kind.rounding_of_sum(terms[0], axis).reshape(x.shape))  # fmt: skip
+                         lambda x: self.rounding.rounding_of_sum(terms[0], axis).reshape(x.shape))  # fmt: skip
 
     def outer(self, name: str, x: Array, dy: Array, heads: int = 1, axis: int = 1) -> Any:
         """x^T dy summed over all tokens: (.., B, L, M) and (.., B, L, N) -> (.., M, N)."""
@@ -192,7 +192,7 @@ def attempt(*args: Any, **options: Any) -> Values:
     """`run`; empty if a change cannot be made in this call."""
     try:
         return run(*args, **options)
-    except CANNOT:
+    except NOT_APPLICABLE:
         return {}
 
 
@@ -214,7 +214,7 @@ class Variants:
             if returned is not None:
                 setattr(self.backwards, f"saved_{problem.outputs[0]}", cast(returned, dtype))
             problem.op.backward(self.backwards)
-        self.unchanged = self._named(self.forwards, self.backwards)
+        self.unchanged = self._by_tensor(self.forwards, self.backwards)
 
     def _recorded(self, changes: Iterable[Change]) -> Run:
         problem, given, align = self.call
@@ -224,7 +224,7 @@ class Variants:
         problem, given, align = self.call
         return Run(problem, given, align, changes=[*self.base, change], dtype=self.dtype, low=problem.dtype, start=start)
 
-    def _named(self, forwards: Run, backwards: Run | None = None) -> Values:
+    def _by_tensor(self, forwards: Run, backwards: Run | None = None) -> Values:
         found = {t: getattr(forwards, t) for t in forwards.problem.outputs}
         if backwards is not None:
             found = backwards.keep("finish", lambda: found | _gradients(backwards))
@@ -236,15 +236,15 @@ class Variants:
     def outputs(self, change: Change) -> Values | None:
         """The outputs with this change; empty if it does not reach them, None if it changes nothing at all."""
         if not self.changes_forward(change):
-            return None if _same(self.backwards, change) else {}
-        return None if _same(self.forwards, change) else self.forward(change)
+            return None if _changes_nothing(self.backwards, change) else {}
+        return None if _changes_nothing(self.forwards, change) else self.forward(change)
 
     def forward(self, change: Change) -> Values:
         """The outputs with this change of the forward."""
         x = self._from(self.forwards, change)
         with np.errstate(all="ignore"):
             x.problem.op.forward(x)
-        return self._named(x)
+        return self._by_tensor(x)
 
     def everything(self, change: Change) -> Values:
         """What `run` returns with this change."""
@@ -256,10 +256,10 @@ class Variants:
             for t in x.problem.outputs:
                 setattr(x, f"saved_{t}", getattr(self.backwards, f"saved_{t}"))
             x.problem.op.backward(x)
-            return self._named(self.forwards, x)
+            return self._by_tensor(self.forwards, x)
 
 
-def _same(x: Run, change: Change) -> bool:
+def _changes_nothing(x: Run, change: Change) -> bool:
     """Whether a change leaves its stages as they are, for example "mask is ignored" if the mask allows everything."""
     tried = Run.__new__(Run)
     tried.__dict__.update(vars(x))
@@ -315,4 +315,4 @@ def _spread(samples: Array, want: Array, precision: Precision) -> Array:
     return np.where(np.isfinite(want), np.hypot(rms, rounded), 0.0)
 
 
-__all__ = ["CANNOT", "SAMPLES", "Run", "Variants", "attempt", "by_noise", "finite", "no_inner_rounding", "run"]
+__all__ = ["NOT_APPLICABLE", "SAMPLES", "Run", "Variants", "attempt", "by_noise", "finite", "no_inner_rounding", "run"]

@@ -2,7 +2,7 @@
 
 It may end the process, crash it, hang, close its output, or start threads and processes. The process is spawned, not forked,
 because BLAS and torch hang after a fork. Everything that a case needs happens there: the calls, the judgement, the diagnosis.
-`Worker` asks for it, watches the time of each call, and starts a new process if one is lost. `Served` answers in that process.
+`Worker` asks for it, watches the time of each call, and starts a new process if one is lost. `LoadedCandidate` answers there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from npattn.verify import replay
-from npattn.verify.api import examine_all, fits
+from npattn.verify.api import examine_all, fitting_precision
 from npattn.verify.candidate import CandidateError, load, message_of
 from npattn.verify.conditions import examine_conditions
 from npattn.verify.conventions import Convention
@@ -92,11 +92,11 @@ class Worker:
         try:
             result: Result = self._ask("examine", case, seed)
         except GivenUpError as error:
-            return _without(case, seed, "lost", str(error))
+            return _lost_result(case, seed, "lost", str(error))
         except FaultError as error:
-            return _without(case, seed, "lost", f"a fault of npattn's own: {str(error).strip().splitlines()[-1]}")
+            return _lost_result(case, seed, "lost", f"a fault of npattn's own: {str(error).strip().splitlines()[-1]}")
         except LostError as error:
-            return _without(case, seed, "wrong", str(error), error.who)
+            return _lost_result(case, seed, "wrong", str(error), error.who)
         if result.status != "ok":
             return result
         try:
@@ -107,9 +107,9 @@ class Worker:
             last = Check("repeat", "wrong", f"{error}, when it is called again", worst=float("inf"))
         return dataclasses.replace(result, checks=[*result.checks, last])
 
-    def fits(self, report: Report, cases: list[Any]) -> str:
+    def fitting_precision(self, report: Report, cases: list[Any]) -> str:
         with contextlib.suppress(LostError):
-            return str(self._ask("fits", report, cases))
+            return str(self._ask("fitting_precision", report, cases))
         return ""
 
     def shrink(self, case: Any, seed: int) -> tuple[Any, str, Result]:
@@ -206,7 +206,7 @@ class Worker:
         if not who:
             return LostError(f"its results cannot be judged within {QUIET:g} s", who)
         limit = max(self.timeout, TIMEOUT) if who == "import" else self.timeout
-        return LostError(f"{_the(who)}gives no answer within {limit:g} s (--timeout)", who)
+        return LostError(f"{_subject(who)}gives no answer within {limit:g} s (--timeout)", who)
 
     def _died(self, who: str) -> LostError:
         self.process.join(5)
@@ -218,10 +218,10 @@ class Worker:
             how = f"crashes its process ({_signal(-code)})"
         else:
             how = f"ends its process with exit status {code}"
-        return LostError(f"{_the(who)}{how}", who)
+        return LostError(f"{_subject(who)}{how}", who)
 
 
-def _the(who: str) -> str:
+def _subject(who: str) -> str:
     return f"the {who} " if who else "what the candidate has started "
 
 
@@ -231,7 +231,7 @@ def _signal(number: int) -> str:
     return f"signal {number}"
 
 
-def _without(case: Any, seed: int, status: str, text: str, who: str = "") -> Result:
+def _lost_result(case: Any, seed: int, status: str, text: str, who: str = "") -> Result:
     """The result of a case if the process is lost."""
     problem = case.problem(seed)
     tensors = [*problem.outputs, *problem.gradients]
@@ -264,8 +264,8 @@ RAISED_INTERRUPT = type("KeyboardInterrupt", (Exception,), {})
 def _serve(connection: Connection, path: list[str]) -> None:
     """Answer one question after the other until the connection is closed."""
     sys.path[:] = path
-    _settle(connection)
-    served: Any = None
+    _isolate(connection)
+    loaded: Any = None
     lock = threading.Lock()
 
     def send(*message: Any) -> None:
@@ -279,10 +279,10 @@ def _serve(connection: Connection, path: list[str]) -> None:
             os._exit(0)  # without the candidate's exit handlers
         try:
             if what == "load":
-                served = Served(given[0], send)
-                answer: Any = Facts.of(served.candidate)
+                loaded = LoadedCandidate(given[0], send)
+                answer: Any = Facts.of(loaded.candidate)
             else:
-                answer = getattr(served, what)(*given)
+                answer = getattr(loaded, what)(*given)
         except CandidateError as error:
             send("usage", str(error))
         except BaseException as error:  # verify's own: those of the candidate are caught around its calls
@@ -294,7 +294,7 @@ def _serve(connection: Connection, path: list[str]) -> None:
             send("answer", answer)
 
 
-def _settle(connection: Connection) -> None:
+def _isolate(connection: Connection) -> None:
     """Give the process a group of its own, no interrupts, stderr as its output, and an end when its parent ends."""
     if hasattr(os, "setsid"):
         os.setsid()
@@ -317,7 +317,7 @@ def _settle(connection: Connection) -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
-class Served:
+class LoadedCandidate:
     """The loaded candidate in its process: each method is the answer to one kind of question."""
 
     def __init__(self, spec: Spec, send: Callable[..., None]) -> None:
@@ -355,8 +355,8 @@ class Served:
     def conditions(self, case: Any, seed: int) -> list[Check]:
         return examine_conditions(self.candidate, case, seed, self.settings)
 
-    def fits(self, report: Report, cases: list[Any]) -> str:
-        return fits(self.candidate, report, cases, self.settings)
+    def fitting_precision(self, report: Report, cases: list[Any]) -> str:
+        return fitting_precision(self.candidate, report, cases, self.settings)
 
     def shrink(self, case: Any, seed: int) -> tuple[Any, str, Result]:
         smaller = replay.shrink(self.candidate, case, seed, self.settings)
@@ -372,4 +372,4 @@ class Served:
         return ""
 
 
-__all__ = ["TIMEOUT", "Served", "Spec", "Worker"]
+__all__ = ["TIMEOUT", "LoadedCandidate", "Spec", "Worker"]

@@ -6,10 +6,10 @@ from npattn import cli
 from npattn.verify import CASES, CASES_OF
 from npattn.verify.api import examine_all
 from npattn.verify.report import Facts
-from npattn.verify.worker import Served
+from npattn.verify.worker import LoadedCandidate
 
 
-class InThisProcess(Served):
+class InThisProcess(LoadedCandidate):
     """A `Worker` that starts no process: a start takes most of a second."""
 
     faults = ()

@@ -20,7 +20,7 @@ from npattn.ops.masks import as_mask
 from npattn.verify import CASES, PRECISIONS, Candidate, Convention, Settings, examine
 from npattn.verify.conventions import FIELDS
 from npattn.verify.explain import Diagnostician, places
-from npattn.verify.judge import WORDS
+from npattn.verify.judge import AXIS_WORDS
 from npattn.verify.op import facts
 from npattn.verify.ops.attention.calls import canonical
 from npattn.verify.ops.attention.cases import BY_NAME, Case
@@ -30,7 +30,7 @@ from npattn.verify.ops.attention.errors import predict
 from npattn.verify.precision import round_to
 from npattn.verify.rounded import rounded
 from npattn.verify.search import UNKNOWN, distance
-from npattn.verify.stages import CANNOT, run
+from npattn.verify.stages import NOT_APPLICABLE, run
 
 
 def everything(
@@ -145,7 +145,7 @@ def shows(change, problem, options, align, want, sigma):
     """Whether the change gives something else, clearly, in this call."""
     try:
         values = run(problem, options, align, [change], dtype=np.float64)
-    except CANNOT:
+    except NOT_APPLICABLE:
         return False
     return any(
         values[n].shape != x.shape or off(values[n], x, sigma[n]).max(initial=0.0) > 100 for n, x in want.items() if n in values
@@ -567,18 +567,18 @@ def test_a_buffer_that_is_not_cleared_is_named():
 def test_places_in_words(where, text):
     bad = np.zeros((2, 3, 80, 5), bool)
     bad[where] = True
-    assert places("BHLE", WORDS, bad) == f"in {bad.sum()} of {bad.size} elements; {text}"
+    assert places("BHLE", AXIS_WORDS, bad) == f"in {bad.sum()} of {bad.size} elements; {text}"
 
 
 def test_places_of_several_axes_and_of_all():
     bad = np.zeros((2, 3, 80), bool)
     bad[1, :, 40:] = True
     where = "batch 1 (the last); queries from 40 on, where a tile of 8 begins"
-    assert places("BHL", WORDS, bad) == f"in 120 of 480 elements; {where}"
-    assert places("BGSE", WORDS, np.ones((2, 3, 4, 5), bool)) == "in 120 of 120 elements"
+    assert places("BHL", AXIS_WORDS, bad) == f"in 120 of 480 elements; {where}"
+    assert places("BGSE", AXIS_WORDS, np.ones((2, 3, 4, 5), bool)) == "in 120 of 120 elements"
     bad = np.zeros((2, 3, 4, 5), bool)
     bad[:, 1, 2] = True
-    assert places("BGSE", WORDS, bad) == "in 10 of 120 elements; key heads 1; keys 2"
+    assert places("BGSE", AXIS_WORDS, bad) == "in 10 of 120 elements; key heads 1; keys 2"
 
 
 def test_what_has_no_name_is_localised():

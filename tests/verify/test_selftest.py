@@ -8,7 +8,7 @@ import pytest
 
 from npattn.verify import Settings, examine
 from npattn.verify.ops import OPS
-from npattn.verify.selftest import WRAPPERS, examined, run_self_test, seeds, staged
+from npattn.verify.selftest import WRAPPERS, examined, from_equations, run_self_test, seeds
 
 QUICK = {
     "attention": ("plain", "everything", "dead rows", "NaN seen later", "S = 0", "float64"),
@@ -18,7 +18,7 @@ QUICK = {
 
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in QUICK.items() for name in names])
 def test_the_equations_without_a_change_hold(op, name):
-    result = examine(staged(OPS[op]), OPS[op].by_name[name], 0, Settings(power=False))
+    result = examine(from_equations(OPS[op]), OPS[op].by_name[name], 0, Settings(power=False))
     assert {c.status for c in result.checks} == {"ok"}
 
 
@@ -33,7 +33,7 @@ def test_a_change_is_caught_and_named(op, name):
         from npattn.verify.selftest import Seed
 
         case = next(c.name for c in record.cases if record.changes[name].needs <= set(c.features) | {"L != S"})
-        seed = Seed(record, "change", name, staged(record, [record.changes[name]]), (name,), (case,))
+        seed = Seed(record, "change", name, from_equations(record, [record.changes[name]]), (name,), (case,))
     found = examined(seed)
     assert found.by
     assert found.named, found.diagnosis
@@ -56,7 +56,7 @@ def test_it_prints_a_line_for_each_and_a_table():
 def test_it_is_wrong_where_one_is_missed():
     seed = next(seeds([OPS["softmax"]]))
     lines: list[str] = []
-    assert not run_self_test(lines.append, [seed._replace(candidate=staged(OPS["softmax"]))])
+    assert not run_self_test(lines.append, [seed._replace(candidate=from_equations(OPS["softmax"]))])
     assert "WRONG: 0 of 1 caught" in lines[-1]
 
 

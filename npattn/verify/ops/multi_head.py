@@ -242,8 +242,8 @@ def _errors(x: Any, grads: Any = None) -> Any:
 def _common_to_rows(x: Any, cache: AttentionCache, e_out: Array) -> Array:
     """Noise in dk from the error of sum_j p_j dp_j, which is the same for all keys of a query and so adds up over them."""
     p, do, o = np.asarray(cache.weights), x.do[0], x.o[0]
-    by_weights = x.kind.rounding_of_sum(p * (do @ swap(cache.v)), -1)
-    by_output = np.hypot(x.kind.sum(do * e_out, -1), x.kind.rounding_of_sum(do * o, -1))
+    by_weights = x.rounding.rounding_of_sum(p * (do @ swap(cache.v)), -1)
+    by_output = np.hypot(x.rounding.sum(do * e_out, -1), x.rounding.rounding_of_sum(do * o, -1))
     rows = np.maximum(by_weights, by_output) * x.noise(*p.shape[:-1], 1)
     return np.asarray(cache.scale * (swap(p * rows) @ cache.q))
 
@@ -251,7 +251,7 @@ def _common_to_rows(x: Any, cache: AttentionCache, e_out: Array) -> Array:
 def _group_rounding(x: Any, g: Array, shape: tuple[int, ...], _: Any) -> Array:
     """The rounding of the sum over the heads that read one group."""
     heads = g.reshape(*shape[:-2], -1, *shape[-2:])
-    rounding: Array = x.kind.rounding_of_sum(heads, -3)
+    rounding: Array = x.rounding.rounding_of_sum(heads, -3)
     return rounding.reshape(shape)
 
 

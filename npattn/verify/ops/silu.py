@@ -52,7 +52,7 @@ def forward(x: Any) -> None:
     """Equations (1) and (2) of `npattn.ops.activations`."""
     x.input("x", x.problem.inputs["x"])
     x.keep("inside", lambda: x.x)
-    x.keep("e", lambda: np.exp(-np.abs(x.inside)), lambda e: EXP_ULPS * x.unit * e + x.kind.tiny)
+    x.keep("e", lambda: np.exp(-np.abs(x.inside)), lambda e: EXP_ULPS * x.unit * e + x.rounding.tiny)
     x.rounded("s", lambda: np.where(x.inside >= 0, 1, x.e) / (1 + x.e), 2.0)  # (1): a sum and a division
     # If t is computed as 1 - s, as torch does, it has the rounding error of s, but at most all of t is lost.
     x.keep("t", lambda: np.where(x.inside >= 0, x.e, 1) / (1 + x.e),

@@ -119,7 +119,7 @@ def _top(x: Any) -> Array:
 def _exp_error(x: Any) -> Array:
     """exp turns the rounding of s - top into a relative error. A result below the smallest normal number may become 0."""
     below = np.where(x.allowed[0], x.scores[0] - x.top[0], 0)
-    error = np.exp(below) * np.hypot(x.unit * below, EXP_ULPS * x.unit) + x.kind.tiny
+    error = np.exp(below) * np.hypot(x.unit * below, EXP_ULPS * x.unit) + x.rounding.tiny
     return np.where(x.allowed[0], error, 0)
 
 

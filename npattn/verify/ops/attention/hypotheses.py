@@ -27,14 +27,14 @@ from npattn.verify.search import (
     Explanation,
     Hypothesis,
     Search,
+    constant_tensors,
     distance,
     factor,
-    flat_of,
     joined,
     median,
     offset,
 )  # fmt: skip
-from npattn.verify.stages import CANNOT, Run, Variants
+from npattn.verify.stages import NOT_APPLICABLE, Run, Variants
 
 UNPROTECTED = {  # products that let masked NaN through, since a weight of 0 times NaN is NaN
     "out": Change("masked_nan=poisons", {"out": lambda x, _: x.dropped @ x.vh}),
@@ -77,15 +77,15 @@ def masked_nan(s: Search) -> list[Explanation]:
     """
     if all(np.isfinite(getattr(s.problem, n)).all() for n in INPUTS):
         return []
-    places = [t for t in s.left if t in s.right and _differ_in_nan(s.got[t], s.right[t], s.sigma[t])]
+    places = [t for t in s.unexplained if t in s.right_values and _differ_in_nan(s.got[t], s.right_values[t], s.sigma[t])]
     through = {t: s.values([change]).get(t, np.array(0.0)) for t, change in UNPROTECTED.items()}
     found = [
         t for t in places
-        if t in through and not ((~np.isfinite(s.right[t]) | np.isnan(through[t])) & np.isfinite(s.got[t])).any()
+        if t in through and not ((~np.isfinite(s.right_values[t]) | np.isnan(through[t])) & np.isfinite(s.got[t])).any()
     ]  # fmt: skip
-    if "lse" in s.left:  # NaN among the scores themselves
+    if "lse" in s.unexplained:  # NaN among the scores themselves
         found = []
-    if places and set(places) == set(s.left):
+    if places and set(places) == set(s.unexplained):
         s.changes = [c for c in s.changes if c.nan == "moves"]
         s.only_nan = True
     s.returned = [t for t in s.returned if t not in found]
@@ -103,7 +103,7 @@ def _differ_in_nan(got: Array, right: Array, sigma: Array) -> bool:
 
 def unwritten(s: Search) -> list[Explanation]:
     """Whether dk or dv is wrong only for keys that no query sees, such as a buffer that is not written beyond a length."""
-    if s.found or not set(s.left) <= {"dk", "dv"} or not all(np.isfinite(getattr(s.problem, n)).all() for n in "kv"):
+    if s.found or not set(s.unexplained) <= {"dk", "dv"} or not all(np.isfinite(getattr(s.problem, n)).all() for n in "kv"):
         return []
     x = Run(s.problem, s.given, s.memory.align, changes=s.base, dtype=np.float64)
     with np.errstate(all="ignore"):
@@ -112,8 +112,8 @@ def unwritten(s: Search) -> list[Explanation]:
     if seen is None or seen.all() or not seen.any():
         return []
     found = []
-    for t in s.left:
-        got, want, sigma = (np.where(seen[..., None], a, 0) for a in (s.got[t], s.right[t], s.sigma[t]))
+    for t in s.unexplained:
+        got, want, sigma = (np.where(seen[..., None], a, 0) for a in (s.got[t], s.right_values[t], s.sigma[t]))
         if s.got[t].shape[:-1] == seen.shape and distance(got.astype(s.got[t].dtype), want, sigma)[0] <= MATCH_RMS:
             found.append(t)
     return [Explanation((NEVER_WRITTEN,), tuple(found), math.inf)] if found else []
@@ -123,51 +123,51 @@ def unwritten(s: Search) -> list[Explanation]:
 
 
 def _wrong_outputs(s: Search) -> list[str]:
-    return [t for t in s.outputs if t in s.clear]
+    return [t for t in s.outputs if t in s.clearly_wrong]
 
 
 def change_of_the_forward(s: Search) -> list[Explanation]:
     """One change that explains all outputs. Changes that explain one output are stored for `change_of_each_output`."""
     wrong, returned = _wrong_outputs(s), [t for t in s.outputs if t in s.returned]
     matches: list[tuple[float, Change]] = []
-    s.partly = {t: [] for t in wrong}
+    s.explained_alone = {t: [] for t in wrong}
     for i, change in enumerate(s.changes if wrong else ()):
         if s.enough(i, matches):
             break
         if not s.changes_forward(change):
             continue
         values = s.outputs_with(change)
-        if (apart := s.away(returned, values)) < np.inf:
+        if (apart := s.largest_distance(returned, values)) < np.inf:
             matches.append((apart, change))
         for t in wrong:
-            if (alone := s.away([t], values)) < np.inf:
-                s.partly[t].append((alone, change))
+            if (alone := s.largest_distance([t], values)) < np.inf:
+                s.explained_alone[t].append((alone, change))
     if not matches:
         return []
     (apart, change), others = s.best(matches)
-    s.followed = (change,)
+    s.forward_changes = (change,)
     return [Explanation((change.name,), tuple(wrong), apart, others=others)]
 
 
 def rounding_of_the_forward(s: Search) -> list[Explanation]:
     """Factors and roundings, if they explain all wrong outputs."""
     wrong = _wrong_outputs(s)
-    rough = _roughly(s, wrong) if wrong else []
+    rough = _factors_and_roundings(s, wrong) if wrong else []
     return rough if {t for e in rough for t in e.tensors} >= set(wrong) else []
 
 
 def two_changes_of_the_forward(s: Search) -> list[Explanation]:
     """Two changes that together explain all outputs. Pairs are tried until the time is over, likely ones first."""
     wrong, returned, memory = _wrong_outputs(s), [t for t in s.outputs if t in s.returned], s.memory
-    if not wrong or s.large or memory.pairs_left <= 0 or memory.left < 0 or not returned or s.only_nan:
+    if not wrong or s.large or memory.pairs_left <= 0 or memory.seconds_left < 0 or not returned or s.only_nan:
         return []
     memory.pairs_left -= 1
     until = time.thread_time() + memory.seconds
     few = [c for c in s.changes if not c.tile and s.changes_forward(c)]
     for pair in itertools.combinations(few, 2):
-        apart = s.away(returned, s.values(pair, gradients=False))
+        apart = s.largest_distance(returned, s.values(pair, gradients=False))
         if apart < np.inf:
-            s.followed = pair
+            s.forward_changes = pair
             return [Explanation(tuple(c.name for c in pair), tuple(wrong), apart)]
         if time.thread_time() > until:
             break
@@ -177,9 +177,9 @@ def two_changes_of_the_forward(s: Search) -> list[Explanation]:
 def change_of_each_output(s: Search) -> list[Explanation]:
     found = []
     for t in _wrong_outputs(s):
-        if s.partly[t]:
-            (apart, change), others = s.best(s.partly[t])
-            s.followed = s.followed or (change,)
+        if s.explained_alone[t]:
+            (apart, change), others = s.best(s.explained_alone[t])
+            s.forward_changes = s.forward_changes or (change,)
             found.append(Explanation((change.name,), (t,), apart, others=others))
     return found
 
@@ -188,12 +188,12 @@ def change_of_each_output(s: Search) -> list[Explanation]:
 
 
 def _wrong_gradients(s: Search) -> list[str]:
-    return [t for t in s.clear if t not in s.outputs]
+    return [t for t in s.clearly_wrong if t not in s.outputs]
 
 
 def the_same_in_the_backward(s: Search) -> list[Explanation]:
     """Whether the changes that explain the forward explain the backward, too."""
-    wrong, returned, changes = _wrong_gradients(s), [t for t in s.returned if t not in s.outputs], s.followed
+    wrong, returned, changes = _wrong_gradients(s), [t for t in s.returned if t not in s.outputs], s.forward_changes
     if not wrong or not changes:
         return []
     names = tuple(c.name for c in changes)
@@ -203,9 +203,9 @@ def the_same_in_the_backward(s: Search) -> list[Explanation]:
         (s.values(changes, backward=s.base), "by way of its out and lse"),  # a right backward that starts from wrong values
     )
     for values, where in tried:
-        if (apart := s.away(returned, values)) < np.inf:
+        if (apart := s.largest_distance(returned, values)) < np.inf:
             return [Explanation(names, tuple(wrong), apart, where)]
-    nearest = {t: min(s.away([t], values) for values, _ in tried) for t in wrong}
+    nearest = {t: min(s.largest_distance([t], values) for values, _ in tried) for t in wrong}
     follow = {t: d for t, d in nearest.items() if d < np.inf}
     return [Explanation(names, tuple(follow), max(follow.values()), "in the backward too")] if follow else []
 
@@ -214,22 +214,24 @@ def added_to_the_call_before(s: Search) -> list[Explanation]:
     """Whether a gradient was added to that of the call before, in a buffer that was not cleared."""
     for t in _wrong_gradients(s):
         last = s.memory.returned[-1][0].get(t) if s.memory.returned else None
-        if not isinstance(last, np.ndarray) or last.shape != s.got[t].shape or t not in s.right or not np.isfinite(last).all():
+        if t not in s.right_values or not isinstance(last, np.ndarray) or last.shape != s.got[t].shape:
             continue
-        if distance(s.got[t] - last, s.right[t], s.sigma[t])[0] <= MATCH_RMS:
+        if not np.isfinite(last).all():
+            continue
+        if distance(s.got[t] - last, s.right_values[t], s.sigma[t])[0] <= MATCH_RMS:
             s.backward_done = True
             return [Explanation((f"{t} is added to that of the call before",), (t,), 1.0)]
     return []
 
 
-def _of_backward(s: Search, change: Change, kept: Variants | None, out: Any) -> Iterator[Values]:
+def _backward_results(s: Search, change: Change, variants: Variants | None, out: Any) -> Iterator[Values]:
     """The results with a change of the backward alone: of a fused backward, and of one that computes the forward again."""
-    if kept is not None and not s.changes_forward(change):
-        with contextlib.suppress(*CANNOT):
-            yield kept.everything(change)
+    if variants is not None and not s.changes_forward(change):
+        with contextlib.suppress(*NOT_APPLICABLE):
+            yield variants.everything(change)
         return
     for fused in (True, False) if s.changes_forward(change) else (True,):
-        yield s.values(s.followed, backward=[*s.base, *s.followed, change], fused=fused, returned=out)
+        yield s.values(s.forward_changes, backward=[*s.base, *s.forward_changes, change], fused=fused, returned=out)
 
 
 def change_of_the_backward(s: Search) -> list[Explanation]:
@@ -237,17 +239,17 @@ def change_of_the_backward(s: Search) -> list[Explanation]:
     wrong, returned = _wrong_gradients(s), [t for t in s.returned if t not in s.outputs]
     if not wrong or s.backward_done:
         return []
-    out = s.got.get("out") if s.before.get("out", np.inf) <= GOOD_RMS else None
+    out = s.got.get("out") if s.rms_to_right.get("out", np.inf) <= GOOD_RMS else None
     matches: list[tuple[float, Change]] = []
     partly: dict[str, list[tuple[float, Change]]] = {t: [] for t in wrong}
-    kept = None if s.followed else s.kept(out)
+    variants = None if s.forward_changes else s.backward_variants(out)
     for i, change in enumerate(s.changes):
         if s.enough(i, matches):
             break
         best, alone = np.inf, dict.fromkeys(wrong, np.inf)
-        for values in _of_backward(s, change, kept, out):
-            best = min(best, s.away(returned, values))
-            alone = {t: min(d, s.away([t], values)) for t, d in alone.items()}
+        for values in _backward_results(s, change, variants, out):
+            best = min(best, s.largest_distance(returned, values))
+            alone = {t: min(d, s.largest_distance([t], values)) for t, d in alone.items()}
         if best < np.inf:
             matches.append((best, change))
         for t, d in alone.items():
@@ -266,12 +268,13 @@ def no_evidence(s: Search) -> list[Explanation]:
     """Removes explanations with too little evidence: a tensor of NaN or one number nearly everywhere fits many mistakes."""
     changes = s.problem.op.changes
     poisoned = {t for e in s.found if e.names in (("masked_nan=poisons",), (NEVER_WRITTEN,)) for t in e.tensors}
-    flat = flat_of(s.wrong, s.got, s.right, s.outputs)
+    flat = constant_tensors(s.wrong, s.got, s.right_values, s.outputs)
 
     def supported(e: Explanation) -> bool:
         """Whether there is a right case, and no right case in which the mistake would show."""
         mistakes = [changes[n] for n in e.names if n in changes]
-        return bool(s.memory.right) and not any(s.memory.excluded(c, s.base, e.where == "in the backward") for c in mistakes)
+        in_backward = e.where == "in the backward"
+        return bool(s.memory.right_cases) and not any(s.memory.excluded(c, s.base, in_backward) for c in mistakes)
 
     def only_nan(e: Explanation) -> bool:
         if not all(np.isnan(s.got[t]).mean() > 0.9 for t in e.tensors):
@@ -297,12 +300,12 @@ def _detached(s: Search, e: Explanation) -> Explanation:
 
 
 def factor_or_rounding(s: Search) -> list[Explanation]:
-    return _roughly(s, s.clear)
+    return _factors_and_roundings(s, s.clearly_wrong)
 
 
-def _roughly(s: Search, wrong: list[str]) -> list[Explanation]:
+def _factors_and_roundings(s: Search, wrong: list[str]) -> list[Explanation]:
     """Tensors that are right up to a factor, or rounded. A rounding is recognised by the size of errors, not by values."""
-    wrong = [t for t in wrong if np.isfinite(s.before[t])]
+    wrong = [t for t in wrong if np.isfinite(s.rms_to_right[t])]
     if not wrong:
         return []
     if scale := _scale(s, wrong):
@@ -320,19 +323,19 @@ def _scale(s: Search, wrong: list[str]) -> list[Explanation]:
         return Change("scale", {"scale": lambda x, scale: scale * factor})
 
     first, step = "out" if "out" in wrong else wrong[0], 1e-6
-    slope = (s.values([scaled(1 + step)])[first] - s.right[first]) / step
-    error = np.asarray(s.got[first], np.float64) - s.right[first]
+    slope = (s.values([scaled(1 + step)])[first] - s.right_values[first]) / step
+    error = np.asarray(s.got[first], np.float64) - s.right_values[first]
     finite = np.isfinite(slope) & np.isfinite(error)
     norm = float(np.square(slope[finite]).sum())
     off = float((slope[finite] * error[finite]).sum()) / norm if norm else 0.0
     if abs(off) < 1e-6 or abs(off) > 0.05:
         return []
-    apart = s.away(wrong, s.values([scaled(1 + off)]))
+    apart = s.largest_distance(wrong, s.values([scaled(1 + off)]))
     return [Explanation((f"scale is off by a factor of {1 + off:.6g}",), tuple(wrong), apart)] if apart < np.inf else []
 
 
 def rows_by_a_factor(s: Search) -> list[Explanation]:
-    return _rows(s, s.left)
+    return _rows(s, s.unexplained)
 
 
 def _rows(s: Search, wrong: list[str]) -> list[Explanation]:
@@ -344,14 +347,14 @@ def _rows(s: Search, wrong: list[str]) -> list[Explanation]:
     if "out" in wrong and s.row_factor is None and isinstance(out, np.ndarray) and np.isfinite(out).all():
         s.row_factor = _factor_of_rows(s, out)
     factor = s.row_factor
-    if factor is None or s.before.get("lse", 0.0) > GOOD_RMS:
+    if factor is None or s.rms_to_right.get("lse", 0.0) > GOOD_RMS:
         return []
     forward = Change("rows", {"weights": lambda x, w: w * factor})  # Delta has it, too, if it is made of this output
     values = s.values([forward], backward=[*s.base, Change("rows", {"p": lambda x, p: p * factor})])
     found, worst = [], 0.0
     for t in [t for t in wrong if t in values]:
         apart = distance(s.got[t], values[t], s.sigma[t])
-        unchanged = distance(s.got[t], s.right[t], s.sigma[t])
+        unchanged = distance(s.got[t], s.right_values[t], s.sigma[t])
         if apart[0] <= MATCH_RMS and apart[1] <= MATCH_MAX and apart[1] < unchanged[1] / 2:
             found.append(t)
             worst = max(worst, apart[0])
@@ -361,7 +364,7 @@ def _rows(s: Search, wrong: list[str]) -> list[Explanation]:
 
 def _factor_of_rows(s: Search, out: Array) -> Array | None:
     """(..., L, 1): the factor of each row of out, by least squares; None if one is not near 1, or if all are 1."""
-    want, lse, sigma = s.right["out"], s.right["lse"], s.sigma["out"]
+    want, lse, sigma = s.right_values["out"], s.right_values["lse"], s.sigma["out"]
     unit = float(np.finfo(s.problem.dtype).eps) / 2
     near_one = 4 * unit * np.maximum(np.abs(np.where(np.isfinite(lse), lse, 0)), 4)[..., None]
     weight = np.where(np.isfinite(sigma) & (sigma > 0), 1 / np.maximum(sigma, 1e-300), 0)
@@ -373,7 +376,7 @@ def _factor_of_rows(s: Search, out: Array) -> Array | None:
     return None
 
 
-class _Low(NamedTuple):
+class _EarlyRounding(NamedTuple):
     """What may be rounded early: one field of a `Precision` to so many bits, or all that a class rounds."""
 
     name: str
@@ -382,15 +385,15 @@ class _Low(NamedTuple):
     bits: int = 0
 
 
-def _roundings() -> list[_Low]:
-    plain, found = PRECISIONS["float32"], list[_Low]()
+def _roundings() -> list[_EarlyRounding]:
+    plain, found = PRECISIONS["float32"], list[_EarlyRounding]()
     for field in ("inputs", "scores", "weights", "dweights", "dscores", "out"):
         for bits, storage in ((11, "float16"), (8, "bfloat16")):
             low: dict[str, Any] = {field: 2.0**-bits}
             precision = dataclasses.replace(plain, storage=storage, **low)
-            found.append(_Low(f"{field} rounded to {bits} bits", precision, field, bits))
-    classes = [_Low(f"all that {n} rounds", p) for n, p in PRECISIONS.items() if n not in ("float64", "float32", "float8")]
-    return found + classes
+            found.append(_EarlyRounding(f"{field} rounded to {bits} bits", precision, field, bits))
+    left_out = ("float64", "float32", "float8")
+    return found + [_EarlyRounding(f"all that {n} rounds", p) for n, p in PRECISIONS.items() if n not in left_out]
 
 
 def _rounding(s: Search, wrong: list[str]) -> list[Explanation]:
@@ -402,29 +405,29 @@ def _rounding(s: Search, wrong: list[str]) -> list[Explanation]:
     if not wrong or s.problem.dtype == np.float64 or s.large:
         return []
     tried, known = _roundings(), s.memory.known
-    if s.memory.left < 0 or any(low.name in known for low in tried):  # a candidate rounds alike in all cases
+    if s.memory.seconds_left < 0 or any(low.name in known for low in tried):  # a candidate rounds alike in all cases
         tried = [low for low in tried if low.name in known or (low.field == "out" and low.bits in s.memory.bits)]
-    found = [fit for low in tried for fit in _fits(s, wrong, low)]
+    found = [fit for low in tried for fit in _explained_by(s, wrong, low)]
     best: list[Explanation] = []
-    left = set(wrong)
-    while left and found:
-        whole = [f for f in found if set(f[1].tensors) >= left] or found
-        _, e, bits = min(whole, key=lambda f: (len(left - set(f[1].tensors)), f[0]))
-        if not left & set(e.tensors):
+    unexplained = set(wrong)
+    while unexplained and found:
+        whole = [f for f in found if set(f[1].tensors) >= unexplained] or found
+        _, e, bits = min(whole, key=lambda f: (len(unexplained - set(f[1].tensors)), f[0]))
+        if not unexplained & set(e.tensors):
             break
         s.memory.bits |= {bits} - {0}
-        best.append(dataclasses.replace(e, tensors=tuple(t for t in e.tensors if t in left)))
-        left -= set(e.tensors)
-        found = [f for f in found if set(f[1].tensors) <= left]
+        best.append(dataclasses.replace(e, tensors=tuple(t for t in e.tensors if t in unexplained)))
+        unexplained -= set(e.tensors)
+        found = [f for f in found if set(f[1].tensors) <= unexplained]
     return best
 
 
-def _fits(s: Search, wrong: list[str], low: _Low) -> list[tuple[float, Explanation, int]]:
+def _explained_by(s: Search, wrong: list[str], low: _EarlyRounding) -> list[tuple[float, Explanation, int]]:
     """Whether this rounding makes such errors: [(how far sizes differ, as a logarithm; explanation; bits)], or nothing."""
     truth = s.problem.truth(low.precision)
     if truth is None:
         return []
-    dtype, bad, outputs = s.problem.dtype, {t for t in s.returned if s.before[t] > GOOD_RMS}, set(s.outputs)
+    dtype, bad, outputs = s.problem.dtype, {t for t in s.returned if s.rms_to_right[t] > GOOD_RMS}, set(s.outputs)
     off = {t: distance(s.got[t], truth.values[t], truth.sigma[t]) for t in s.returned}
     reached = {t for t in s.returned if median(truth.sigma[t], dtype) > 8 * median(s.sigma[t], dtype)}
     if low.field == "weights":
