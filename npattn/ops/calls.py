@@ -23,7 +23,7 @@ from npattn.ops.checks import (
     check_flag,
     check_number,
     check_other_dtype,
-    converted,
+    conversion_hint,
     kind,
 )
 from npattn.ops.edge import says_layout
@@ -109,7 +109,7 @@ def bind_bias(op: str, bias: object, shape: Shape, dtype: np.dtype[Any], computi
     if isinstance(bias, np.ndarray):
         return ArrayBound(op, check_other_dtype(op, "bias", bias, dtype, computing), shape)
     if not is_bindable(bias) or hasattr(bias, "__invert__"):
-        raise TypeError(f"{op}: bias is {kind(bias)}, expected an array, Alibi or RelativeTable{converted('bias', bias)}")
+        raise TypeError(f"{op}: bias is {kind(bias)}, expected an array, Alibi or RelativeTable{conversion_hint('bias', bias)}")
     given: Any = bias
     if is_bias(given):
         check_other_dtype(op, "bias", given.parameter, dtype, computing)
@@ -128,7 +128,7 @@ def bind_dropout(op: str, mask: object, shape: Shape, dtype: np.dtype[Any], comp
         return mask.bind(shape)
     expected = "expected an array that the caller drew, 0 or 1/(1-p) for each pair"
     if not isinstance(mask, np.ndarray):
-        way = converted("dropout_mask", mask) or ": (rng.random(shape) >= p) / (1 - p)"
+        way = conversion_hint("dropout_mask", mask) or ": (rng.random(shape) >= p) / (1 - p)"
         raise TypeError(f"{op}: dropout_mask is {kind(mask)}, {expected}{way}")
     real = np.empty(0, computing).real.dtype
     mask = check_other_dtype(op, "dropout_mask", mask, real if dtype.kind == "c" else dtype, real)

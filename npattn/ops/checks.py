@@ -35,7 +35,7 @@ def kind(x: object) -> str:
 MASKED = np.ma.MaskedArray  # NumPy imports np.ma at its first use, which is here: a fork during that would hang the child
 
 
-def converted(name: str, x: object, dtype: str = "np.float32") -> str:
+def conversion_hint(name: str, x: object, dtype: str = "np.float32") -> str:
     """How to make an array of x, as the end of an error message; "" if that is not known."""
     library = type(x).__module__.partition(".")[0]
     if isinstance(x, MASKED):
@@ -58,7 +58,7 @@ def converted(name: str, x: object, dtype: str = "np.float32") -> str:
 def check_array(op: str, name: str, x: object) -> Array:
     # A masked array would lose its mask and a matrix would change what * means: both are refused, not converted.
     if not isinstance(x, np.ndarray) or isinstance(x, (MASKED, np.matrix)):
-        raise TypeError(f"{op}: {name} is {kind(x)}, expected a numpy.ndarray{converted(name, x)}")
+        raise TypeError(f"{op}: {name} is {kind(x)}, expected a numpy.ndarray{conversion_hint(name, x)}")
     return x
 
 

@@ -25,7 +25,7 @@ from npattn.ops.checks import (
     check_array,
     check_integer,
     check_one_of,
-    converted,
+    conversion_hint,
     integers,
     kind,
 )
@@ -73,7 +73,7 @@ def as_mask(op: str, mask: object) -> Any:
             )
         return ArrayMask(mask, op)
     expected = "expected a boolean array or a mask of npattn.masks, as causal()"
-    raise TypeError(f"{op}: mask is {kind(mask)}, {expected}{converted('mask', mask, 'bool')}")
+    raise TypeError(f"{op}: mask is {kind(mask)}, {expected}{conversion_hint('mask', mask, 'bool')}")
 
 
 def _operand(op: str, other: object) -> Any:

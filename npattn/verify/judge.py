@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from npattn.ops.allowed import quiet
-from npattn.ops.checks import Array, converted, kind
+from npattn.ops.checks import Array, conversion_hint, kind
 from npattn.verify.candidate import Candidate, call_backward, call_forward, is_array
 from npattn.verify.explain import Diagnostician, Listener, places
 from npattn.verify.op import Problem, Truth
@@ -91,7 +91,7 @@ def compare(
 ) -> Check:  # fmt: skip
     """Compare one tensor with the truth, in units of sigma. NaN and inf have to be where the truth has them."""
     if not is_array(got):
-        way = converted(tensor, got) or f": np.asarray({tensor})"
+        way = conversion_hint(tensor, got) or f": np.asarray({tensor})"
         return Check(tensor, "wrong", f"is {kind(got)}, expected a numpy.ndarray{way}", worst=math.inf)
     if got.shape != want.shape:
         return Check(tensor, "wrong", f"has shape {got.shape}, expected {want.shape}", worst=math.inf)

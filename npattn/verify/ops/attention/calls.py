@@ -18,7 +18,7 @@ from npattn.verify.precision import Precision
 from npattn.verify.stages import run
 
 OPTIONS = ("mask", "bias", "scale", "softcap", "sink", "dropout_mask")
-IN_WORDS = ("causal", "window", "key_lengths")  # given instead of a mask array if the function takes them
+MASK_KEYWORDS = ("causal", "window", "key_lengths")  # given instead of a mask array if the function takes them
 GRADIENTS = ("dq", "dk", "dv", "dbias", "dsink")
 ALIAS = {"dead_out=nan": "dead rows are NaN (dead_out=nan)"}  # a convention that is better known as a mistake
 
@@ -27,7 +27,7 @@ class AttentionCalls(Calls):
     """Arrays and options in the form of the candidate's convention: layout, and what a mask and a window mean."""
 
     text = "forward(q, k, v, *, mask, ...) and backward(dout, q, k, v, *, mask, ..., out, lse, dlse)"
-    keywords = (*OPTIONS, *IN_WORDS)
+    keywords = (*OPTIONS, *MASK_KEYWORDS)
     assumed = OPTIONS
     positional = ("q", "k", "v", "query", "key", "value")
 
@@ -37,21 +37,21 @@ class AttentionCalls(Calls):
         """Parts of the mask for which the function has a keyword are given by it; the others are given as one array."""
         convention: Convention = candidate.convention
         options = {name: x for name, x in problem.options.items() if name != "mask"}
-        given, rest, parts = dict(options), list[Part](), parts_of(problem)
+        given, in_mask, parts = dict(options), list[Part](), parts_of(problem)
         square = problem.shape[-2] == problem.shape[-1]
-        alone = convention.mask_with_causal == "error" and any(p.keyword not in IN_WORDS for p in parts)
+        causal_in_mask = convention.mask_with_causal == "error" and any(p.keyword not in MASK_KEYWORDS for p in parts)
         for part in parts:
             aligned = part.align in (None, convention.causal) or square
-            own = part.keyword in IN_WORDS and not (alone and part.keyword == "causal")
-            if own and part.keyword in takes and aligned and part.keyword not in given:
+            by_keyword = part.keyword in MASK_KEYWORDS and not (causal_in_mask and part.keyword == "causal")
+            if by_keyword and part.keyword in takes and aligned and part.keyword not in given:
                 given[part.keyword] = part.value
             else:
-                rest.append(part)
+                in_mask.append(part)
         missing = [name for name in options if name not in takes]
-        if rest:
-            given["mask"] = _dense(problem, [part.mask for part in rest])
+        if in_mask:
+            given["mask"] = _dense_mask(problem, [part.mask for part in in_mask])
             if "mask" not in takes:
-                named = [f"{p.keyword} {p.align}" if p.align and p.keyword in takes else p.keyword for p in rest]
+                named = [f"{p.keyword} {p.align}" if p.align and p.keyword in takes else p.keyword for p in in_mask]
                 missing += [name for name in dict.fromkeys(named) if name]
         if backward and "dlse" in problem.cotangents and "dlse" not in takes and convention.dlse == "used":
             missing.append("dlse")
@@ -62,19 +62,19 @@ class AttentionCalls(Calls):
         inputs = [_layout(c, x) for x in problem.inputs.values()]
         returned = candidate.forward(*inputs, **self.in_convention(candidate, problem, given))
         if isinstance(returned, tuple) and len(returned) == 2:
-            return _layout(c, returned[0]), _lse(c, returned[1])
+            return _layout(c, returned[0]), _lse_layout(c, returned[1])
         return _layout(c, returned)
 
     def backward(self, candidate: Any, problem: Problem, given: dict[str, Any], values: dict[str, Any]) -> Any:
         c, takes, more = candidate.convention, candidate.takes(candidate.backward), {}
         if "dlse" in problem.cotangents and "dlse" in takes:
-            more["dlse"] = _lse(c, problem.dlse)
+            more["dlse"] = _lse_layout(c, problem.dlse)
         if "out" in takes:
             more["out"] = _layout(c, values.get("out"))
         if "lse" in takes:
-            more["lse"] = _lse(c, values.get("lse"))
+            more["lse"] = _lse_layout(c, values.get("lse"))
         inputs = [_layout(c, x) for x in (problem.dout, *problem.inputs.values())]
-        named = _named(candidate.backward(*inputs, **self.in_convention(candidate, problem, given), **more))
+        named = _gradients_by_name(candidate.backward(*inputs, **self.in_convention(candidate, problem, given), **more))
         if isinstance(named, str):
             return named
         dbias: Any = named.get("dbias")
@@ -118,10 +118,10 @@ class AttentionCalls(Calls):
             same = {n: values[n] for n in plain.values}
             eps = float(np.finfo(precision.dtype).eps)
             truth = Truth(same, _widened(values, plain.sigma, eps), bound=lambda: _widened(same, plain.det, eps))
-        open_ = {"out"} if dead and c.dead_out == "undefined" else set()
-        open_ |= {"lse"} if dead and c.dead_lse == "undefined" else set()
-        open_ |= set(GRADIENTS) if dead and c.dead_grad == "undefined" else set()
-        return dataclasses.replace(truth, values={n: x for n, x in truth.values.items() if n not in open_})
+        undefined = {"out"} if dead and c.dead_out == "undefined" else set()
+        undefined |= {"lse"} if dead and c.dead_lse == "undefined" else set()
+        undefined |= set(GRADIENTS) if dead and c.dead_grad == "undefined" else set()
+        return dataclasses.replace(truth, values={n: x for n, x in truth.values.items() if n not in undefined})
 
 
 def _layout(convention: Convention, x: Any) -> Any:
@@ -130,12 +130,12 @@ def _layout(convention: Convention, x: Any) -> Any:
     return np.ascontiguousarray(x.swapaxes(1, 2)) if turned else x
 
 
-def _lse(convention: Convention, x: Any) -> Any:
+def _lse_layout(convention: Convention, x: Any) -> Any:
     turned = convention.lse_layout == "BLH" and isinstance(x, np.ndarray) and x.ndim == 3
     return np.ascontiguousarray(x.swapaxes(1, 2)) if turned else x
 
 
-def _named(returned: Any) -> dict[str, Any] | str:
+def _gradients_by_name(returned: Any) -> dict[str, Any] | str:
     """The returned gradients by the names dq, dk, ...; a tuple is (dq, dk, dv). If it is neither, a text that says so."""
     if hasattr(returned, "_asdict"):
         returned = returned._asdict()
@@ -146,7 +146,7 @@ def _named(returned: Any) -> dict[str, Any] | str:
     return f"the backward returns a {type(returned).__name__}, expected (dq, dk, dv) or a mapping with these names"
 
 
-def _dense(problem: Problem, masks: list[Any]) -> Array:
+def _dense_mask(problem: Problem, masks: list[Any]) -> Array:
     whole = problem.shape
     if len(masks) == 1 and isinstance(masks[0], np.ndarray):
         return np.array(masks[0].reshape((1,) * (len(whole) - masks[0].ndim) + masks[0].shape))

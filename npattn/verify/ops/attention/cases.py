@@ -18,8 +18,8 @@ from npattn.verify.op import Problem
 from npattn.verify.ops.attention.draw import FAMILIES, LONG, MEDIUM, OPTIONS, Part, compatible, draw
 
 
-def also(p: Problem, mask: Any, keyword: str = "mask", value: Any = True, align: str | None = None) -> Problem:
-    """The same problem with one more mask."""
+def add_mask(p: Problem, mask: Any, keyword: str = "mask", value: Any = True, align: str | None = None) -> Problem:
+    """The same problem, which gets one more mask."""
     p.options["mask"] = [*p.options.get("mask", []), Part(mask, keyword, value, align)]
     return p
 
@@ -71,18 +71,18 @@ def _dead_rows(p: Problem) -> Problem:
     """Query 1 and the last query see no key: query 1 by one mask, the last only by two masks together."""
     i, j = np.arange(p.shape[-2])[:, None], np.arange(p.shape[-1])
     first, second = (i != 1) & ((i < p.shape[-2] - 1) | (j % 2 == 0)), (i < p.shape[-2] - 1) | (j % 2 == 1)
-    return also(also(p, first), second)
+    return add_mask(add_mask(p, first), second)
 
 
 def _every_row_dead(p: Problem) -> Problem:
-    return also(p, np.zeros(p.shape[-2:], bool))
+    return add_mask(p, np.zeros(p.shape[-2:], bool))
 
 
 def _nan_behind_mask(p: Problem) -> Problem:
     """NaN and inf in the last third of the keys and values, which no query may see."""
     S = p.shape[-1]
     seen = np.arange(S) < S - S // 3
-    also(p, np.broadcast_to(seen, p.shape[-2:]).copy())
+    add_mask(p, np.broadcast_to(seen, p.shape[-2:]).copy())
     p.k[..., ~seen, :] = np.nan
     p.v[..., ~seen, :] = np.inf
     return p
@@ -90,7 +90,7 @@ def _nan_behind_mask(p: Problem) -> Problem:
 
 def _nan_later(p: Problem) -> Problem:
     """NaN in the last key and value, which only the last query may see."""
-    also(p, masks.causal(align="bottom_right"), "causal", True, "bottom_right")
+    add_mask(p, masks.causal(align="bottom_right"), "causal", True, "bottom_right")
     p.k[..., -1, :] = np.nan
     p.v[..., -1, :] = np.nan
     return p
@@ -98,7 +98,7 @@ def _nan_later(p: Problem) -> Problem:
 
 def _nan_in_dead_query(p: Problem) -> Problem:
     """NaN in a query that may see nothing, and in its cotangent."""
-    also(p, np.broadcast_to(np.arange(p.shape[-2])[:, None] != 1, p.shape[-2:]).copy())
+    add_mask(p, np.broadcast_to(np.arange(p.shape[-2])[:, None] != 1, p.shape[-2:]).copy())
     p.q[..., 1, :] = np.nan
     p.dout[..., 1, :] = np.nan
     return p
@@ -121,7 +121,7 @@ def _far_below(p: Problem) -> Problem:
 
 def _nan_seen(p: Problem) -> Problem:
     """NaN in one value and inf in another, which queries at or after their positions may see; the keys are finite."""
-    also(p, masks.causal(align="bottom_right"), "causal", True, "bottom_right")
+    add_mask(p, masks.causal(align="bottom_right"), "causal", True, "bottom_right")
     S = p.shape[-1]
     p.v[..., S - 2, :] = np.nan
     p.v[..., S - 5, 0] = np.inf
@@ -131,7 +131,7 @@ def _nan_seen(p: Problem) -> Problem:
 def _key_of_nan(p: Problem) -> Problem:
     """NaN in one key, which every second query may see; the values are finite."""
     i, j = np.arange(p.shape[-2])[:, None], np.arange(p.shape[-1])
-    also(p, (i % 2 == 0) | (j != 3))
+    add_mask(p, (i % 2 == 0) | (j != 3))
     p.k[..., 3, :] = np.nan
     return p
 
@@ -173,28 +173,28 @@ def _no_sink(p: Problem) -> Problem:
 def _lengths_from_zero(p: Problem) -> Problem:
     """One sequence without keys, and one with all of them."""
     n = np.array([0, p.shape[-1]])
-    return also(p, masks.key_lengths(n), "key_lengths", n)
+    return add_mask(p, masks.key_lengths(n), "key_lengths", n)
 
 
 def _query_lengths_from_zero(p: Problem) -> Problem:
     """One sequence without queries, and one with all of them."""
-    return also(p, masks.query_lengths(np.array([0, p.shape[-2]])))
+    return add_mask(p, masks.query_lengths(np.array([0, p.shape[-2]])))
 
 
 def _narrow_masks(p: Problem) -> Problem:
     """A mask of one row for all queries, such as a tokenizer's; the candidate has to broadcast its axes of size 1."""
     allowed = np.arange(p.shape[-1]) % 4 != 1
-    return also(p, allowed.reshape((1,) * (len(p.shape) - 1) + (-1,)))
+    return add_mask(p, allowed.reshape((1,) * (len(p.shape) - 1) + (-1,)))
 
 
 def _column_mask(p: Problem) -> Problem:
     """A mask of one column for all keys: some queries see no key."""
-    return also(p, (np.arange(p.shape[-2]) % 4 != 1)[:, None])
+    return add_mask(p, (np.arange(p.shape[-2]) % 4 != 1)[:, None])
 
 
 def _sides(left: int | None, right: int | None) -> Callable[[Problem], Problem]:
     def twist(p: Problem) -> Problem:
-        return also(p, masks.window(left, right, align="top_left"), "window", (left, right), "top_left")
+        return add_mask(p, masks.window(left, right, align="top_left"), "window", (left, right), "top_left")
 
     return twist
 
@@ -202,13 +202,13 @@ def _sides(left: int | None, right: int | None) -> Callable[[Problem], Problem]:
 def _far_below_mask(p: Problem) -> Problem:
     """Scores of -1e5 and a mask: if masked scores were -1e4, they would outweigh the others."""
     p.options["bias"] = np.full((1,) * len(p.shape), -1e5, p.q.dtype)
-    return also(p, masks.causal(align="top_left"), "causal", True, "top_left")
+    return add_mask(p, masks.causal(align="top_left"), "causal", True, "top_left")
 
 
 def _farther_below_mask(p: Problem) -> Problem:
     """Scores of -1e10 and a mask: even masked scores of -1e9 would outweigh them. Needs float64 to tell such scores apart."""
     p.options["bias"] = np.full((1,) * len(p.shape), -1e10, p.q.dtype)
-    return also(p, np.arange(p.shape[-1]) + 0 * np.arange(p.shape[-2])[:, None] != 2)
+    return add_mask(p, np.arange(p.shape[-1]) + 0 * np.arange(p.shape[-2])[:, None] != 2)
 
 
 def _option(name: str, value: float) -> Callable[[Problem], Problem]:
@@ -220,12 +220,12 @@ def _option(name: str, value: float) -> Callable[[Problem], Problem]:
 
 
 def _mask_of_each_head(p: Problem) -> Problem:
-    return also(p, np.random.default_rng(1).random((1, *p.shape[1:])) < 0.7)
+    return add_mask(p, np.random.default_rng(1).random((1, *p.shape[1:])) < 0.7)
 
 
 def _window_at_the_end(p: Problem) -> Problem:
     """A window that is aligned so that the last query stands at the last key."""
-    return also(p, masks.window(17, 10, align="bottom_right"), "window", (17, 10), "bottom_right")
+    return add_mask(p, masks.window(17, 10, align="bottom_right"), "window", (17, 10), "bottom_right")
 
 
 def _sinks_far_off(p: Problem) -> Problem:

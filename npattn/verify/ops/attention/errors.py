@@ -135,7 +135,7 @@ class Scores(NamedTuple):
     z: Array  # -inf where not allowed
     eta: Array
     slope: Any = 1.0  # of the softcap: 1 - t^2
-    bend: Any = 0.0  # the error of the slope
+    slope_error: Any = 0.0  # the error of the slope
 
 
 def _scores(x: Call) -> Scores:
@@ -149,18 +149,18 @@ def _scores(x: Call) -> Scores:
     z: Any = float(x.c.scale) * (x.q @ swap(x.k))
     eta = r.add(x.a * r.product(x.q, swap(x.k)), 2 * unit * z, r.low(scores, z), x.a * x.rounded_factors(x.q, swap(x.k)))
     slope: Any = 1.0
-    bend: Any = 0.0
+    slope_error: Any = 0.0
     if softcap is not None:
         t = np.tanh(z / softcap)
         slope = 1 - t * t
         e_t = r.add(eta * slope / softcap, 4 * unit * t)
-        bend = 2 * np.abs(t) * r.add(e_t, 4 * unit * t)
+        slope_error = 2 * np.abs(t) * r.add(e_t, 4 * unit * t)
         z = softcap * t
         eta = r.add(softcap * e_t, r.low(scores, z))
     if x.bias is not None:
         z = z + _finite(_f64(x.bias))
         eta = r.add(eta, unit * z, r.low(scores, z))
-    return Scores(select(x.allowed, z, -np.inf), select(x.allowed, eta), slope, bend)
+    return Scores(select(x.allowed, z, -np.inf), select(x.allowed, eta), slope, slope_error)
 
 
 class Softmax(NamedTuple):
@@ -173,7 +173,7 @@ class Softmax(NamedTuple):
     top: Array
     of_z: Array  # the rounding of the sum of exp
     total: Array  # the error of that sum
-    left: Any  # a lower bound of the computed sum over the true one
+    least_sum: Any  # a lower bound of the computed sum over the true one
 
 
 def _softmax(x: Call, s: Scores) -> Softmax:
@@ -181,7 +181,7 @@ def _softmax(x: Call, s: Scores) -> Softmax:
 
     rho   = eta (+) unit (top - z) (+) exp (+) rescale,  then `_of_exp`
     of_z  = chain(S; p and p_sink),   mean_rho = sum_j p_j rho_j (+) p_sink rho_sink
-    total = mean_rho (+) of_z (+) 4 unit,   left = 1 - mean_rho in det, 1 in sigma
+    total = mean_rho (+) of_z (+) 4 unit,   least_sum = 1 - mean_rho in det, 1 in sigma
     """
     r, unit, p, S = x.rounding, x.rounding.unit, x.p, x.p.shape[-1]
     sink = np.asarray(-np.inf) if x.c.sink is None else heads_first(_f64(x.c.sink), p.shape)
@@ -196,8 +196,8 @@ def _softmax(x: Call, s: Scores) -> Softmax:
     mean_rho = r.add(r.sum(p * rho, -1), p_sink * rho_sink)
     terms = p if x.c.sink is None else np.concatenate([np.broadcast_to(p_sink, (*p.shape[:-1], 1)), p], -1)
     of_z = r.rounding_of_sum(terms, -1)
-    left = np.maximum(1 - mean_rho, 2.0**-20) if r.rigorous else 1.0
-    return Softmax(rho, linear, p_sink, rho_sink, top, of_z, r.add(mean_rho, of_z, 4 * unit), left)
+    least_sum = np.maximum(1 - mean_rho, 2.0**-20) if r.rigorous else 1.0
+    return Softmax(rho, linear, p_sink, rho_sink, top, of_z, r.add(mean_rho, of_z, 4 * unit), least_sum)
 
 
 def _of_exp(x: Call, rho: Array, common: Array) -> Array:
@@ -247,16 +247,17 @@ def _sigma_of_centred(x: Call, p: Softmax) -> Array:
 def _bound_of_centred(x: Call, p: Softmax, hull: Array) -> Array:
     """(6), (7): det of the centred sum.
 
-    sum_j w_j rho_j |v_j - centre| + sum_j p_j rho_j |centre - o| + sum_j p_j rho_j |dropout_mask_j - 1| |centre|,  over left,
-    at most (hull + |o|) (1 + max dropout_mask);  and p_sink rho_sink |o| / left            centre = the mean of the v_j
+    sum_j w_j rho_j |v_j - centre| + sum_j p_j rho_j |centre - o| + sum_j p_j rho_j |dropout_mask_j - 1| |centre|,
+    over least_sum, at most (hull + |o|) (1 + max dropout_mask);  and p_sink rho_sink |o| / least_sum
+                                                                                           centre = the mean of the v_j
     """
     o, v = x.o, x.v
     centre = v.mean(-2, keepdims=True) if v.shape[-2] else np.zeros_like(hull)
     moved = (x.w * p.rho) @ np.abs(v - centre) + (x.p * p.rho).sum(-1, keepdims=True) * np.abs(centre - o)
     if x.c.dropout is not None:
         moved = moved + (np.abs(x.drop - 1) * x.p * p.rho) @ np.abs(centre + 0 * v)
-    moved = np.minimum(moved / p.left, (hull + np.abs(o)) * (np.max(x.drop, initial=1.0) + 1))
-    return np.asarray(moved + p.p_sink * p.rho_sink * np.abs(o) / p.left)
+    moved = np.minimum(moved / p.least_sum, (hull + np.abs(o)) * (np.max(x.drop, initial=1.0) + 1))
+    return np.asarray(moved + p.p_sink * p.rho_sink * np.abs(o) / p.least_sum)
 
 
 def _lse(x: Call, s: Scores, p: Softmax) -> Array:
@@ -297,9 +298,9 @@ def _backward(x: Call, dout: Array, dlse: Any) -> Backward:
 def _weights(x: Call, p: Softmax) -> Array:
     """(7): pi, the relative error of a weight in the backward.
 
-    pi = (rho (+) total (+) unit lse) / left,   in sigma pi <= 1 / p            also of a weight that is exp(s - lse)
+    pi = (rho (+) total (+) unit lse) / least_sum,   in sigma pi <= 1 / p            also of a weight that is exp(s - lse)
     """
-    pi = x.rounding.add(p.rho, p.total, x.rounding.unit * select(x.lse != -np.inf, x.lse)) / p.left
+    pi = x.rounding.add(p.rho, p.total, x.rounding.unit * select(x.lse != -np.inf, x.lse)) / p.least_sum
     return np.asarray(pi if x.rounding.rigorous else _at_most_one(x.p, pi))
 
 
@@ -403,12 +404,12 @@ def _dbias(x: Call, ds: Dscores, mean: Mean, dbias: Array) -> Array:
 def _dproducts(x: Call, s: Scores, ds: Dscores) -> Dscores:
     """(2): e_s before the products with q and k.
 
-    e_s = e_s slope (+) ds bend (+) 2 unit ds,  bend = 2 |t| (e_t (+) 4 unit t)             with a softcap
+    e_s = e_s slope (+) ds slope_error (+) 2 unit ds,  slope_error = 2 |t| (e_t (+) 4 unit t)             with a softcap
     e_s = e_s (+) low(ds)
     """
     r, (value, error) = x.rounding, ds
     if x.c.softcap is not None:
-        error = select(x.allowed, r.add(error * s.slope, value * s.bend, 2 * r.unit * value))
+        error = select(x.allowed, r.add(error * s.slope, value * s.slope_error, 2 * r.unit * value))
         value = value * s.slope
     return Dscores(value, r.add(error, x.stored(x.low.dscores, value)))
 

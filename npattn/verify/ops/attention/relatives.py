@@ -20,7 +20,7 @@ class AttentionRelatives(Relatives):
         return dataclasses.replace(problem, inputs=inputs, cotangents={**problem.cotangents, "dout": -problem.dout})
 
     def with_another_mask(self, problem: Problem) -> Problem | None:
-        parts, options = [_another(p) for p in parts_of(problem)], dict(problem.options)
+        parts, options = [_another_mask(p) for p in parts_of(problem)], dict(problem.options)
         if isinstance(options.get("bias"), np.ndarray):
             options["bias"] = np.ascontiguousarray(options["bias"][..., ::-1])
         if all(p is q for p, q in zip(parts, parts_of(problem), strict=True)) and "bias" not in options:
@@ -96,7 +96,7 @@ class AttentionRelatives(Relatives):
         return f"out{list(at)} is {out[at]:.9g}, outside the values that it may see ({low[at]:.6g} to {high[at]:.6g})"
 
 
-def _another(p: Part) -> Part:
+def _another_mask(p: Part) -> Part:
     """Another mask with the same keyword; the same one if there is no other."""
     if isinstance(p.mask, np.ndarray) and p.keyword == "mask":
         return dataclasses.replace(p, mask=np.roll(p.mask, 1, (-2, -1)))
