@@ -222,12 +222,12 @@ def test_states_are_sharp(mask):
 
 
 def kinds_of_tiles(mask, shape, size):
-    """How many tiles of this size there are, and how many keys `alike` gives them: equal ones only for equal tiles."""
+    """How many tiles of this size there are, and how many keys `tile_key` gives them: equal ones only for equal tiles."""
     bound, count, found = mask.bind(shape), 0, {}
     for index in {(), (0,) * (len(shape) - 2), tuple(n - 1 for n in shape[:-2])}:
         for top, first in itertools.product(*(range(n - m + 1) for n, m in zip(shape[-2:], size, strict=True))):
             rows, cols = slice(top, top + size[0]), slice(first, first + size[1])
-            tile, key = bound.tile(index, rows, cols), (index, bound.alike(index, rows, cols))
+            tile, key = bound.tile(index, rows, cols), (index, bound.tile_key(index, rows, cols))
             same = found.setdefault(key, tile)
             assert np.array_equal(tile, same), (index, rows, cols)
             count += 1

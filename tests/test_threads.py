@@ -74,10 +74,10 @@ def test_blas_gets_its_threads_back():
     for t in runs:
         t.join()
     assert [lib.num_threads for lib in libraries] == before
-    with parallel.BLAS.alone() as n:
+    with parallel.BLAS.limited() as n:
         assert n == max(before)
         assert {lib.num_threads for lib in libraries} == {1}
-        with parallel.BLAS.alone() as inner:
+        with parallel.BLAS.limited() as inner:
             assert inner == n
         assert {lib.num_threads for lib in libraries} == {1}
     assert [lib.num_threads for lib in libraries] == before
@@ -156,7 +156,7 @@ def test_blas_has_one_thread_in_each_of_ours(layer, monkeypatch):
 def test_without_threadpoolctl_there_is_one_thread_of_ours(monkeypatch):
     monkeypatch.setitem(sys.modules, "threadpoolctl", None)
     blas = parallel._Blas()
-    with blas.alone() as n:
+    with blas.limited() as n:
         assert n == 1
     monkeypatch.setattr(parallel, "BLAS", blas)
     x = np.random.default_rng(0).standard_normal((2, 300, 8))
@@ -171,7 +171,7 @@ def test_blas_is_looked_for_once_by_many_threads(monkeypatch):
     monkeypatch.setattr(parallel, "libraries", lambda: (asked.append(1), time.sleep(0.05), [])[2])
 
     def use():
-        with blas.alone():
+        with blas.limited():
             pass
 
     runs = [threading.Thread(target=use) for _ in range(4)]
@@ -213,11 +213,11 @@ from npattn.ops import threads as parallel
 
 class Blas:
     @contextmanager
-    def alone(self):
+    def limited(self):
         yield 3
         print("BLAS has its threads back")
 
-    def own(self):
+    def limit_this_thread(self):
         pass
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where this was started in the background it is ignored

@@ -56,7 +56,7 @@ def covered(mask, L, S, sizes):
         for block in itertools.chain(*plan.blocks(plan.heads[0], i)):
             computed[block.rows, block.cols] += 1
             unmasked[block.rows, block.cols] = True
-            unmasked[block.some, block.cols] = False
+            unmasked[block.masked_rows, block.cols] = False
     return computed, unmasked, plan.call.mask.tile((), ALL, ALL)
 
 
@@ -116,7 +116,7 @@ def test_each_head_is_in_one_bundle_and_groups_are_whole(q_shape, k_shape, mask)
         heads[bundle.index] += 1
         groups[bundle.group] += 1
         assert heads[bundle.index].size * groups.size == groups[bundle.group].size * heads.size or heads[bundle.index].ndim == 0
-        assert np.array_equal(np.broadcast_to(np.arange(lead[-1]), lead)[bundle.index], bundle.names)
+        assert np.array_equal(np.broadcast_to(np.arange(lead[-1]), lead)[bundle.index], bundle.head_numbers)
         assert [x for x in np.ndindex(lead) if mark(lead, x)[bundle.index].any()] == plan.each_index(bundle)
     assert (heads == 1).all()
     assert (groups >= 1).all()

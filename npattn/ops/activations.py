@@ -14,7 +14,7 @@ import numpy as np
 
 from npattn.ops.allowed import quiet, select
 from npattn.ops.checks import Array, check_class, check_cotangent, check_dtype
-from npattn.ops.edge import own_keywords, without_cache
+from npattn.ops.edge import explain_keywords, without_cache
 
 
 class SiluCache(NamedTuple):
@@ -36,7 +36,7 @@ def logistic(x: Array) -> Array:
     return np.asarray(np.where(x.real >= 0, 1, e) / (1 + e))
 
 
-@own_keywords
+@explain_keywords
 @quiet
 def silu_forward(x: Array) -> tuple[Array, SiluCache]:
     """x / (1 + exp(-x)), equations (1) and (2) of this page: 0 at -inf.

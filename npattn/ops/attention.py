@@ -25,17 +25,17 @@ from npattn.ops.calls import (
     AttentionCache,
     AttentionGrads,
     Call,
+    add_head_axis,
     as_given,
     bind,
     check_cotangents,
     grads_of,
-    lifted,
-    live,
     visible,
     with_heads,
+    zero_dead_rows,
 )
 from npattn.ops.checks import Array
-from npattn.ops.edge import own_keywords, without_cache
+from npattn.ops.edge import explain_keywords, without_cache
 from npattn.ops.heads import each_head, group_sum, head_sum, heads_first
 from npattn.ops.pairs import ALL, Pairs
 from npattn.ops.softmax import normalize, normalize_backward
@@ -82,7 +82,7 @@ def forward(c: Call) -> tuple[Array, Array, Array]:
 def backward(c: Call, weights: Array, lse: Array, dout: Array, dlse: Any, dbias: Any) -> tuple[Array, Array, Array, Any, Any]:
     """dq, dk, dv, dsink and dscale of a call with heads, in the computing dtype; the gradient of the bias is added to dbias."""
     q, k, v = (each_head(x, c.q.shape[-3], c.computing) for x in (c.q, c.k, c.v))
-    dout, dl = live(lse, dout, dlse)
+    dout, dl = zero_dead_rows(lse, dout, dlse)
     allowed, _ = visible(c)
     allowed_t = None if allowed is None else swap(allowed)
     drop = None if c.dropout is None else c.dropout.tile((), ALL, ALL)
@@ -113,7 +113,7 @@ def backward(c: Call, weights: Array, lse: Array, dout: Array, dlse: Any, dbias:
 # --- the public edge -----------------------------------------------------------------------------------------------------
 
 
-@own_keywords
+@explain_keywords
 @quiet
 def attention_forward(
     q: Array, k: Array, v: Array, *, mask: Pairs = None, bias: Pairs = None, scale: float | None = None,
@@ -150,11 +150,11 @@ def attention_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     check_cotangents("attention", "weights", cache, dout, dlse)
     call = cache.call
     dbias = None if call.bias is None else call.bias.new_gradient()
-    weights, lse, dout, dlse = lifted(call, cache.weights, cache.lse, dout, dlse)
+    weights, lse, dout, dlse = add_head_axis(call, cache.weights, cache.lse, dout, dlse)
     dq, dk, dv, dsink, dscale = backward(with_heads(call), weights, lse, dout, dlse, dbias)
     return grads_of(call, dq, dk, dv, dbias, dsink, dscale)
 
 
 attention = without_cache(attention_forward)
 
-__all__ = ["AttentionCache", "AttentionGrads", "attention", "attention_backward", "attention_forward", "live", "visible"]
+__all__ = ["AttentionCache", "AttentionGrads", "attention", "attention_backward", "attention_forward"]

@@ -11,7 +11,7 @@ First it is tried with m = 0, without (5a): z shows in the end whether exp has l
 is 2^(s_j log2 e), with log2 e in the scale (npattn/ops/exponentials.py). The backward visits each tile
 once, with p_j = exp(s_j - lse) / total. Here total is the sum of exp(s_j - lse): it is 1 up to the rounding of lse, and is kept
 so that p is as exact as the dense weights. sum_j p_j dp_j is dout . out. One more column in the product subtracts it from dp:
-[do, -off] [v, 1]^T = do v^T - off (both divided by total).
+[do, -offset] [v, 1]^T = do v^T - offset (both divided by total).
 
 (1) to (4), (6) and (7) are those of `npattn.ops.attention`. If NaN, inf or an overflow is seen, its dense code takes over: in
 the forward for a tile of queries, in the backward for all heads that read the same keys. docs/blockwise.md derives all of it.
@@ -32,18 +32,28 @@ from npattn.ops.calls import (
     AttentionCache,
     AttentionGrads,
     Call,
+    add_head_axis,
     as_given,
     bind,
     check_cotangents,
     grads_of,
-    lifted,
     with_heads,
 )
 from npattn.ops.checks import Array, Shape
-from npattn.ops.edge import own_keywords
+from npattn.ops.edge import explain_keywords
 from npattn.ops.exponentials import BASE_2, BASE_E, LEAST, Base, total_of
 from npattn.ops.pairs import Pairs, Part
-from npattn.ops.products import Buffers, by_rows, dots, finite, finite_or_not, only, sum_rows, times, with_ones
+from npattn.ops.products import (
+    Buffers,
+    dots,
+    finite_maximum,
+    finite_or_not,
+    sum_rows,
+    times,
+    with_contiguous_rows,
+    with_ones,
+    zero_other_rows,
+)
 from npattn.ops.threads import Turns, share
 from npattn.ops.tiles import SIZES, Heads, Plan, Sizes, in_parts, within
 
@@ -60,7 +70,7 @@ class Kept(NamedTuple):
 # --- the public edge -----------------------------------------------------------------------------------------------------
 
 
-@own_keywords
+@explain_keywords
 @quiet
 def blockwise_forward(
     q: Array, k: Array, v: Array, *, mask: Pairs = None, bias: Pairs = None, scale: float | None = None,
@@ -85,10 +95,10 @@ def blockwise_backward(dout: Array, cache: AttentionCache, dlse: Array | None = 
     """
     check_cotangents("blockwise", "kept", cache, dout, dlse)
     call = cache.call
-    return grads_of(call, *Backward(with_heads(call), cache.kept, *lifted(call, cache.lse, dout, dlse)).run())
+    return grads_of(call, *Backward(with_heads(call), cache.kept, *add_head_axis(call, cache.lse, dout, dlse)).run())
 
 
-@own_keywords
+@explain_keywords
 @quiet
 def blockwise(
     q: Array, k: Array, v: Array, *, mask: Pairs = None, bias: Pairs = None, scale: float | None = None,
@@ -106,7 +116,7 @@ def blockwise(
 def forward(call: Call, sizes: Sizes = SIZES, keep: bool = True) -> tuple[Array, AttentionCache]:
     """out, and the cache. keep : the cache gets a copy of out, so that the caller may write into out before the backward"""
     c = with_heads(call)
-    plan = Plan(c._replace(k=by_rows(c.k)), sizes)
+    plan = Plan(c._replace(k=with_contiguous_rows(c.k)), sizes)
     kept = np.empty((*c.q.shape[:-1], c.v.shape[-1]), c.computing)
     out = np.empty(kept.shape, c.q.dtype) if keep or c.q.dtype != c.computing else kept
     lse, total = (np.empty(c.q.shape[:-1], c.computing) for _ in range(2))
@@ -143,14 +153,14 @@ def attend(
     q = np.multiply(scale, given, out=buffers.take("q", *given.shape))
     if abs(scale) > 1:  # scale q may overflow where scale (q . k) is a number
         over = (np.isfinite(given) & ~np.isfinite(q)).any(-1)
-        if over.any() and (over & plan.who_sees(heads, i, buffers)).any():
+        if over.any() and (over & plan.queries_with_keys(heads, i, buffers)).any():
             return None
     n, E = q.shape[:-2], c.v.shape[-1]
     k, v = c.k[heads.group], c.v[heads.group]
     sink = base.scaled(sink_of(c, heads))
     m = np.zeros(q.shape[:-1], c.computing).real + (0.0 if steady else sink.real)
-    alone = select(sink != -np.inf, base.power(sink - m))  # the sink's term of z: one more logit, without a value
-    z, a[...] = alone.copy(), 0
+    sink_term = select(sink != -np.inf, base.power(sink - m))  # the sink's term of z: one more logit, without a value
+    z, a[...] = sink_term.copy(), 0
     for block in blocks:
         at, cols = within(block.rows, rows), block.cols
         high, wide = at.stop - at.start, cols.stop - cols.start
@@ -168,7 +178,7 @@ def attend(
         if not steady:
             pairs.hide(s)  # (4)
             top = np.maximum(m[..., at], s.real.max(-1, initial=-np.inf))  # (5a)
-            shift = finite(top)
+            shift = finite_maximum(top)
             r = base.power(m[..., at] - shift)
             m[..., at] = top
             z[..., at] *= r
@@ -179,20 +189,20 @@ def attend(
         z[..., at] += e @ buffers.ones(wide)  # (5b)
         if c.dropout is not None:
             e *= c.dropout.tile(heads.index, block.rows, cols)  # (6)
-        a[..., at, :] += times(e, only(pairs.seen, v_j), buffers.take("e v", *n, high, E))  # (7), (5b)
+        a[..., at, :] += times(e, zero_other_rows(pairs.seen_keys, v_j), buffers.take("e v", *n, high, E))  # (7), (5b)
         if steady and block is blocks[0] and not np.isfinite(z).all():
             return None  # early: the rest would be for nothing
     least = np.finfo(c.computing).eps if steady else 0.0  # below it, lost subnormal terms would count
-    seen: Any = (z != alone) & (z.real >= least)
+    seen: Any = (z != sink_term) & (z.real >= least)
     if not seen.all():
-        seen = plan.who_sees(heads, i, buffers)
+        seen = plan.queries_with_keys(heads, i, buffers)
     if not (np.isfinite(z).all() and np.isfinite(a).all() and (z.real >= least).all(where=seen)):
         return None
     a /= np.where(z == 0, 1, z)[..., None]  # (5c)
-    lse = base.unscaled(finite(m) + base.log(z))  # (5c)
+    lse = base.unscaled(finite_maximum(m) + base.log(z))  # (5c)
     lse = np.where(seen & (z != 0), lse, sink_of(c, heads))  # exactly the sink
     plan.bases[heads.number, i] = base
-    return lse, np.where(seen, total_of(z, finite(m), base.scaled(lse), base), 0)
+    return lse, np.where(seen, total_of(z, finite_maximum(m), base.scaled(lse), base), 0)
 
 
 def in_base(base: Base, c: Call) -> tuple[Any, Any]:
@@ -204,7 +214,7 @@ def sink_of(c: Call, heads: Heads) -> Array:
     """The sink of each of these heads, (..., 1) to be broadcast over L; -inf if there is none."""
     if c.sink is None:
         return np.asarray(-np.inf, c.computing)
-    return np.asarray(c.sink.astype(c.computing, copy=False)[heads.names][..., None])
+    return np.asarray(c.sink.astype(c.computing, copy=False)[heads.head_numbers][..., None])
 
 
 # --- backwards -----------------------------------------------------------------------------------------------------------
@@ -214,63 +224,64 @@ class Backward:
     """The gradients of one call with an axis of heads. Everything about a query without keys is set to 0."""
 
     def __init__(self, c: Call, kept: Kept, lse: Array, dout: Array, dlse: Array | None) -> None:
-        self.c, self.kept, self.lse, self.dout, self.dlse = c._replace(k=by_rows(c.k)), kept, lse, dout, dlse
+        self.c, self.kept, self.lse, self.dout, self.dlse = c._replace(k=with_contiguous_rows(c.k)), kept, lse, dout, dlse
         self.plan, self.turns = Plan(self.c, kept.sizes), Turns()
-        self.do1 = np.empty((*dout.shape[:-1], dout.shape[-1] + 1), c.computing)  # (..., H, L, E + 1) [dout, -off] / total
-        self.off = np.empty_like(kept.total)  # (..., H, L) sum_j p_j dp_j - dlse
+        self.do1 = np.empty((*dout.shape[:-1], dout.shape[-1] + 1), c.computing)  # (..., H, L, E + 1) [dout, -offset] / total
+        self.offset = np.empty_like(kept.total)  # (..., H, L) sum_j p_j dp_j - dlse
         self.shift = np.empty_like(kept.total)  # (..., H, L) lse, in the unit of the scores
         self.dq, self.dk, self.dv = (
             np.zeros(x.shape, dtype) for x, dtype in ((c.q, c.computing), (c.k, c.k.dtype), (c.v, c.v.dtype))
         )
         self.dbias: Any = None if c.bias is None else c.bias.new_gradient()
         self.dscales, self.dsinks = dict[int, Any](), dict[int, Array]()  # by `Heads.number`
-        self.sound = set[int]()  # numbers of the heads that see only finite numbers
+        self.finite_heads = set[int]()  # numbers of the heads that see only finite numbers
 
     def run(self) -> tuple[Array, Array, Array, Any, Any, Any]:
         """dq, dk, dv, dbias, dsink and dscale."""
         c, plan, sizes, dbias = self.c, self.plan, self.kept.sizes, self.dbias
-        on = partial(share, buffers=partial(Buffers, c.computing), threads=sizes.threads)
+        on_threads = partial(share, buffers=partial(Buffers, c.computing), threads=sizes.threads)
         most = 1 if plan.small else None
         light = 1 if max(c.q.size, c.k.size, c.v.size) < sizes.light else most
-        alone = 1 if dbias is not None else most
-        on(self.prepare, plan.heads, most=light)
+        one_adds = 1 if dbias is not None else most
+        on_threads(self.prepare, plan.heads, most=light)
         groups = [list(same) for _, same in itertools.groupby(plan.heads, lambda heads: heads.group)]
-        whole = [group for group in groups if all(heads.number in self.sound for heads in group)]
-        rest = [group for group in groups if not all(heads.number in self.sound for heads in group)]
-        tasks = list(itertools.product(range(len(plan.cols)), whole))
+        tiled = [group for group in groups if all(heads.number in self.finite_heads for heads in group)]
+        others = [group for group in groups if not all(heads.number in self.finite_heads for heads in group)]
+        tasks = list(itertools.product(range(len(plan.cols)), tiled))
         # Each task has a gradient of the bias of its own if they are small; otherwise one thread adds to a single one.
-        apart = isinstance(dbias, np.ndarray) and dbias.size * len(tasks) <= sizes.apart
-        totals = [c.bias.new_gradient() if apart else dbias for _ in tasks]
-        on(self.differentiate, zip(tasks, totals, strict=True), turns=self.turns, most=most if apart else alone)
-        on(self.finish, itertools.chain(*whole), most=light)
-        on(self.by_rows, rest, most=alone)
+        own_gradients = isinstance(dbias, np.ndarray) and dbias.size * len(tasks) <= sizes.own_gradients
+        totals = [c.bias.new_gradient() if own_gradients else dbias for _ in tasks]
+        adders = most if own_gradients else one_adds
+        on_threads(self.differentiate, zip(tasks, totals, strict=True), turns=self.turns, most=adders)
+        on_threads(self.finish, itertools.chain(*tiled), most=light)
+        on_threads(self.dense_by_rows, others, most=one_adds)
 
-        for total in totals if apart else ():
+        for total in totals if own_gradients else ():
             dbias += total
         dsink: Any = None if c.sink is None else np.zeros(c.sink.shape, c.computing)
         for heads in plan.heads if dsink is not None else ():
-            np.add.at(dsink, heads.names, self.dsinks[heads.number])
+            np.add.at(dsink, heads.head_numbers, self.dsinks[heads.number])
         dscale = sum((self.dscales[number] for number in sorted(self.dscales)), c.computing.type(0))
         return self.dq, self.dk, self.dv, dbias, dsink, dscale
 
     def prepare(self, heads: Heads, buffers: Buffers) -> None:
         """What each query needs in all its tiles, and whether everything that these heads see is finite."""
         index, E = heads.index, self.c.v.shape[-1]
-        do, off, total, lse = (x[index] for x in (self.dout, self.off, self.kept.total, self.lse))
+        do, offset, total, lse = (x[index] for x in (self.dout, self.offset, self.kept.total, self.lse))
         alive, total = total != 0, select(total != 0, total, 1.0)
-        do = only(alive, do.astype(self.c.computing, copy=False))
-        np.einsum("...le,...le->...l", do, self.kept.out[index], out=off)  # (7), (5): sum_j p_j dp_j = dout . out
+        do = zero_other_rows(alive, do.astype(self.c.computing, copy=False))
+        np.einsum("...le,...le->...l", do, self.kept.out[index], out=offset)  # (7), (5): sum_j p_j dp_j = dout . out
         if self.dlse is not None:
-            off -= select(lse != -np.inf, self.dlse[index])  # (5) subtracts off from dp
+            offset -= select(lse != -np.inf, self.dlse[index])  # (5) subtracts offset from dp
         do1 = self.do1[index]
         np.divide(do, total[..., None], out=do1[..., :E])
-        do1[..., E] = -off / total
+        do1[..., E] = -offset / total
         for i, rows in enumerate(self.plan.rows):
             self.shift[index][..., rows] = self.base(heads, i).scaled(select(lse != -np.inf, lse)[..., rows])
         scaled = (self.scaled_queries(heads, i, rows, buffers) for i, rows in enumerate(self.plan.rows))
         finite = all(np.isfinite(x).all() for x in itertools.chain((total, do1), scaled))
         if finite and all_seen_are_finite(self.plan, heads, buffers):
-            self.sound.add(heads.number)
+            self.finite_heads.add(heads.number)
 
     def base(self, heads: Heads, i: int) -> Base:
         return self.kept.bases.get((heads.number, i), BASE_E)
@@ -278,7 +289,7 @@ class Backward:
     def scaled_queries(self, heads: Heads, i: int, rows: slice, buffers: Buffers) -> Array:
         """scale q, as in the forward, and 0 in rows without a key."""
         alive = self.kept.total[heads.index][..., rows] != 0
-        q = only(alive, self.c.q[heads.index][..., rows, :].astype(self.c.computing, copy=False))
+        q = zero_other_rows(alive, self.c.q[heads.index][..., rows, :].astype(self.c.computing, copy=False))
         result = buffers.take("q", *q.shape)
         np.multiply(in_base(self.base(heads, i), self.c)[0], q, out=result)
         return result
@@ -288,7 +299,7 @@ class Backward:
         ((j, group), dbias), c, plan, turns = task, self.c, self.plan, self.turns
         cols, (D, E) = plan.cols[j], (c.k.shape[-1], c.v.shape[-1])
         k = c.k[group[0].group][..., cols, :].astype(c.computing, copy=False)
-        finite_k, v = only(finite_or_not(k), k), with_ones(c.v[group[0].group][..., cols, :], buffers)
+        finite_k, v = zero_other_rows(finite_or_not(k), k), with_ones(c.v[group[0].group][..., cols, :], buffers)
         sum_k, sum_v = buffers.take("dk", *k.shape[:-1], D), buffers.take("dv", *v.shape[:-1], E)
         sum_k[...], sum_v[...] = 0, 0
         for heads, i in itertools.product(group, range(len(plan.rows))):
@@ -353,15 +364,15 @@ class Backward:
                 base = self.base(heads, i)
                 e_sink[..., rows] = base.power(base.scaled(sink) - self.shift[heads.index][..., rows])
             p_sink = select(some, e_sink / select(total != 0, total, 1.0))
-            self.dsinks[heads.number] = -select(some, p_sink * self.off[heads.index]).sum(-1)  # (5)
+            self.dsinks[heads.number] = -select(some, p_sink * self.offset[heads.index]).sum(-1)  # (5)
 
-    def by_rows(self, group: list[Heads], buffers: Buffers) -> None:
+    def dense_by_rows(self, group: list[Heads], buffers: Buffers) -> None:
         """Heads that read the same keys, by the code of `npattn.ops.attention`, a few queries at a time."""
         c, plan = self.c, self.plan
         places = {plan.group_of(index) for heads in group for index in plan.each_index(heads)}
         sums = {place: tuple(np.zeros(x[place].shape, c.computing) for x in (self.dk, self.dv)) for place in places}
         for heads in group:
-            dscale, dsinks = c.computing.type(0), np.zeros(np.shape(heads.names), c.computing)
+            dscale, dsinks = c.computing.type(0), np.zeros(np.shape(heads.head_numbers), c.computing)
             for index, own in zip(plan.each_index(heads), np.ndindex(dsinks.shape), strict=True):
                 sum_k, sum_v = sums[plan.group_of(index)]
                 for rows in some_rows(plan, slice(0, plan.L)):
@@ -389,7 +400,7 @@ def all_seen_are_finite(plan: Plan, heads: Heads, buffers: Buffers) -> bool:
     for block in itertools.chain(*(itertools.chain(*plan.blocks(heads, i)) for i in range(len(plan.rows)))):
         if bad[..., block.cols].any():
             pairs = plan.pairs_of(heads, block, buffers)
-            if (bad[..., block.cols] & (True if pairs.seen is None else pairs.seen)).any():
+            if (bad[..., block.cols] & (True if pairs.seen_keys is None else pairs.seen_keys)).any():
                 return False
     return True
 

@@ -37,8 +37,8 @@ class BothBound(Bound):
     def varies(self, axis: int) -> bool:
         return self.a.varies(axis) or self.b.varies(axis)
 
-    def alike(self, index: Index, rows: slice, cols: slice) -> Any:
-        return self.a.alike(index, rows, cols), self.b.alike(index, rows, cols)
+    def tile_key(self, index: Index, rows: slice, cols: slice) -> Any:
+        return self.a.tile_key(index, rows, cols), self.b.tile_key(index, rows, cols)
 
 
 @dataclass(eq=False)
@@ -60,8 +60,8 @@ class InverseBound(Bound):
     def varies(self, axis: int) -> bool:
         return self.a.varies(axis)
 
-    def alike(self, index: Index, rows: slice, cols: slice) -> Any:
-        return self.a.alike(index, rows, cols)
+    def tile_key(self, index: Index, rows: slice, cols: slice) -> Any:
+        return self.a.tile_key(index, rows, cols)
 
 
 def narrow(*views: Array) -> list[Array]:
@@ -94,7 +94,7 @@ class TokensBound(Bound):
     def varies(self, axis: int) -> bool:
         return self.q.strides[axis] != 0 or self.k.strides[axis] != 0
 
-    def alike(self, index: Index, rows: slice, cols: slice) -> Any:
+    def tile_key(self, index: Index, rows: slice, cols: slice) -> Any:
         q, k = (x if x.shape[-1] == 1 else x[..., some] for x, some in ((self.q[index], rows), (self.k[index], cols)))
         first = k.flat[0]
         return (q - first).tobytes(), (k - first).tobytes()

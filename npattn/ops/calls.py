@@ -26,7 +26,7 @@ from npattn.ops.checks import (
     conversion_hint,
     kind,
 )
-from npattn.ops.edge import says_layout
+from npattn.ops.edge import explain_layout
 from npattn.ops.masks import as_mask, bound_mask
 from npattn.ops.pairs import ALL, Bindable, DenseBound, Index, Part, is_bias, is_bindable
 
@@ -69,7 +69,7 @@ class AttentionGrads(NamedTuple):
     scale: Any  # a NumPy scalar in the computing dtype
 
 
-@says_layout
+@explain_layout
 def bind(
     op: str, q: Any, k: Any, v: Any, mask: Any, bias: Any, scale: Any, softcap: Any, sink: Any, dropout_mask: Any,
     return_lse: Any = False,
@@ -161,13 +161,13 @@ def with_heads(c: Call) -> Call:
     return c._replace(q=c.q[None], k=c.k[None], v=c.v[None], mask=mask, bias=bias, dropout=dropout)
 
 
-def lifted(c: Call, *arrays: Any) -> tuple[Any, ...]:
+def add_head_axis(c: Call, *arrays: Any) -> tuple[Any, ...]:
     """Arrays of this call with the axis of heads that `with_heads(c)` has."""
     return arrays if c.q.ndim > 2 else tuple(None if x is None else x[None] for x in arrays)
 
 
 def as_given(c: Call, *arrays: Any) -> tuple[Any, ...]:
-    """Results of `with_heads(c)` in the rank of this call: the inverse of `lifted`."""
+    """Results of `with_heads(c)` in the rank of this call: the inverse of `add_head_axis`."""
     return arrays if c.q.ndim > 2 else tuple(x[0] for x in arrays)
 
 
@@ -193,7 +193,7 @@ def visible(c: Call | AttentionCache, index: Index = (), rows: slice = ALL, cols
     return allowed, bias
 
 
-def live(lse: Array, dout: Array, dlse: Any) -> tuple[Array, Any]:
+def zero_dead_rows(lse: Array, dout: Array, dlse: Any) -> tuple[Array, Any]:
     """dout (..., L, E) and dlse (..., L, 1) in the computing dtype, 0 in rows whose lse is -inf."""
     alive = lse[..., None] != -np.inf
     dout = select(alive, dout.astype(lse.dtype, copy=False))

@@ -64,7 +64,7 @@ INSTEAD: dict[str, tuple[str, str]] = {
 }
 
 
-def own_keywords(function: Callable[P, R]) -> Callable[P, R]:
+def explain_keywords(function: Callable[P, R]) -> Callable[P, R]:
     """The same function, but for an unknown keyword it raises a TypeError that says what to write instead."""
     parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters]
@@ -93,7 +93,7 @@ def _instead(op: str, name: str, names: list[str], first: list[str]) -> str:
 # --- layout -----------------------------------------------------------------------------------------------------------------
 
 
-def says_layout(bind: Callable[..., R]) -> Callable[..., R]:
+def explain_layout(bind: Callable[..., R]) -> Callable[..., R]:
     """The same checks of (op, q, k, v, ...), but if the shapes would fit in the layout (B, L, H, D) the error says so."""
 
     @functools.wraps(bind)
@@ -111,4 +111,4 @@ def says_layout(bind: Callable[..., R]) -> Callable[..., R]:
     return checked
 
 
-__all__ = ["own_keywords", "says_layout", "without_cache"]
+__all__ = ["explain_keywords", "explain_layout", "without_cache"]

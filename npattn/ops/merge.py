@@ -11,7 +11,7 @@ import numpy as np
 
 from npattn.ops.allowed import quiet, select
 from npattn.ops.checks import Array, Dims, check_class, check_cotangent, check_dtype, check_other_dtype
-from npattn.ops.edge import own_keywords, without_cache
+from npattn.ops.edge import explain_keywords, without_cache
 from npattn.ops.softmax import normalize, normalize_backward
 
 
@@ -34,7 +34,7 @@ class MergeGrads(NamedTuple):
     lse_b: Array
 
 
-@own_keywords
+@explain_keywords
 @quiet
 def merge_forward(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[tuple[Array, Array], MergeCache]:
     """Attention over the union of two disjoint sets of keys, from that over each.

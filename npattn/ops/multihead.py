@@ -33,7 +33,7 @@ from npattn.ops.checks import (
     check_other_dtype,
     computing_dtype,
 )
-from npattn.ops.edge import own_keywords, without_cache
+from npattn.ops.edge import explain_keywords, without_cache
 from npattn.ops.pairs import Pairs, is_bias
 
 IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
@@ -145,7 +145,7 @@ def _as_given(grad: Any, given: Any) -> Any:
     return grad.astype(given.dtype, copy=False) if isinstance(grad, np.ndarray) else grad
 
 
-@own_keywords
+@explain_keywords
 @quiet
 def multi_head_forward(
     x_q: Array, x_k: Array, x_v: Array, params: MultiHeadParams, num_heads: int, *, num_kv_heads: int | None = None,

@@ -8,7 +8,7 @@ The bound object never needs the whole L x S array. Its methods:
                                integers, which slices may follow
     state(index, rows, cols)   EMPTY, PARTIAL or FULL (masks only; PARTIAL is always a right answer)
     varies(axis)               whether the pairs depend on this axis before (L, S) (masks only; True is always right)
-    alike(index, rows, cols)   a key: tiles of the same index and size with equal keys are equal (masks only)
+    tile_key(index, rows, cols) a key: tiles of the same index and size with equal keys are equal (masks only)
 
 `blockwise` asks for tiles from several threads, in any order, for some of them twice, and keeps those of masks for a while. So
 the same tile must always have the same values, and an array that was returned must not change.
@@ -67,7 +67,7 @@ class Bound:
         """Whether the values depend on this axis before (L, S). True is always a right answer."""
         return True
 
-    def alike(self, index: Index, rows: slice, cols: slice) -> Any:
+    def tile_key(self, index: Index, rows: slice, cols: slice) -> Any:
         """A key: tiles of the same size and index with equal keys are equal. Equal tiles may have different keys."""
         return rows.start, cols.start
 
@@ -114,8 +114,8 @@ class Part(Bound):
     def varies(self, axis: int) -> bool:
         return False  # one head
 
-    def alike(self, index: Index, rows: slice, cols: slice) -> Any:
-        return self.whole.alike(*self._of_whole(rows, cols))
+    def tile_key(self, index: Index, rows: slice, cols: slice) -> Any:
+        return self.whole.tile_key(*self._of_whole(rows, cols))
 
     def new_gradient(self) -> Any:
         return self.whole.new_gradient()

@@ -22,7 +22,7 @@ class Buffers:
 
     def __init__(self, dtype: np.dtype[Any]) -> None:
         self.dtype, self.flat, self.one = dtype, dict[str, Array](), np.empty(0, dtype)
-        self.hidden: dict[Any, tuple[Array, Array, Array]] = {}  # see `npattn.ops.tiles.Plan.pairs_of`
+        self.kept_masks: dict[Any, tuple[Array, Array, Array]] = {}  # see `npattn.ops.tiles.Plan.pairs_of`
 
     def take(self, name: str, *shape: int) -> Array:
         flat, size = self.flat.get(name), math.prod(shape)
@@ -36,7 +36,7 @@ class Buffers:
         return self.one[:n]
 
 
-def by_rows(x: Array) -> Array:
+def with_contiguous_rows(x: Array) -> Array:
     """x, or a contiguous copy if BLAS cannot read its rows: else NumPy would copy x for each product, or not use BLAS."""
     row, one = x.strides[-2:]
     fits = x.flags.aligned and one == x.itemsize and row % one == 0 and row >= x.shape[-1] * one
@@ -73,7 +73,7 @@ def sum_rows(x: Array, y: Array, out: Array) -> Array:
     return np.matmul(swap(by_group(x, out)), by_group(y, out), out=out)
 
 
-def only(some: Array | None, x: Array) -> Array:
+def zero_other_rows(some: Array | None, x: Array) -> Array:
     """x with 0 in the rows that are not in ``some`` (None: all). These rows are not seen, or see no key, and may be NaN."""
     return x if some is None or some.all() else select(some[..., None], x)
 
@@ -84,7 +84,7 @@ def finite_or_not(x: Array) -> Array | None:
     return None if finite.all() else np.asarray(finite.all(-1))
 
 
-def finite(m: Array) -> Array:
+def finite_maximum(m: Array) -> Array:
     """The maximum m, and 0 in rows without a score, in which m is -inf."""
     return select(np.asarray(m != -np.inf), m)
 
@@ -99,5 +99,5 @@ def total_of(z: Array, shift: Array, lse: Array) -> Array:
 def with_ones(x: Array, buffers: Buffers) -> Array:
     """[x, 1], with 0 for rows of x that are not finite, which no query sees."""
     result = buffers.take("v and 1", *x.shape[:-1], x.shape[-1] + 1)
-    result[..., :-1], result[..., -1] = only(finite_or_not(x), x), 1
+    result[..., :-1], result[..., -1] = zero_other_rows(finite_or_not(x), x), 1
     return result

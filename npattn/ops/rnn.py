@@ -15,7 +15,7 @@ import numpy as np
 
 from npattn.ops.allowed import quiet, select, swap, weight_gradient
 from npattn.ops.checks import Array, Dims, check_class, check_cotangent, check_dtype, check_one_of, check_other_dtype, integers
-from npattn.ops.edge import own_keywords, without_cache
+from npattn.ops.edge import explain_keywords, without_cache
 
 
 class RNNParams(NamedTuple):
@@ -46,7 +46,7 @@ class RNNGrads(NamedTuple):
     params: RNNParams
 
 
-@own_keywords
+@explain_keywords
 @quiet
 def rnn_forward(
     x: Array, h0: Array | None, params: RNNParams, *, lengths: Any = None, nonlinearity: str = "tanh"

@@ -15,7 +15,7 @@ import numpy as np
 from npattn.ops.allowed import quiet, select
 from npattn.ops.calls import bind_mask
 from npattn.ops.checks import Array, Dims, check_array, check_class, check_cotangent, check_dtype, check_one_of
-from npattn.ops.edge import own_keywords, without_cache
+from npattn.ops.edge import explain_keywords, without_cache
 
 
 def normalize(scores: Array, allowed: Array | None = None, sink: Array | None = None) -> tuple[Array, Array]:
@@ -81,7 +81,7 @@ class SoftmaxGrads(NamedTuple):
     scores: Array  # (..., S)
 
 
-@own_keywords
+@explain_keywords
 @quiet
 def softmax_forward(scores: Array, *, mask: Any = None) -> tuple[Array, SoftmaxCache]:
     """Softmax over the last axis.
@@ -117,7 +117,7 @@ class LogSumExpGrads(NamedTuple):
     scores: Array  # (..., S)
 
 
-@own_keywords
+@explain_keywords
 @quiet
 def log_sum_exp_forward(scores: Array, *, mask: Any = None) -> tuple[Array, SoftmaxCache]:
     """Log-sum-exp over the last axis.
@@ -165,7 +165,7 @@ class CrossEntropyGrads(NamedTuple):
     logits: Array  # (..., V)
 
 
-@own_keywords
+@explain_keywords
 @quiet
 def cross_entropy_forward(
     logits: Array, targets: Array, *, mask: Array | None = None, reduction: str = "mean"

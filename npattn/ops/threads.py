@@ -28,7 +28,7 @@ class _Blas:
         self.lock, self.users, self.threads = threading.Lock(), 0, [1]
 
     @contextmanager
-    def alone(self) -> Iterator[int]:
+    def limited(self) -> Iterator[int]:
         """Limits BLAS to one thread; gives the number that it would have used, which is how many npattn may use.
 
         Calls may overlap: the first sets the limit, the last removes it.
@@ -48,7 +48,7 @@ class _Blas:
                 if not self.users:
                     self.limit(self.threads)
 
-    def own(self) -> None:
+    def limit_this_thread(self) -> None:
         """Limits BLAS to one thread in the current thread, if it has a limit for each thread: OpenBLAS with OpenMP has."""
         for x in self.libraries or ():
             if getattr(x, "threading_layer", "") == "openmp":
@@ -121,12 +121,12 @@ def share(
         if turns is not None:
             turns.stop()
 
-    with BLAS.alone() as of_blas:
+    with BLAS.limited() as of_blas:
         others = min(threads or of_blas, most or len(tasks), len(tasks)) - 1
         if others < 1:
             run()
         else:
-            with ThreadPoolExecutor(others, initializer=BLAS.own) as pool:
+            with ThreadPoolExecutor(others, initializer=BLAS.limit_this_thread) as pool:
                 helpers = list[Future[None]]()
                 try:  # the calling thread works, too: to start another takes 0.1 ms
                     helpers.extend(pool.submit(run) for _ in range(others))

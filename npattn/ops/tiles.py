@@ -39,7 +39,7 @@ class Sizes:
     small: int = 1 << 25  # multiplications of a product, about 1 ms: fewer are not worth a second thread, which takes 0.1 ms
     light: int = 1 << 20  # numbers of q, k or v: the same for work once for each query or key, some passes over 4 MiB
     dense: int = 1 << 20  # scores at a time if the code of `npattn.attention` takes over, which has whole arrays of them
-    apart: int = 1 << 20  # numbers in all tasks' own gradients of a bias: if there were more, tasks share one gradient
+    own_gradients: int = 1 << 20  # numbers in all tasks' own gradients of a bias: if there were more, tasks share one gradient
     few_rows: int = FEW_ROWS  # of a product
     few_features: int = FEW_FEATURES
     threads: int | None = None  # as many as BLAS has, unless given
@@ -57,8 +57,8 @@ class Heads(NamedTuple):
     number: int
     index: Any  # where q has them
     group: Any  # where k and v have the groups that they read
-    names: Any  # for each of them its number among the H heads
-    of_mask: Any  # where the mask has their pairs; shorter than index if they are the same for several heads
+    head_numbers: Any  # for each of them its number among the H heads
+    mask_index: Any  # where the mask has their pairs; shorter than index if they are the same for several heads
     pattern: str  # a key: heads with equal keys have the same mask
 
 
@@ -67,42 +67,42 @@ class Block(NamedTuple):
 
     rows: slice
     cols: slice
-    some: slice  # the rows that may not see all of its keys: other rows need no mask
+    masked_rows: slice  # the rows that may not see all of its keys: other rows need no mask
 
 
 class Visible(NamedTuple):
     """The mask and bias of a block."""
 
     bias: Any = None
-    some: slice = slice(0)  # the rows of the block that may not see all of its keys
+    masked_rows: slice = slice(0)  # the rows of the block that may not see all of its keys
     allowed: Any = None  # which of their pairs are allowed. None: all
-    edge: Any = None  # +inf where allowed, else 0
-    seen: Any = None  # keys of the block that some query of the group sees. None: all
+    upper_bound: Any = None  # of exponentials: +inf where allowed, else 0
+    seen_keys: Any = None  # keys of the block that some query of the group sees. None: all
 
     def hide(self, s: Array) -> None:
         """Set scores to -inf where not allowed, whatever is there."""
         if self.allowed is not None:
-            np.copyto(s[..., self.some, :], -np.inf, where=~self.allowed)
+            np.copyto(s[..., self.masked_rows, :], -np.inf, where=~self.allowed)
 
     def sample(self, s: Array) -> Array:
         """Some rows of scores, 0 where not allowed."""
-        if self.allowed is None or self.some.start >= SAMPLE:
+        if self.allowed is None or self.masked_rows.start >= SAMPLE:
             return s[..., :SAMPLE, :]
-        return np.where(self.allowed[..., :SAMPLE, :], s[..., self.some, :][..., :SAMPLE, :], 0)
+        return np.where(self.allowed[..., :SAMPLE, :], s[..., self.masked_rows, :][..., :SAMPLE, :], 0)
 
     def clear(self, e: Array) -> None:
         """Set exponentials to 0 where not allowed, without branches, whatever is there. Where allowed, NaN becomes inf."""
         if self.allowed is not None:
-            here = e[..., self.some, :]
+            here = e[..., self.masked_rows, :]
             if e.dtype.kind == "c":
                 np.copyto(here, 0, where=~self.allowed)
             else:
-                np.fmin(here, self.edge, out=here)
+                np.fmin(here, self.upper_bound, out=here)
 
     def select(self, x: Array, factor: Array) -> None:
         """0 where not allowed. There x is 0 times ``factor``, so nothing has to be done if the factor is finite."""
-        if self.allowed is not None and not np.isfinite(factor[..., self.some, :]).all():
-            np.copyto(x[..., self.some, :], 0, where=~self.allowed)
+        if self.allowed is not None and not np.isfinite(factor[..., self.masked_rows, :]).all():
+            np.copyto(x[..., self.masked_rows, :], 0, where=~self.allowed)
 
 
 ALL_VISIBLE = Visible()
@@ -123,14 +123,14 @@ class Plan:
         # Whether the work is too small for a second thread.
         rows, columns = max(self.L * self.readers, sizes.few_rows), max(self.D, self.E, sizes.few_features)
         self.small = math.prod(self.lead) // self.readers * rows * self.S * columns < sizes.small
-        self.together = self._together()
+        self.heads_together = self._heads_together()
         self.heads = self._bundles()
-        self.of_rows, self.of_cols = self._tiles()  # each tile as its parts, side by side
-        self.rows, self.cols = ([slice(x[0].start, x[-1].stop) for x in tiles] for tiles in (self.of_rows, self.of_cols))
-        self.found: dict[tuple[str, int], list[list[Block]]] = {}
+        self.row_parts, self.col_parts = self._tiles()  # each tile as its parts, side by side
+        self.rows, self.cols = ([slice(x[0].start, x[-1].stop) for x in tiles] for tiles in (self.row_parts, self.col_parts))
+        self.blocks_found: dict[tuple[str, int], list[list[Block]]] = {}
         self.bases: dict[tuple[int, int], exponentials.Base] = {}  # by heads and tile of queries: as the forward took it
 
-    def _together(self) -> int:
+    def _heads_together(self) -> int:
         """How many heads are computed together; 0 if each by itself."""
         mask, sizes, heads, same = self.call.mask, self.sizes, math.prod(self.lead), self.readers
         (high, wide), large = sizes.tile, sizes.tile[0] <= self.L
@@ -152,16 +152,16 @@ class Plan:
         lead = self.lead
         indices = list[Any](np.ndindex(*lead))
         for axis, n in enumerate(lead):
-            step = self.together // max(math.prod(lead[axis + 1 :]), 1)
+            step = self.heads_together // max(math.prod(lead[axis + 1 :]), 1)
             if step:
                 parts = in_parts(n, step)
                 indices = [(*first, part) for first in np.ndindex(*lead[:axis]) for part in parts]
                 break
-        names = np.broadcast_to(np.arange(lead[-1]), lead)
-        found = [(x, self.group_of(x), names[x], self._of_mask(x)) for x in indices]
+        head_numbers = np.broadcast_to(np.arange(lead[-1]), lead)
+        found = [(x, self.group_of(x), head_numbers[x], self._mask_index(x)) for x in indices]
         return [Heads(number, *rest, repr(rest[-1])) for number, rest in enumerate(found)]
 
-    def _of_mask(self, index: Any) -> Any:
+    def _mask_index(self, index: Any) -> Any:
         """An index of the mask with the same pairs: along axes on which the mask does not depend it takes one element."""
         mask = self.call.mask
         if mask is None:
@@ -187,7 +187,7 @@ class Plan:
 
     def _tiles(self) -> tuple[list[list[slice]], list[list[slice]]]:
         """The tiles of queries, and those of keys, each as its parts. Parts end where the mask changes."""
-        (high, wide), long, few, mask = self.sizes.tile, self.sizes.long, self.together, self.call.mask
+        (high, wide), long, few, mask = self.sizes.tile, self.sizes.long, self.heads_together, self.call.mask
         part = self._part(2 if few else 1)
         if not few and not self.small and (tasks := math.prod(self.lead) * -(-self.L // high)) < self.sizes.tasks:
             high = wide = max(high // (2 if tasks > 1 else 4), 1)
@@ -200,60 +200,62 @@ class Plan:
 
     def blocks(self, heads: Heads, i: int) -> list[list[Block]]:
         """For each tile of keys, its blocks for the queries of tile i. Adjacent parts that are alike form one block."""
-        if (key := (heads.pattern, i)) not in self.found:
-            self.found[key] = self._blocks(heads, i)
-        return self.found[key]
+        if (key := (heads.pattern, i)) not in self.blocks_found:
+            self.blocks_found[key] = self._blocks(heads, i)
+        return self.blocks_found[key]
 
     def _blocks(self, heads: Heads, i: int) -> list[list[Block]]:
-        rows, whole, mask = self.of_rows[i], self.rows[i], self.call.mask
+        rows, whole, mask = self.row_parts[i], self.rows[i], self.call.mask
         if mask is None or not self.cols:
             return [[Block(whole, cols, slice(whole.start, whole.start))] for cols in self.cols]
-        states = iter(mask.states(heads.of_mask, rows, list(itertools.chain(*self.of_cols))).T.tolist())
+        states = iter(mask.states(heads.mask_index, rows, list(itertools.chain(*self.col_parts))).T.tolist())
         found: list[list[Block]] = []
-        for parts in self.of_cols:
+        for parts in self.col_parts:
             blocks: list[Block] = []
             for cols, state in zip(parts, states, strict=False):
                 for first, end in pieces(state):
                     partly = [n for n in range(first, end) if state[n] != FULL]
                     start, stop = rows[first].start, rows[end - 1].stop
-                    some = slice(rows[partly[0]].start, rows[partly[-1]].stop) if partly else slice(start, start)
+                    masked_rows = slice(rows[partly[0]].start, rows[partly[-1]].stop) if partly else slice(start, start)
                     last = blocks[-1] if blocks else None
-                    block = Block(slice(start, stop), cols, some)
-                    if last and (last.rows, last.cols.stop, last.some) == (block.rows, cols.start, some):
-                        block = Block(block.rows, slice(blocks.pop().cols.start, cols.stop), some)
+                    block = Block(slice(start, stop), cols, masked_rows)
+                    if last and (last.rows, last.cols.stop, last.masked_rows) == (block.rows, cols.start, masked_rows):
+                        block = Block(block.rows, slice(blocks.pop().cols.start, cols.stop), masked_rows)
                     blocks.append(block)
             found.append(blocks)
         return found
 
     def pairs_of(self, heads: Heads, block: Block, buffers: Buffers) -> Visible:
         """The mask and bias of a block. Without a bias, masks are kept for a while, for other blocks with the same mask."""
-        c, (rows, cols, some), full = self.call, block, block.some.start == block.some.stop
+        c, (rows, cols, masked_rows), full = self.call, block, block.masked_rows.start == block.masked_rows.stop
         if c.bias is not None:  # it may be -inf anywhere
             allowed, bias = visible(c._replace(mask=None) if full else c, heads.index, rows, cols)
-            found = (None,) * 3 if allowed is None else self._hidden(heads, allowed, rows, cols)
+            found = (None,) * 3 if allowed is None else self._visibility(heads, allowed, rows, cols)
             return Visible(bias, within(rows, rows), *found)
         if full:
             return ALL_VISIBLE
-        kept = buffers.hidden
-        key = (heads.pattern, some.stop - some.start, cols.stop - cols.start, c.mask.alike(heads.of_mask, some, cols))
+        kept = buffers.kept_masks
+        tile_key = c.mask.tile_key(heads.mask_index, masked_rows, cols)
+        key = (heads.pattern, masked_rows.stop - masked_rows.start, cols.stop - cols.start, tile_key)
         if key not in kept:
-            found = self._hidden(heads, c.mask.tile(heads.of_mask, some, cols), some, cols)
+            found = self._visibility(heads, c.mask.tile(heads.mask_index, masked_rows, cols), masked_rows, cols)
             if sum(allowed.size for allowed, *_ in kept.values()) + found[0].size > math.prod(self.sizes.tile):
                 kept.clear()
             kept[key] = found
-        allowed, edge, seen = kept[key]
-        return Visible(None, within(some, rows), allowed, edge, seen if some == rows else None)  # other rows see all keys
+        allowed, upper_bound, seen_keys = kept[key]
+        all_masked = masked_rows == rows  # else other rows see all keys
+        return Visible(None, within(masked_rows, rows), allowed, upper_bound, seen_keys if all_masked else None)
 
-    def _hidden(self, heads: Heads, allowed: Array, rows: slice, cols: slice) -> tuple[Array, Array, Array]:
-        """allowed, edge and seen of `Visible`."""
+    def _visibility(self, heads: Heads, allowed: Array, rows: slice, cols: slice) -> tuple[Array, Array, Array]:
+        """allowed, upper_bound and seen_keys of `Visible`."""
         n = (1,) * (self.call.q[heads.index].ndim - 2)  # the axes of the heads, 1 if all have the same mask
         shape = (*n, rows.stop - rows.start, cols.stop - cols.start)
         allowed = np.broadcast_to(allowed, np.broadcast_shapes(allowed.shape, shape))
         real = np.empty(0, self.call.computing).real.dtype.type
-        edge = np.where(allowed, real(np.inf), real(0))
-        return allowed, edge, np.asarray(by_group(allowed, self.call.k[heads.group]).any(-2))
+        upper_bound = np.where(allowed, real(np.inf), real(0))
+        return allowed, upper_bound, np.asarray(by_group(allowed, self.call.k[heads.group]).any(-2))
 
-    def who_sees(self, heads: Heads, i: int, buffers: Buffers) -> Array:
+    def queries_with_keys(self, heads: Heads, i: int, buffers: Buffers) -> Array:
         """Which queries of tile i see some key."""
         rows = self.rows[i]
         found = np.zeros((*self.call.q[heads.index].shape[:-2], rows.stop - rows.start), bool)
@@ -261,7 +263,7 @@ class Plan:
             pairs, here = self.pairs_of(heads, block, buffers), found[..., within(block.rows, rows)]
             sees = np.ones(here.shape, bool)
             if pairs.allowed is not None:
-                sees[..., pairs.some] = pairs.allowed.any(-1)
+                sees[..., pairs.masked_rows] = pairs.allowed.any(-1)
             here |= sees
         return found
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npattn.ops.allowed import quiet, select, swap
-from npattn.ops.attention import AttentionCache, AttentionGrads, live, visible
+from npattn.ops.calls import AttentionCache, AttentionGrads, visible, zero_dead_rows
 from npattn.ops.checks import Array
 from npattn.ops.heads import each_head, heads_first
 from npattn.tolerances import DELTA_ROUNDING, EXP_ULPS
@@ -54,7 +54,7 @@ def predict(
     forward = Errors(select(alive, e_out), select(alive, e_lse)[..., 0])
     if dout is None or grads is None:
         return forward
-    b = _backward(x, *live(c.lse, dout, dlse))
+    b = _backward(x, *zero_dead_rows(c.lse, dout, dlse))
     pi, zeta = _weights(x, p), _dweights(x, b)
     mean = _mean(x, b, pi, zeta, o)
     ds = _dscores(x, b, pi, zeta, mean)
