@@ -52,22 +52,22 @@ class ArrayBound(ParameterBound):
     def __init__(self, op: str, bias: Array, shape: Shape) -> None:
         self.shape, self.dtype, self.computing = shape, bias.dtype, check_dtype("bias", bias=bias)
         self.view = broadcast_pairs(op, "bias", bias, shape)
-        self.own = bias.shape
+        self.bias_shape = bias.shape
         # The shape of a view of the gradient with full rank. Axes of size 1 are those along which dscores is summed.
-        self.full = (1,) * (len(shape) - bias.ndim) + bias.shape
+        self.full_shape = (1,) * (len(shape) - bias.ndim) + bias.shape
 
     def tile(self, index: Index, rows: slice, cols: slice) -> Array:
         result: Array = self.view[index][..., rows, cols]
         return result
 
     def new_gradient(self) -> Array:
-        return np.zeros(self.own, self.computing)
+        return np.zeros(self.bias_shape, self.computing)
 
     def add_gradient(self, total: Array, index: Index, rows: slice, cols: slice, dscores: Array) -> None:
-        here = total.reshape(self.full)  # a view: total is contiguous
+        here = total.reshape(self.full_shape)  # a view: total is contiguous
         alone = [ALL if isinstance(i, slice) else 0 for i in index]
-        place: Any = (*(i if n > 1 else one for i, one, n in zip(index, alone, self.full, strict=False)), ...)
-        at = here[place][..., rows if self.full[-2] > 1 else slice(None), cols if self.full[-1] > 1 else slice(None)]
+        place: Any = (*(i if n > 1 else one for i, one, n in zip(index, alone, self.full_shape, strict=False)), ...)
+        at = here[place][..., rows if self.full_shape[-2] > 1 else ALL, cols if self.full_shape[-1] > 1 else ALL]
         sums = tuple(a - at.ndim for a in range(at.ndim) if at.shape[a] == 1)
         at += dscores.sum(sums, keepdims=True)
 

@@ -52,7 +52,7 @@ class Run:
         self.rng = None if precision is None else np.random.default_rng(0)
         tiny = float(np.finfo(np.float64 if precision is None else precision.dtype).smallest_normal)
         self.rounding = Rounding(False, 0.0 if precision is None else precision.u, tiny)
-        self.unit, self.of_inputs = self.rounding.unit, ROUNDING_STD * (0.0 if precision is None else precision.inputs)
+        self.unit, self.input_error = self.rounding.unit, ROUNDING_STD * (0.0 if precision is None else precision.inputs)
         self.changes: dict[str, list[Callable[[Any, Any], Any]]] = {}
         for change in changes:
             for stage, value in change.stages.items():
@@ -95,7 +95,7 @@ class Run:
         self.sampled = True
         if x is None:
             return self.keep(name, lambda: None)
-        return self.keep(name, lambda: x[None], (lambda x: self.of_inputs * np.abs(x)) if self.of_inputs else None)
+        return self.keep(name, lambda: x[None], (lambda x: self.input_error * np.abs(x)) if self.input_error else None)
 
     def rounded(self, name: str, value: Callable[[], Array], units: float = 1.0) -> Any:
         return self.keep(name, value, lambda x: units * self.unit * np.abs(x))
@@ -174,7 +174,7 @@ def _for_backward(
     op, y = x.problem.op, x
     kept = {t: getattr(x, t) for t in op.outputs}
     if inner != changes or any(op.output_only_stages & c.stages.keys() for c in changes):
-        # Changes of handed-out stages are left out: they are not in what is kept.
+        # Changes of `Op.output_only_stages` are left out: they are not in what is kept.
         y = again([Change(c.name, {n: f for n, f in c.stages.items() if n not in op.output_only_stages}) for c in inner])
         op.forward(y)
         if not fused or inner == changes:
@@ -209,7 +209,7 @@ class Variants:
         with np.errstate(all="ignore"):
             self.forwards = self._recorded(self.base)
             problem.op.forward(self.forwards)
-            self.of_forward = frozenset(next(iter(known)) for known in self.forwards.log)
+            self.forward_stages = frozenset(next(iter(known)) for known in self.forwards.log)
             self.backwards = _for_backward(self.forwards, self.base, self.base, True, self._recorded)
             if returned is not None:
                 setattr(self.backwards, f"saved_{problem.outputs[0]}", cast(returned, dtype))
@@ -220,7 +220,7 @@ class Variants:
         problem, given, align = self.call
         return Run(problem, given, align, changes=changes, dtype=self.dtype, low=problem.dtype, recorded=True)
 
-    def _from(self, start: Run, change: Change) -> Run:
+    def _continue_from(self, start: Run, change: Change) -> Run:
         problem, given, align = self.call
         return Run(problem, given, align, changes=[*self.base, change], dtype=self.dtype, low=problem.dtype, start=start)
 
@@ -231,7 +231,7 @@ class Variants:
         return {t: x[0] for t, x in found.items()} if forwards.sampled else found
 
     def changes_forward(self, change: Change) -> bool:
-        return bool(change.stages.keys() & self.of_forward)
+        return bool(change.stages.keys() & self.forward_stages)
 
     def outputs(self, change: Change) -> Values | None:
         """The outputs with this change; empty if it does not reach them, None if it changes nothing at all."""
@@ -241,7 +241,7 @@ class Variants:
 
     def forward(self, change: Change) -> Values:
         """The outputs with this change of the forward."""
-        x = self._from(self.forwards, change)
+        x = self._continue_from(self.forwards, change)
         with np.errstate(all="ignore"):
             x.problem.op.forward(x)
         return self._by_tensor(x)
@@ -250,7 +250,7 @@ class Variants:
         """What `run` returns with this change."""
         if self.changes_forward(change):
             return run(*self.call, [*self.base, change], dtype=self.dtype, low=self.call[0].dtype)
-        x = self._from(self.backwards, change)
+        x = self._continue_from(self.backwards, change)
         with np.errstate(all="ignore"):
             x.problem.op.forward(x)
             for t in x.problem.outputs:
