@@ -14,8 +14,10 @@ from npattn.ops.allowed import quiet
 from npattn.ops.calls import bind
 from npattn.ops.tiles import Sizes
 from npattn.tolerances import TERMS_EPS
+from npattn.verify.ops.attention.draw import FAMILIES
 
 SIZES = {"B": 2, "H": 6, "G": 3, "L": 4, "S": 5, "D": 7, "E": 8}  # all different: no two axes can be mixed up
+HARD_FIRST = sorted(FAMILIES, key=lambda f: f not in ("tiniest", "x30", "V mean"))
 
 SHAPES = {"rank2": (4, 5), "rank3": (6, 4, 5), "rank4": (2, 6, 4, 5), "rank5": (3, 2, 2, 4, 5)}  # of scores
 SHAPE = pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
@@ -26,6 +28,12 @@ def abs_finite(x):
     x = np.abs(np.asarray(x))
     x = x.astype(np.float64) if x.dtype.itemsize < 8 else x
     return np.where(np.isfinite(x), x, 0)
+
+
+def first(number, values):
+    """Parameters of a test: the first so many run by default, all of them with the slow proofs."""
+    rest = (x if isinstance(x, tuple) else (x,) for x in [*values][number:])
+    return [*values][:number] + [pytest.param(*x, marks=pytest.mark.slow) for x in rest]
 
 
 def assert_close(actual, expected, terms, *, name="", dtype=None, computing=None):

@@ -8,7 +8,9 @@ goes further: it has 50 digits, does not shift its exponentials, and differentia
 
 from __future__ import annotations
 
+import functools
 import math
+import pickle
 
 import mpmath
 import numpy as np
@@ -69,6 +71,23 @@ def jacobian_product(p, dp):
     return [add(dp[j] * p[j] * ((1.0 if j == l else 0.0) - p[l]) for j in size) for l in size]
 
 
+def remembered(function):
+    """The same call again, as another implementation makes it, has the same result; loops are slow."""
+    last = {}
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        key = pickle.dumps((args, kwargs))
+        if key not in last:
+            if len(last) > 50:
+                last.clear()
+            last[key] = function(*args, **kwargs)
+        return {name: x if x is None else x.copy() for name, x in last[key].items()}
+
+    return call
+
+
+@remembered
 def attention_loops(
     q, k, v, *, allowed=None, bias=None, scale=None, softcap=None, sink=None, dropout_mask=None, dout=None, dlse=None
 ):

@@ -10,7 +10,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from helpers import blockwise_of, bound
+from helpers import blockwise_of, bound, first
 
 from npattn import (
     attention_backward,
@@ -354,7 +354,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("L", [1, 2, 40, 1540])
 @pytest.mark.parametrize("D", [3, 8, 63, 64])
-@pytest.mark.parametrize("size", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("size", first(1, [1e4, 1e2, 1e6]))
 @pytest.mark.parametrize(("S", "layout"), [(7, "C"), (600, "C"), *((20, layout) for layout in LAYOUTS)])
 def test_weights_of_large_scores_add_up_to_1_backwards(L, D, size, S, layout):
     """sum_j dv_j = sum_i dout_i: the weights of the backward are those of the forward, whatever the rounding of a score."""
@@ -374,7 +374,7 @@ def among_others(x):
     return records["x"]
 
 
-@pytest.mark.parametrize("D", [1, 2, 3, 5, 8, 16])
+@pytest.mark.parametrize("D", first(3, [1, 3, 16, 2, 5, 8]))
 @pytest.mark.parametrize("L", [1, 2, 513])
 @pytest.mark.parametrize("S", [20, 300])
 @pytest.mark.parametrize("layout", [

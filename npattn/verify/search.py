@@ -60,26 +60,51 @@ class Hypothesis(NamedTuple):
 # --- how near --------------------------------------------------------------------------------------------------------------
 
 
-def distance(got: Any, value: Array, sigma: Array) -> tuple[float, float]:
-    """rms and maximum of the difference in sigma; inf if shapes differ, or the places of NaN or inf do.
+class Measure:
+    """How far arrays are from one that was returned, in sigma.
 
     sigma is that of the reference, but at least its median: a change may put a rounded number where the reference is exactly 0.
     """
-    if not isinstance(got, np.ndarray) or got.shape != value.shape:
-        return np.inf, np.inf
-    x, y = np.asarray(got, np.float64), np.asarray(value, np.float64)
-    same = (x == y) | (np.isnan(x) & np.isnan(y))
-    finite = np.isfinite(x) & np.isfinite(y)
-    if not (same | finite).all():
-        return np.inf, np.inf
-    floor = median(sigma, got.dtype)
-    unit = float(np.finfo(got.dtype).eps) if got.dtype.kind == "f" else 2.0**-23
-    scale = np.maximum(np.maximum(np.where(np.isfinite(sigma), sigma, 0), floor), unit * np.abs(y) + 1e-300)
-    with np.errstate(all="ignore"):
-        units = np.where(same, 0.0, np.abs(x - y) / scale)
-    if not units.size:
-        return 0.0, 0.0
-    return float(np.sqrt(np.square(units).mean())), float(units.max())
+
+    SOME = 256  # elements that are looked at first: the results of most changes are far away, and these show it
+
+    def __init__(self, got: Any, sigma: Array) -> None:
+        self.got = got if isinstance(got, np.ndarray) else None
+        if self.got is not None and sigma.shape == self.got.shape:
+            self.x = np.asarray(got, np.float64)
+            self.least = np.maximum(np.where(np.isfinite(sigma), sigma, 0), median(sigma, got.dtype))
+            self.unit = float(np.finfo(got.dtype).eps) if got.dtype.kind == "f" else 2.0**-23
+
+    def of(self, value: Array) -> tuple[float, float]:
+        """rms and maximum of the difference in sigma; inf if shapes differ, or the places of NaN or inf do."""
+        if self.got is None or self.got.shape != value.shape:
+            return np.inf, np.inf
+        units = self._units(self.x, np.asarray(value, np.float64), self.least)
+        if units is None:
+            return np.inf, np.inf
+        return (float(np.sqrt(np.square(units).mean())), float(units.max())) if units.size else (0.0, 0.0)
+
+    def is_far(self, value: Array) -> bool:
+        """Whether some elements alone make the rms larger than any that `is_match` accepts."""
+        if self.got is None or self.got.shape != value.shape:
+            return True
+        some = slice(None, None, max(1, value.size // self.SOME))
+        x, y, least = (a.reshape(-1)[some] for a in (self.x, value, self.least))
+        units = self._units(x, np.asarray(y, np.float64), least)
+        return units is None or float(np.square(units).sum()) > ROUGH_RMS**2 * value.size
+
+    def _units(self, x: Array, y: Array, least: Array) -> Array | None:
+        """|x - y| in sigma; None if they are not finite at the same places."""
+        same = (x == y) | (np.isnan(x) & np.isnan(y))
+        if not (same | (np.isfinite(x) & np.isfinite(y))).all():
+            return None
+        with np.errstate(all="ignore"):
+            return np.where(same, 0.0, np.abs(x - y) / np.maximum(least, self.unit * np.abs(y) + 1e-300))
+
+
+def distance(got: Any, value: Array, sigma: Array) -> tuple[float, float]:
+    """rms and maximum of the difference of one value, see `Measure`."""
+    return Measure(got, sigma).of(value)
 
 
 def is_match(apart: tuple[float, float], before: float) -> bool:
@@ -159,8 +184,9 @@ class Search:
         with contextlib.suppress(*NOT_APPLICABLE):
             self.variants = Variants(problem, given, memory.align, base, self.dtype)
         self.right_values = {} if self.variants is None else self.variants.unchanged
+        self.measures = {t: Measure(got[t], sigma[t]) for t in self.returned}
         right, unknown = self.right_values, (np.inf, np.inf)
-        off = {t: distance(got[t], right[t], sigma[t]) if t in right else unknown for t in self.returned}
+        off = {t: measure.of(right[t]) if t in right else unknown for t, measure in self.measures.items()}
         self.rms_to_right, self.max_to_right = ({t: x[n] for t, x in off.items()} for n in range(2))  # rms and maximum
         self.only_nan = False  # whether only the places of NaN and inf are wrong
         self.forward_changes: tuple[Change, ...] = ()  # the changes found in the forward; the backward may make them, too
@@ -198,10 +224,11 @@ class Search:
             return {} if self.variants is None else self.variants.forward(change)
         return {}
 
-    def backward_variants(self, returned: Array | None) -> Variants | None:
-        """The runs with one change of the backward that starts from this output; what they share is computed once."""
+    def variants_from(self, returned: Array | None) -> Variants | None:
+        """The runs with the changes found so far, whose backward starts from this output; what they share is computed once."""
         with contextlib.suppress(*NOT_APPLICABLE):
-            return Variants(self.problem, self.given, self.memory.align, self.base, self.dtype, returned)
+            base = [*self.base, *self.forward_changes]
+            return Variants(self.problem, self.given, self.memory.align, base, self.dtype, returned)
         return None
 
     def matches(self, t: str, apart: tuple[float, float]) -> bool:
@@ -216,9 +243,9 @@ class Search:
         """The largest rms distance of these tensors from ``values``; inf if one of them does not match."""
         worst = 0.0
         for t in tensors:
-            if t not in values:
+            if t not in values or self.measures[t].is_far(values[t]):
                 return np.inf
-            apart = distance(self.got[t], values[t], self.sigma[t])
+            apart = self.measures[t].of(values[t])
             if not self.matches(t, apart):
                 return np.inf
             worst = max(worst, apart[0])

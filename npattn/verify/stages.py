@@ -10,7 +10,7 @@ The equations of an op are written a second time (`Op.forward`, `Op.backward`), 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from npattn.ops.allowed import swap, weight_gradient
 from npattn.ops.checks import Array
 from npattn.tolerances import ROUNDING_STD
-from npattn.verify.op import Change, Problem, Truth, Values, better_dtype, cast, facts
+from npattn.verify.op import Change, Op, Problem, Truth, Values, better_dtype, cast, facts
 from npattn.verify.precision import Precision
 from npattn.verify.rounding import Rounding
 
@@ -174,14 +174,18 @@ def _for_backward(
     op, y = x.problem.op, x
     kept = {t: getattr(x, t) for t in op.outputs}
     if inner != changes or any(op.output_only_stages & c.stages.keys() for c in changes):
-        # Changes of `Op.output_only_stages` are left out: they are not in what is kept.
-        y = again([Change(c.name, {n: f for n, f in c.stages.items() if n not in op.output_only_stages}) for c in inner])
+        y = again([_kept_by_forward(op, c) for c in inner])
         op.forward(y)
         if not fused or inner == changes:
             kept = {t: getattr(y, t) for t in op.outputs}
     for t, value in kept.items():
         setattr(y, f"saved_{t}", value)
     return y
+
+
+def _kept_by_forward(op: Op, change: Change) -> Change:
+    """The change without `Op.output_only_stages`: they are not in what the forward keeps for the backward."""
+    return Change(change.name, {n: f for n, f in change.stages.items() if n not in op.output_only_stages})
 
 
 def _gradients(x: Run) -> Values:
@@ -220,9 +224,9 @@ class Variants:
         problem, given, align = self.call
         return Run(problem, given, align, changes=changes, dtype=self.dtype, low=problem.dtype, recorded=True)
 
-    def _continue_from(self, start: Run, change: Change) -> Run:
+    def _continue_from(self, start: Run, changes: list[Change]) -> Run:
         problem, given, align = self.call
-        return Run(problem, given, align, changes=[*self.base, change], dtype=self.dtype, low=problem.dtype, start=start)
+        return Run(problem, given, align, changes=changes, dtype=self.dtype, low=problem.dtype, start=start)
 
     def _by_tensor(self, forwards: Run, backwards: Run | None = None) -> Values:
         found = {t: getattr(forwards, t) for t in forwards.problem.outputs}
@@ -241,7 +245,7 @@ class Variants:
 
     def forward(self, change: Change) -> Values:
         """The outputs with this change of the forward."""
-        x = self._continue_from(self.forwards, change)
+        x = self._continue_from(self.forwards, [*self.base, change])
         with np.errstate(all="ignore"):
             x.problem.op.forward(x)
         return self._by_tensor(x)
@@ -250,13 +254,33 @@ class Variants:
         """What `run` returns with this change."""
         if self.changes_forward(change):
             return run(*self.call, [*self.base, change], dtype=self.dtype, low=self.call[0].dtype)
-        x = self._continue_from(self.backwards, change)
+        return next(self.in_backward(change))
+
+    def in_backward(self, change: Change) -> Iterator[Values]:
+        """What `run` returns with this change in the backward alone.
+
+        If the change is one of the forward, there are two: of a backward that starts from the outputs that the forward has
+        kept, and of one that computes them again, with the change.
+        """
+        op = self.call[0].op
+        *base, change = (_kept_by_forward(op, c) for c in (*self.base, change))
+        if not change.stages:
+            return
+        x = self._continue_from(self.backwards, [*base, change])
         with np.errstate(all="ignore"):
-            x.problem.op.forward(x)
-            for t in x.problem.outputs:
-                setattr(x, f"saved_{t}", getattr(self.backwards, f"saved_{t}"))
-            x.problem.op.backward(x)
-            return self._by_tensor(self.forwards, x)
+            op.forward(x)
+            again = {t: getattr(x, t) for t in op.outputs}
+            kept = {t: getattr(self.backwards, f"saved_{t}") for t in op.outputs}
+            after_forward = dict(vars(x))
+        for outputs in (kept, again) if self.changes_forward(change) else (kept,):
+            vars(x).clear()
+            vars(x).update(after_forward)
+            with np.errstate(all="ignore"):
+                for t, value in outputs.items():
+                    setattr(x, f"saved_{t}", value)
+                op.backward(x)
+                found = self._by_tensor(self.forwards, x)
+            yield found
 
 
 def _changes_nothing(x: Run, change: Change) -> bool:

@@ -11,14 +11,14 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from npattn.ops.checks import Array
 from npattn.tolerances import GOOD_RMS, MATCH_MAX, MATCH_RMS
-from npattn.verify.op import Change, Values
+from npattn.verify.op import Change
 from npattn.verify.ops.attention.equations import swap
 from npattn.verify.precision import PRECISIONS, Precision, round_to
 from npattn.verify.search import (
@@ -34,7 +34,7 @@ from npattn.verify.search import (
     median,
     offset,
 )  # fmt: skip
-from npattn.verify.stages import NOT_APPLICABLE, Run, Variants
+from npattn.verify.stages import NOT_APPLICABLE, Run
 
 UNPROTECTED = {  # products that let masked NaN through, since a weight of 0 times NaN is NaN
     "out": Change("masked_nan=poisons", {"out": lambda x, _: x.dropped @ x.vh}),
@@ -224,16 +224,6 @@ def added_to_the_call_before(s: Search) -> list[Explanation]:
     return []
 
 
-def _backward_results(s: Search, change: Change, variants: Variants | None, out: Any) -> Iterator[Values]:
-    """The results with a change of the backward alone: of a fused backward, and of one that computes the forward again."""
-    if variants is not None and not s.changes_forward(change):
-        with contextlib.suppress(*NOT_APPLICABLE):
-            yield variants.everything(change)
-        return
-    for fused in (True, False) if s.changes_forward(change) else (True,):
-        yield s.values(s.forward_changes, backward=[*s.base, *s.forward_changes, change], fused=fused, returned=out)
-
-
 def change_of_the_backward(s: Search) -> list[Explanation]:
     """One change of the backward alone that explains all gradients, or else one for each gradient."""
     wrong, returned = _wrong_gradients(s), [t for t in s.returned if t not in s.outputs]
@@ -242,14 +232,15 @@ def change_of_the_backward(s: Search) -> list[Explanation]:
     out = s.got.get("out") if s.rms_to_right.get("out", np.inf) <= GOOD_RMS else None
     matches: list[tuple[float, Change]] = []
     partly: dict[str, list[tuple[float, Change]]] = {t: [] for t in wrong}
-    variants = None if s.forward_changes else s.backward_variants(out)
+    variants = s.variants_from(out)
     for i, change in enumerate(s.changes):
         if s.enough(i, matches):
             break
         best, alone = np.inf, dict.fromkeys(wrong, np.inf)
-        for values in _backward_results(s, change, variants, out):
-            best = min(best, s.largest_distance(returned, values))
-            alone = {t: min(d, s.largest_distance([t], values)) for t, d in alone.items()}
+        with contextlib.suppress(*NOT_APPLICABLE):
+            for values in variants.in_backward(change) if variants is not None else ():
+                best = min(best, s.largest_distance(returned, values))
+                alone = {t: min(d, s.largest_distance([t], values)) for t, d in alone.items()}
         if best < np.inf:
             matches.append((best, change))
         for t, d in alone.items():
