@@ -25,10 +25,10 @@ NAMES = sorted(OPTIONS)
 GRID = [(a,) for a in NAMES] + [pair for pair in itertools.combinations(NAMES, 2) if compatible(*pair)]
 MASKS = {"mask", "causal", "window", "key_lengths", "query_lengths", "keys", "segments", "packed", "blocks", "where"}
 TRIPLES = [t for t in itertools.combinations(NAMES, 3) if all(compatible(*p) for p in itertools.combinations(t, 2))]
-WAYS = {  # several tiles of queries and keys at these sizes, and the last one cut short
-    "one head at a time": Sizes(tile=(3, 4)),
-    "heads together": Sizes(tile=(6, 4), few_rows=1, few_features=1, bundle=1 << 30, tasks=2),
-}
+WAYS = [  # several tiles of queries and keys at these sizes, and the last one cut short
+    Sizes(tile=(3, 4)),  # one head at a time
+    Sizes(tile=(6, 4), few_rows=1, few_features=1, bundle=1 << 30, tasks=2),  # heads together
+]
 
 
 def inputs_of(problem):
@@ -112,11 +112,11 @@ def check(options, seed, *, elements, blockwise=True, central=True):
         return
     dout = problem.dout if problem.dlse is None else (problem.dout, problem.dlse)
     want = backward(dout, cache)
-    for way in WAYS.values():
+    for way in WAYS if alone else [WAYS[seed % 2]]:
         tiles = functions(problem, partial(blockwise_of, way), blockwise_backward)
         # element by element: where dense is right, which the complex step has shown, blockwise is
         same(tiles[1](dout, tiles[0](**inputs)[1]), want, terms)
-    *line, total = along_a_line(*tiles, inputs, terms)  # of the last way, in bundles of heads
+    *line, total = along_a_line(*tiles, inputs, terms)
     for method in ("complex", "central") if central and alone else ("complex",):
         gradcheck(*line, {"t": 0.0}, method=method, terms={"t": total})
 
@@ -156,7 +156,7 @@ def same(got, expected, terms):
 
 @pytest.mark.parametrize("options", GRID, ids=" + ".join)
 def test_gradients_of_every_option_and_pair(options):
-    check(options, seed=GRID.index(options), elements=20 if len(options) == 1 else 4)
+    check(options, seed=GRID.index(options), elements=20 if len(options) == 1 else 3)
 
 
 def test_no_option_at_all():
