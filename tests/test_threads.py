@@ -143,6 +143,7 @@ def test_blas_has_one_thread_in_each_of_ours(layer, monkeypatch):
     library, seen, turns = Library(), set(), threading.Barrier(3)
     monkeypatch.setattr(parallel, "libraries", lambda: [library])
     monkeypatch.setattr(parallel, "BLAS", parallel._Blas())
+    monkeypatch.setattr(parallel, "HELPERS", parallel._Helpers())
 
     def work(task, own):
         turns.wait(10)
@@ -182,6 +183,12 @@ def test_blas_is_looked_for_once_by_many_threads(monkeypatch):
     assert asked == [1]
 
 
+def assert_idle():
+    """All helpers wait for work: each takes a part at once."""
+    together = threading.Barrier(parallel.HELPERS.size + 1)
+    parallel.share(lambda task, own: together.wait(10), range(together.parties), list, threads=together.parties)
+
+
 @pytest.mark.parametrize("where", ["buffers", "work"])
 def test_an_error_anywhere_ends_all_tasks(where):
     begun, done, waiting, turns = [], [], [], parallel.Turns()
@@ -203,7 +210,7 @@ def test_an_error_anywhere_ends_all_tasks(where):
     with pytest.raises(MemoryError, match="no tiles"):
         parallel.share(work, range(1000), buffers, turns, threads=3)
     assert len(done) < 1000
-    assert threading.active_count() == 1
+    assert_idle()
 
 
 INTERRUPTED = """
@@ -259,10 +266,10 @@ def test_an_interrupt_of_the_first_thread_ends_all(when):
 
 
 @pytest.mark.parametrize(("L", "starts"), [(8, (0, 0)), (100, (1, 1)), (200, (1, 3))])
-def test_what_is_small_starts_no_thread(L, starts, monkeypatch):
+def test_what_is_small_wakes_no_thread(L, starts, monkeypatch):
     """Forwards, and backwards; there, what is done once a query has threads of its own where that is much."""
-    started, start = [], threading.Thread.start
-    monkeypatch.setattr(threading.Thread, "start", lambda self: (started.append(self), start(self))[1])
+    started, submit = [], parallel.HELPERS.submit
+    monkeypatch.setattr(parallel.HELPERS, "submit", lambda n, run: (started.append(n), submit(n, run))[1])
     x = np.random.default_rng(0).standard_normal((4, L, 8), np.float32)
     out, cache = blockwise_of(Sizes(threads=2, small=1 << 15, light=1 << 12), x, x, x)
     forward = len(started)
@@ -296,7 +303,7 @@ def test_an_error_in_one_thread_ends_all_and_is_raised(direction):
     again = (blockwise_of, on_threads(3), x, x, x) if direction == "forward" else (blockwise_backward, x, cache)
     with pytest.raises(ZeroDivisionError, match="of the mask"):
         again[0](*again[1:], **({"mask": mask} if direction == "forward" else {}))
-    assert threading.active_count() == 1
+    assert_idle()
 
 
 FORKS = """

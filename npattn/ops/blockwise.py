@@ -157,10 +157,13 @@ def attend(
             return None
     n, E = q.shape[:-2], c.v.shape[-1]
     k, v = c.k[heads.group], c.v[heads.group]
-    sink = base.scaled(sink_of(c, heads))
-    m = np.zeros(q.shape[:-1], c.computing).real + (0.0 if steady else sink.real)
-    sink_term = select(sink != -np.inf, base.power(sink - m))  # the sink's term of z: one more logit, without a value
-    z, a[...] = sink_term.copy(), 0
+    sink, sink_term, m = base.scaled(sink_of(c, heads)), np.zeros((), c.computing), np.zeros((), c.computing).real
+    if not steady:
+        m = np.zeros(q.shape[:-1], m.dtype) + sink.real
+    if c.sink is not None:
+        sink_term = select(sink != -np.inf, base.power(sink - m))  # of z: the sink is one more logit, without a value
+    z = np.zeros(q.shape[:-1], c.computing) + sink_term
+    a[...] = 0
     for block in blocks:
         at, cols = within(block.rows, rows), block.cols
         high, wide = at.stop - at.start, cols.stop - cols.start
@@ -193,16 +196,19 @@ def attend(
         if steady and block is blocks[0] and not np.isfinite(z).all():
             return None  # early: the rest would be for nothing
     least = np.finfo(c.computing).eps if steady else 0.0  # below it, lost subnormal terms would count
-    seen: Any = (z != sink_term) & (z.real >= least)
-    if not seen.all():
-        seen = plan.queries_with_keys(heads, i, buffers)
-    if not (np.isfinite(z).all() and np.isfinite(a).all() and (z.real >= least).all(where=seen)):
+    if not (np.isfinite(z).all() and np.isfinite(a).all()):
         return None
-    a /= np.where(z == 0, 1, z)[..., None]  # (5c)
-    lse = base.unscaled(finite_maximum(m) + base.log(z))  # (5c)
-    lse = np.where(seen & (z != 0), lse, sink_of(c, heads))  # exactly the sink
-    plan.bases[heads.number, i] = base
-    return lse, np.where(seen, total_of(z, finite_maximum(m), base.scaled(lse), base), 0)
+    plan.bases[heads.number, i], m = base, m if steady else finite_maximum(m)
+    if ((z != sink_term) & (z.real >= least)).all():
+        a /= z[..., None]  # (5c)
+        lse = base.unscaled(m + base.log(z))  # (5c)
+        return lse, total_of(z, m, base.scaled(lse), base)
+    seen = plan.queries_with_keys(heads, i, buffers)
+    if not (z.real >= least).all(where=seen):
+        return None
+    a /= np.where(z == 0, 1, z)[..., None]
+    lse = np.where(seen & (z != 0), base.unscaled(m + base.log(z)), sink_of(c, heads))  # exactly the sink
+    return lse, np.where(seen, total_of(z, m, base.scaled(lse), base), 0)
 
 
 def in_base(base: Base, c: Call) -> tuple[Any, Any]:
@@ -229,9 +235,7 @@ class Backward:
         self.do1 = np.empty((*dout.shape[:-1], dout.shape[-1] + 1), c.computing)  # (..., H, L, E + 1) [dout, -offset] / total
         self.offset = np.empty_like(kept.total)  # (..., H, L) sum_j p_j dp_j - dlse
         self.shift = np.empty_like(kept.total)  # (..., H, L) lse, in the unit of the scores
-        self.dq, self.dk, self.dv = (
-            np.zeros(x.shape, dtype) for x, dtype in ((c.q, c.computing), (c.k, c.k.dtype), (c.v, c.v.dtype))
-        )
+        self.dq, self.dk, self.dv = (np.zeros(x.shape, c.computing) for x in (c.q, c.k, c.v))
         self.dbias: Any = None if c.bias is None else c.bias.new_gradient()
         self.dscales, self.dsinks = dict[int, Any](), dict[int, Array]()  # by `Heads.number`
         self.finite_heads = set[int]()  # numbers of the heads that see only finite numbers
@@ -300,8 +304,7 @@ class Backward:
         cols, (D, E) = plan.cols[j], (c.k.shape[-1], c.v.shape[-1])
         k = c.k[group[0].group][..., cols, :].astype(c.computing, copy=False)
         finite_k, v = zero_other_rows(finite_or_not(k), k), with_ones(c.v[group[0].group][..., cols, :], buffers)
-        sum_k, sum_v = buffers.take("dk", *k.shape[:-1], D), buffers.take("dv", *v.shape[:-1], E)
-        sum_k[...], sum_v[...] = 0, 0
+        dk, dv = (x[group[0].group][..., cols, :] for x in (self.dk, self.dv))
         for heads, i in itertools.product(group, range(len(plan.rows))):
             row, do, base = plan.blocks(heads, i), self.do1[heads.index], self.base(heads, i)
             earlier = sum(map(bool, row[:j]))
@@ -332,7 +335,7 @@ class Backward:
                     dp *= drop  # (6)
                     dp += do_i[..., E:]
                 more = buffers.take("more", *k.shape[:-2], wide, E)
-                sum_v[..., near, :] += sum_rows(dropped, do_i[..., :E], more)  # (7)
+                dv[..., near, :] += sum_rows(dropped, do_i[..., :E], more)  # (7)
                 ds = np.multiply(p, dp, out=s)  # (5)
                 pairs.select(ds, dp)  # (4)
                 if dbias is not None:
@@ -342,13 +345,12 @@ class Backward:
                     ds *= np.subtract(1, t, out=t)  # (2)
                     pairs.select(ds, t)
                 of_k = sum_rows(ds, q_i, buffers.take("more", *k.shape[:-2], wide, D))  # (1)
-                sum_k[..., near, :] += of_k if c.softcap is not None else base.unscaled(of_k)
+                dk[..., near, :] += of_k if c.softcap is not None else base.unscaled(of_k, of_k)
                 of_q = times(ds, finite_k[..., near, :], buffers.take("dq", *n, high, D))  # (1)
                 turns.wait((heads.number, i), earlier)
                 self.dq[heads.index][..., rows, :] += of_q
             if row[j]:
                 turns.next((heads.number, i))
-        self.dk[group[0].group][..., cols, :], self.dv[group[0].group][..., cols, :] = sum_k, sum_v
 
     def finish(self, heads: Heads, buffers: Buffers) -> None:
         """What is done once for each query, after the sums over its keys."""

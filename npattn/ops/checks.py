@@ -7,6 +7,7 @@ TypeError is for a wrong dtype or class, ValueError for a wrong shape or value.
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Iterable
@@ -83,6 +84,7 @@ def check_class(op: str, name: str, x: object, cls: type, source: str = "") -> N
         raise TypeError(f"{op}: {name} is {kind(x)}, expected npattn.{cls.__name__}{source}")
 
 
+@functools.cache
 def computing_dtype(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
     """The dtype in which arrays of this dtype are computed; None if npattn does not support it."""
     if dtype == np.float16 or dtype.name == "bfloat16":
@@ -138,13 +140,12 @@ def check_number(op: str, name: str, x: object, computing: np.dtype[Any], *, pos
     except OverflowError:  # an integer beyond every float
         number = math.inf
     computed = computing.type(number)  # what is finite as a Python float may not be in float32
-    shown = str(x) if len(str(x)) < 50 else f"{str(x)[:20]}..."
-    where = f" in {computing}" if math.isfinite(abs(number)) and not np.isfinite(computed) else ""
-    if positive and not (real and np.isfinite(computed) and computed.real > 0):
-        expected = f"a positive finite number{where}; {name}=None means none"
+    finite = np.isfinite(computed)
+    if not finite or (positive and not (real and computed.real > 0)):
+        shown = str(x) if len(str(x)) < 50 else f"{str(x)[:20]}..."
+        where = f" in {computing}" if math.isfinite(abs(number)) and not finite else ""
+        expected = f"a positive finite number{where}; {name}=None means none" if positive else f"a finite number{where}"
         raise ValueError(f"{op}: {name} is {shown}, expected {expected}")
-    if not np.isfinite(computed):
-        raise ValueError(f"{op}: {name} is {shown}, expected a finite number{where}")
     # A NumPy float64 scalar would turn float32 arrays into float64 ones; a Python float leaves them alone.
     if isinstance(number, (np.longdouble, np.clongdouble)) and computing.char in "gG":
         return number

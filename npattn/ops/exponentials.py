@@ -30,8 +30,8 @@ class Base(NamedTuple):
     def scaled(self, x: Any) -> Any:
         return x if self.unit == 1 else x * self.unit
 
-    def unscaled(self, x: Any) -> Any:
-        return x if self.unit == 1 else x / self.unit
+    def unscaled(self, x: Any, out: Any = None) -> Any:
+        return x if self.unit == 1 else np.divide(x, self.unit, out=out)
 
 
 LEAST = -60.0

@@ -13,8 +13,10 @@ import numpy as np
 
 from npattn.ops.allowed import select, swap
 from npattn.ops.checks import Array
+from npattn.ops.exponentials import has_avx512
 
 FEW_ROWS, FEW_FEATURES = 16, 32  # rows of x, and columns of x or y: a product with fewer of them takes as long as with these
+PIECE = 1 << 16  # multiplications: for so few OpenBLAS has kernels for AVX-512 that read y where it is; others copy all of it
 
 
 class Buffers:
@@ -61,10 +63,18 @@ def times(x: Array, y: Array, out: Array) -> Array:
 def dots(x: Array, y: Array, out: Array) -> Array:
     """x @ y^T, for y (..., G, o, m)."""
     x, result = by_group(x, y), by_group(out, y)
-    if 1 < x.shape[-2] <= FEW_ROWS < y.shape[-2]:
-        result[...] = swap(np.matmul(y, swap(x)))  # else BLAS would copy all of y to transpose it
-    else:
+    few, n = x.shape[-2], y.shape[-2]
+    if not 1 < few <= FEW_ROWS < n:
         np.matmul(x, swap(y), out=result)
+    elif has_avx512() and x.dtype in (np.float32, np.float64):
+        wide = min(max(PIECE // (few * x.shape[-1]), 1), n)
+        whole = n // wide * wide
+        pieces = y[..., :whole, :].reshape(*y.shape[:-2], -1, wide, y.shape[-1])
+        of_pieces = result[..., :whole].reshape(*result.shape[:-1], -1, wide).swapaxes(-3, -2)
+        np.matmul(x[..., None, :, :], swap(pieces), out=of_pieces)
+        np.matmul(x, swap(y[..., whole:, :]), out=result[..., whole:])
+    else:
+        result[...] = swap(np.matmul(y, swap(x)))  # else BLAS would copy all of y to transpose it
     return out
 
 

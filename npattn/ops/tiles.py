@@ -35,8 +35,8 @@ class Sizes:
     # mask. On the diagonal of causal() half of a part is computed for nothing; the products of smaller parts are slower.
     parts: Shape = (4, 1)
     bundle: int = 1 << 17  # numbers of q in a tile: heads are computed together up to this size, 512 KiB in float32
-    tasks: int = 8  # pieces of work, four for each of two threads: if there would be fewer, tiles are smaller, and square
-    small: int = 1 << 25  # multiplications of a product, about 1 ms: fewer are not worth a second thread, which takes 0.1 ms
+    tasks: int = 8  # pieces of work, four for each of two threads: if there would be fewer, tiles have half as many queries
+    small: int = 1 << 25  # multiplications of a product, about 1 ms: fewer are not worth a second thread, see docs/blockwise.md
     light: int = 1 << 20  # numbers of q, k or v: the same for work once for each query or key, some passes over 4 MiB
     dense: int = 1 << 20  # scores at a time if the code of `npattn.attention` takes over, which has whole arrays of them
     own_gradients: int = 1 << 20  # numbers in all tasks' own gradients of a bias: if there were more, tasks share one gradient
@@ -150,7 +150,7 @@ class Plan:
     def _bundles(self) -> list[Heads]:
         """All heads, small ones in bundles."""
         lead = self.lead
-        indices = list[Any](np.ndindex(*lead))
+        indices = list[Any](itertools.product(*map(range, lead)))
         for axis, n in enumerate(lead):
             step = self.heads_together // max(math.prod(lead[axis + 1 :]), 1)
             if step:
@@ -189,8 +189,8 @@ class Plan:
         """The tiles of queries, and those of keys, each as its parts. Parts end where the mask changes."""
         (high, wide), long, few, mask = self.sizes.tile, self.sizes.long, self.heads_together, self.call.mask
         part = self._part(2 if few else 1)
-        if not few and not self.small and (tasks := math.prod(self.lead) * -(-self.L // high)) < self.sizes.tasks:
-            high = wide = max(high // (2 if tasks > 1 else 4), 1)
+        if not few and not self.small and math.prod(self.lead) * -(-self.L // high) < self.sizes.tasks:
+            high = max(high // 2, 1)
         size = high * wide
         high = max(high, min(long, size // max(few * self.S, self.S, 1)))
         wide = max(wide, min(long, size // max(few * min(self.L, high), min(self.L, high), 1)))
