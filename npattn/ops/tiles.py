@@ -68,6 +68,7 @@ class Block(NamedTuple):
     rows: slice
     cols: slice
     masked_rows: slice  # the rows that may not see all of its keys: other rows need no mask
+    mask_key: int | None = None  # where there are such rows: blocks with equal keys have the same mask
 
 
 class Visible(NamedTuple):
@@ -128,6 +129,7 @@ class Plan:
         self.row_parts, self.col_parts = self._tiles()  # each tile as its parts, side by side
         self.rows, self.cols = ([slice(x[0].start, x[-1].stop) for x in tiles] for tiles in (self.row_parts, self.col_parts))
         self.blocks_found: dict[tuple[str, int], list[list[Block]]] = {}
+        self.mask_keys, self.numbers = dict[Any, int](), itertools.count()
         self.bases: dict[tuple[int, int], exponentials.Base] = {}  # by heads and tile of queries: as the forward took it
 
     def _heads_together(self) -> int:
@@ -222,12 +224,20 @@ class Plan:
                     if last and (last.rows, last.cols.stop, last.masked_rows) == (block.rows, cols.start, masked_rows):
                         block = Block(block.rows, slice(blocks.pop().cols.start, cols.stop), masked_rows)
                     blocks.append(block)
-            found.append(blocks)
+            found.append([b._replace(mask_key=self._mask_key(heads, b)) if b.masked_rows.start < b.masked_rows.stop else b
+                          for b in blocks])  # fmt: skip
         return found
+
+    def _mask_key(self, heads: Heads, block: Block) -> int:
+        """A number for each mask: what `tile_key` gives may be as long as the sides of the block."""
+        rows, cols = block.masked_rows, block.cols
+        sizes = rows.stop - rows.start, cols.stop - cols.start
+        key = heads.pattern, *sizes, self.call.mask.tile_key(heads.mask_index, rows, cols)
+        return self.mask_keys.setdefault(key, next(self.numbers))  # not len: two threads may be here
 
     def pairs_of(self, heads: Heads, block: Block, buffers: Buffers) -> Visible:
         """The mask and bias of a block. Without a bias, masks are kept for a while, for other blocks with the same mask."""
-        c, (rows, cols, masked_rows), full = self.call, block, block.masked_rows.start == block.masked_rows.stop
+        c, (rows, cols, masked_rows, key), full = self.call, block, block.mask_key is None
         if c.bias is not None:  # it may be -inf anywhere
             allowed, bias = visible(c._replace(mask=None) if full else c, heads.index, rows, cols)
             found = (None,) * 3 if allowed is None else self._visibility(heads, allowed, rows, cols)
@@ -235,8 +245,6 @@ class Plan:
         if full:
             return ALL_VISIBLE
         kept = buffers.kept_masks
-        tile_key = c.mask.tile_key(heads.mask_index, masked_rows, cols)
-        key = (heads.pattern, masked_rows.stop - masked_rows.start, cols.stop - cols.start, tile_key)
         if key not in kept:
             found = self._visibility(heads, c.mask.tile(heads.mask_index, masked_rows, cols), masked_rows, cols)
             if sum(allowed.size for allowed, *_ in kept.values()) + found[0].size > math.prod(self.sizes.tile):
