@@ -8,21 +8,27 @@
     python -m benchmarks scaling       time against L^2, memory against L
     python -m benchmarks accuracy      errors of both kernels in sigma
 
-Without a verb all of them, which takes an hour. NumPy is imported after the number of threads is set.
+Without a verb all of them, which takes an hour; with --quick the first four, in 5 minutes at most. Where other work keeps the
+processors busy nothing is measured. NumPy is imported after the number of threads is set.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-VERBS = ("attention", "multihead", "rnn", "memory", "scaling", "decode", "accuracy")
+VERBS = ("attention", "multihead", "rnn", "decode", "memory", "scaling", "accuracy")
+QUICK = {"attention": 0.6, "multihead": 0.8, "rnn": 0.9, "decode": 1.0}  # without a verb; when each has to be done
+LIMIT = 270.0  # seconds of --quick for all rows to begin; the last one and the start take the rest of 5 minutes
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -30,7 +36,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("verb", nargs="?", choices=VERBS, help="all of them unless given")
-    parser.add_argument("--quick", action="store_true", help="fewer rows, and fewer rounds: some minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer rows, and fewer rounds: at most 5 minutes")
+    parser.add_argument("--busy", action="store_true", help="measure although other work keeps the processors busy")
     parser.add_argument(
         "--only", metavar="TEXT", default="", help='only rows with this in their name, as "L=2048 D=64" or "window|packed"'
     )
@@ -103,16 +110,22 @@ def main(arguments: list[str] | None = None) -> int:
     if given.stored:
         summarize(given, *together(given.stored))
         return 0
-    facts = machine.facts()
+    started, facts = time.monotonic(), machine.facts()
     machine.print_facts(facts)
+    if not (given.tiny or given.busy) and (busy := machine.busy()):
+        raise SystemExit(f"too busy to measure: {busy}. --busy measures all the same")
+    verbs = QUICK if given.quick and not given.verb else dict.fromkeys([given.verb] if given.verb else VERBS, 1.0)
+    if given.quick:
+        others = [v for v in VERBS if v not in verbs] if not given.verb else []
+        print("this takes 5 minutes at most" + (f"; not measured unless asked for: {', '.join(others)}" if others else ""))
     results: dict[str, Any] = {"environment": facts, "command": command(arguments), "results": []}
 
     def done(row: dict[str, Any]) -> None:  # what was measured is not lost when a run is stopped
         results["results"].append(row)
         store(given, results)
 
-    for verb in (given.verb,) if given.verb else VERBS:
-        run(verb, given, results, done)
+    for verb, part in verbs.items():
+        run(verb, given, results, done, started + part * LIMIT if given.quick else math.inf)
     if not results["results"]:
         raise SystemExit(f"no row has {given.only!r} in its name")
     summarize(given, results, [results["command"]])
@@ -129,19 +142,22 @@ def command(arguments: list[str] | None) -> str:
     return f"python -m benchmarks {shlex.join(sys.argv[1:] if arguments is None else arguments)}".strip()
 
 
-def run(verb: str, given: argparse.Namespace, results: dict[str, Any], done: Callable[[dict[str, Any]], None]) -> None:
-    """One verb; ``done`` gets its rows as soon as they are there."""
+def run(
+    verb: str, given: argparse.Namespace, results: dict[str, Any], done: Callable[[dict[str, Any]], None], until: float
+) -> None:
+    """One verb; ``done`` gets its rows as soon as they are there. until : when the last row has to begin, by time.monotonic"""
     from benchmarks import accuracy, attention, company, decode, harness, memory, multihead, rnn, scaling
     from benchmarks.cases import Case
 
     size = "tiny" if given.tiny else "quick" if given.quick else "full"
-    plan = {"tiny": harness.TINY, "quick": harness.QUICK, "full": harness.Plan()}[size]
+    plan = replace({"tiny": harness.TINY, "quick": harness.QUICK, "full": harness.Plan()}[size], until=until)
     text = given.only
     if verb == "attention":
-        if not given.no_company and (not text or any(harness.matches(text, case.name) for case in attention.grid(size))):
+        asked = any(harness.matches(text, case.name) for case in attention.grid(size))
+        if size != "quick" and not given.no_company and asked:
             case = Case(8, 4, 1, 2, mask="causal") if size == "tiny" else Case(1024, 64, 1, 8, mask="causal")
             names = ("blockwise",) if size == "tiny" else None
-            results["company"] = company.report(case, {"tiny": 1, "quick": 5, "full": 15}[size], names)
+            results["company"] = company.report(case, {"tiny": 1, "full": 15}[size], names)
             store(given, results)
         attention.run(size, plan, text, done)
         if given.verb and not text and size != "tiny":  # what else is aimed at

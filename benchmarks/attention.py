@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -25,7 +26,7 @@ def grid(size: str) -> list[Case]:
         return shapes + others
     passes = (False, True)
     if size == "quick":
-        some = itertools.product((512, 2048, 8192), (64,), ("full", "causal"), passes)
+        some = itertools.product((512, 2048, 4096), (64,), ("full", "causal"), passes)
         return [sized(L, D, mask, b) for L, D, mask, b in some] + [sized(2048, 128, "causal", b) for b in passes]
     cases = [sized(L, D, mask, b) for D, mask, b, L in itertools.product((32, 64, 128), ("full", "causal"), passes, LENGTHS)]
     for b in passes:
@@ -72,14 +73,15 @@ def skipping(L: int, backward: bool, width: int, plan: harness.Plan) -> Row:
 
 def run(size: str, plan: harness.Plan, text: str = "", done: Callable[[Row], None] = harness.nobody) -> list[Row]:
     title = "attention, float32 unless it says so; both = forward + backward"
-    rows = table.measured(title, COLUMNS, grid(size), partial(measure, plan=plan), text, done)
+    rows = table.measured(title, COLUMNS, grid(size), partial(measure, plan=plan), text, done, until=plan.until)
     sizes = {"tiny": ((64, 4),), "quick": ((2048, 1024), (16384, 1024))}
     wanted = [
         (L, b, width)
         for (L, width), b in itertools.product(
             sizes.get(size, ((2048, 1024), (8192, 1024), (16384, 1024))), (False,) if size == "quick" else (False, True)
         )
-        if harness.matches(text, f"masks: L={L} {'both' if b else 'forward'}")
+        if time.monotonic() <= plan.until
+        and harness.matches(text, f"masks: L={L} {'both' if b else 'forward'}")
     ]
     if wanted:
         print("\nwhat blockwise gains by a mask: its time without one over that with causal(), and that over a window's")

@@ -24,4 +24,4 @@ def grid(size: str) -> list[Case]:
 
 def run(size: str, plan: harness.Plan, text: str = "", done: Callable[[Row], None] = harness.nobody) -> list[Row]:
     title = "attention of a few queries to a long cache, float32"
-    return table.measured(title, COLUMNS, grid(size), partial(measure, plan=plan, verb="decode"), text, done, 48)
+    return table.measured(title, COLUMNS, grid(size), partial(measure, plan=plan, verb="decode"), text, done, 48, plan.until)

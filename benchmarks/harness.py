@@ -49,6 +49,7 @@ class Plan:
     least: int = 5  # rounds
     least_slow: int = 3  # rounds of those that are SLOW
     most: int = 50
+    until: float = math.inf  # of time.monotonic: rows that have not begun by then are left out
 
 
 QUICK = Plan(budget=0.5, least=3, least_slow=1)

@@ -155,4 +155,4 @@ def measure(layer: Layer, plan: harness.Plan) -> Row:
 
 def run(size: str, plan: harness.Plan, text: str = "", done: Callable[[Row], None] = harness.nobody) -> list[Row]:
     title = "multi-head attention, float32, ours is blockwise; both = with all gradients"
-    return table.measured(title, COLUMNS, grid(size), partial(measure, plan=plan), text, done)
+    return table.measured(title, COLUMNS, grid(size), partial(measure, plan=plan), text, done, until=plan.until)

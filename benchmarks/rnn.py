@@ -176,4 +176,4 @@ def measure(shape: Shape, plan: harness.Plan) -> Row:
 
 def run(size: str, plan: harness.Plan, text: str = "", done: Callable[[Row], None] = harness.nobody) -> list[Row]:
     title = "recurrent layer, float32; both = with all gradients"
-    return table.measured(title, COLUMNS, grid(size), partial(measure, plan=plan), text, done)
+    return table.measured(title, COLUMNS, grid(size), partial(measure, plan=plan), text, done, until=plan.until)

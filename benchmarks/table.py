@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -72,15 +74,18 @@ def notes(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def measured(
     title: str, rivals: Sequence[str], cases: Sequence[Any], measure: Callable[[Any], Row], text: str,
-    done: Callable[[Row], None], width: int = 44,
+    done: Callable[[Row], None], width: int = 44, until: float = math.inf,
 ) -> list[Row]:  # fmt: skip
     """The rows that were asked for, each printed and given to ``done`` as soon as it is there."""
     rows: list[Row] = []
     head(title, rivals, width)
-    for case in cases:
-        if harness.matches(text, case.name):
-            rows.append(measure(case))
-            line(rows[-1], rivals, width)
-            done(rows[-1])
+    asked = [case for case in cases if harness.matches(text, case.name)]
+    for case in asked:
+        if time.monotonic() > until:
+            print(f"left out, because the time is over: {', '.join(case.name for case in asked[len(rows):])}")
+            break
+        rows.append(measure(case))
+        line(rows[-1], rivals, width)
+        done(rows[-1])
     notes(rows)
     return rows
