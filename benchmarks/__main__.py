@@ -47,7 +47,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="--plot or --write what was stored; of rows with the same name those of the last file",
     )  # fmt: skip
     parser.add_argument("--plot", metavar="DIR", type=Path, help="draw what was measured (needs matplotlib)")
-    parser.add_argument("--write", metavar="PAGE", type=Path, help="fill docs/speed.md, and draw speed.png beside it")
+    parser.add_argument("--write", metavar="PAGE", type=Path, help="fill docs/speed.md, and draw a plot beside it")
     parser.add_argument("--threads", metavar="N", type=int, help="for everybody (default: as many as there are processors)")
     parser.add_argument("--no-company", action="store_true", help="do not check that figures are the same alone and in company")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # for tests
@@ -83,7 +83,7 @@ def stored(file: Path) -> dict[str, Any]:
 def together(files: list[Path]) -> tuple[dict[str, Any], list[str]]:
     """What was stored in parts, on one machine, and the commands that did."""
     parts = [stored(file) for file in files]
-    same = [{n: x for n, x in part["environment"].items() if n not in ("time", "load", "measured")} for part in parts]
+    same = [{n: x for n, x in part["environment"].items() if n not in ("time", "load", "measured", "products")} for part in parts]
     for file, facts in zip(files, same, strict=True):
         if facts != same[0]:
             other = next(n for n in [*facts, *same[0]] if facts.get(n) != same[0].get(n))
@@ -100,8 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
         machine.limit(given.threads)
     from benchmarks import plots, speed
 
-    if given.write:
-        speed.check(given.write)
+    if given.write and not given.stored:
+        speed.check(given.write, machine.vendor(machine.processor()))
     if given.plot:
         try:
             plots.pyplot()
@@ -189,10 +189,10 @@ def how(commands: list[str], page: str) -> str:
 
 def summarize(given: argparse.Namespace, results: dict[str, Any], commands: list[str]) -> None:
     """What is aimed at, the plots and the page."""
-    from benchmarks import plots, speed, targets
+    from benchmarks import machine, plots, speed, targets
 
     rows, facts = results["results"], results["environment"]
-    found = targets.targets(rows)
+    found = targets.targets(rows, machine.vendor(facts["processor"]) == "Intel")
     results["targets"] = targets.as_rows(found)
     asked = [(next((word for word in words if word in VERBS), ""), words) for words in map(shlex.split, commands)]
     if any(verb in ("", "attention") and "--only" not in words for verb, words in asked):

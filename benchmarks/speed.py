@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots, table
+from benchmarks.machine import vendor
 from benchmarks.targets import Target, best_of_torch, median
 
 Row = dict[str, Any]
-BEGIN, END = "<!-- benchmark -->", "<!-- /benchmark -->"
-PLOT = "speed.png"  # beside the page
+BEGIN, END = "<!-- benchmark {} -->", "<!-- /benchmark {} -->"  # for each kind of processor
+PLOT = "speed-{}.png"  # beside the page
 D, MASK = 64, "causal"
 
 
@@ -24,6 +25,7 @@ def text(rows: Sequence[Row], facts: Mapping[str, str], found: Sequence[Target],
     lines = [
         f"Causal attention, D = {D}, float32, on {facts['processor']} with {facts['threads']} threads for everybody; BLAS",
         f"{facts['BLAS']} with its {facts['kernels']} kernels; {plots.versions(facts)}.",
+        f"Products of tiles alone, one thread, NumPy's rate over torch's: {facts.get('products', 'not measured')}.",
         f"Written by `{command}` on {facts['time'].partition(' ')[0]}.",
         "How many times longer the others take, in the same rounds on the same arrays:",
         "",
@@ -51,31 +53,34 @@ def text(rows: Sequence[Row], facts: Mapping[str, str], found: Sequence[Target],
     return "\n".join(lines)
 
 
-def check(file: Path) -> None:
-    """Before an hour of measuring: is there a place to write to?"""
+def check(file: Path, kind: str) -> None:
+    """Before an hour of measuring: is there a place to write to? kind : see `benchmarks.machine.vendor`"""
     try:
         page = file.read_text()
     except OSError as error:
         raise SystemExit(f"{file}: {error}") from None
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
-        raise SystemExit(f"{file}: expected one {BEGIN} and behind it one {END}, between which the table goes")
+    begin, end = BEGIN.format(kind), END.format(kind)
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+        raise SystemExit(f"{file}: expected one {begin} and behind it one {end}, between which the table goes")
 
 
 def write(file: Path, rows: Sequence[Row], facts: Mapping[str, str], found: Sequence[Target], command: str) -> list[Path]:
     """Fills the page, and draws the plot that it shows; returns what was written."""
-    check(file)
+    kind = vendor(facts["processor"])
+    check(file, kind)
     if not any(plots.chosen(rows, D, MASK, backward) for backward in plots.KINDS.values()):
         raise SystemExit(f"{file}: nothing to write, no row of attention with D = {D} and {MASK} was measured")
-    written, picture = [file], file.parent / PLOT
+    written, picture = [file], file.parent / PLOT.format(kind.lower())
     shown = ""
     try:
         if plots.throughput(rows, facts, picture, [(D, MASK)]):
             written.append(picture)
-            shown = f"\n![GFLOP/s against L: npattn, its limits and its peers]({PLOT})\n"
+            shown = f"\n![GFLOP/s against L: npattn, its limits and its peers]({picture.name})\n"
     except ImportError as error:
         print(error)
     page = file.read_text()
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    file.write_text(f"{before}{BEGIN}\n{text(rows, facts, found, command)}\n{shown}{END}{after}")
+    begin, end = BEGIN.format(kind), END.format(kind)
+    before, rest = page.split(begin)
+    _, after = rest.split(end)
+    file.write_text(f"{before}{begin}\n{text(rows, facts, found, command)}\n{shown}{end}{after}")
     return written

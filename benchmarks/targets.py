@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from benchmarks import attention, memory
+from benchmarks import attention, decode, memory, multihead
 from benchmarks import rnn as rnn_
 from benchmarks.attention import AIMED
-from benchmarks.machine import has_avx2_kernels
 
 Row = dict[str, Any]
 
@@ -55,36 +55,62 @@ def known(x: Iterable[float | None]) -> list[float]:
     return [v for v in x if v is not None]
 
 
-def targets(rows: Sequence[Row], avx2: bool | None = None) -> list[Target]:
-    avx2 = has_avx2_kernels() if avx2 is None else avx2
+def targets(rows: Sequence[Row], intel: bool) -> list[Target]:
+    """intel : whether the processor is Intel's, where torch has a faster BLAS than NumPy"""
     grid = [r for r in rows if r["verb"] == "attention" and "roofline" in r]
     aimed = [r for r in grid if r["case"]["dtype"] == "float32" and all(r["case"][n] in x for n, x in AIMED.items())
              and r["case"]["G"] in (0, r["case"]["H"])]  # fmt: skip
     forward, both = ([r for r in aimed if r["case"]["backward"] is b] for b in (False, True))
     all_of_them = len(AIMED["L"]) * len(AIMED["D"]) * len(AIMED["mask"])
     found = []
-    for text, some, high, low in (("forward", forward, 1.4, 1.0), ("forward + backward", both, 1.7, 1.25)):
+    for text, some in (("forward", forward), ("forward + backward", both)):
         values = known(best_of_torch(r) for r in some)
-        found.append(Target(f"torch SDPA's best CPU backend, {text}", low if avx2 else high, values, all_of_them, mean))
+        found.append(Target(f"torch SDPA's best CPU backend, {text}", 0.95 if intel else 1.25, values, all_of_them, mean))
     for text, some in (("forward", forward), ("forward + backward", both)):
         values = known(median(r, "jax") for r in some)
-        found.append(Target(f"jax dot_product_attention, jitted, {text}", 4.0, values, all_of_them, mean))
+        found.append(Target(f"jax dot_product_attention, jitted, {text}", 3.5, values, all_of_them, mean))
     values = known(median(r, "onnxruntime") for r in forward)
-    found.append(Target("onnxruntime Attention, forward", 0.75 if avx2 else 1.05, values, all_of_them, mean))
-    for text, some in (("forward", forward), ("forward + backward", both)):
+    found.append(Target("onnxruntime Attention, forward", 1.5, values, all_of_them, mean))
+    for text, some, needed in (("forward", forward, 90.0), ("forward + backward", both, 88.0)):
         values = [100 * r["roofline"]["own"]["median"] for r in some if "own" in r["roofline"]]
         name = f"roofline of its own products and exponentials, {text}"
-        found.append(Target(name, 85.0, values, all_of_them, mean, unit="%"))
-    found += _rnn(rows) + _masks(rows) + _memory(rows)
-    every = known(best_of_torch(r) for r in grid if r["case"]["L"] >= 256)
-    needed = sum(case.L >= 256 for case in attention.grid("full"))
-    found.append(Target("every row of the grid with L >= 256, of torch's best", 0.8, every, needed, min))
+        found.append(Target(name, needed, values, all_of_them, mean, unit="%"))
+    found += _decode(rows) + _layers(rows, intel) + _rnn(rows, intel) + _masks(rows) + _memory(rows)
+    for text, least, lengths, dtype, join in (
+        ("every row of the grid with L >= 256", (0.8, 0.9), (256, math.inf), "float32", min),
+        ("L = 128, many heads, with gradients", (0.9, 1.0), (128, 128), "float32", mean),
+        ("float64", (0.95, 1.2), (1, math.inf), "float64", mean),
+    ):
+        def counts(case: Any, lengths: Any = lengths, dtype: str = dtype) -> bool:
+            long_enough: bool = lengths[0] <= case["L"] <= lengths[1]
+            return long_enough and case["dtype"] == dtype and (case["L"] > 128 or case["backward"])
+
+        values = known(best_of_torch(r) for r in grid if counts(r["case"]))
+        rows_needed = sum(counts(asdict(case)) for case in attention.grid("full"))
+        found.append(Target(f"{text}, of torch's best", least[0] if intel else least[1], values, rows_needed, join))
     return found
 
 
-def _rnn(rows: Sequence[Row]) -> list[Target]:
+def _decode(rows: Sequence[Row]) -> list[Target]:
+    some = [r for r in rows if r["verb"] == "decode" and r["case"]["L"] == 1]
+    every = [case for case in decode.grid("full") if case.L == 1]
+    return [
+        Target("one query, S = 1024, of torch's best", 1.0, known(best_of_torch(r) for r in some if r["case"]["S"] == 1024),
+               sum(case.S == 1024 for case in every), mean),
+        Target("one query, S >= 4096, of torch's best", 2.0, known(best_of_torch(r) for r in some if r["case"]["S"] >= 4096),
+               sum(case.S >= 4096 for case in every), mean),
+    ]  # fmt: skip
+
+
+def _layers(rows: Sequence[Row], intel: bool) -> list[Target]:
+    values = known(median(r, "torch") for r in rows if r["verb"] == "multihead")
+    return [Target("torch.nn.MultiheadAttention", 0.95 if intel else 1.1, values, len(multihead.grid("full")), mean)]
+
+
+def _rnn(rows: Sequence[Row], intel: bool) -> list[Target]:
     found = []
-    for text, backward, needed in (("forward", False, 1.3), ("forward + backward", True, 1.5)):
+    for text, backward in (("forward", False), ("forward + backward", True)):
+        needed = 1.3 if intel else 1.6
         some = [r for r in rows if r["verb"] == "rnn" and r["case"]["backward"] is backward]
         count = sum(s.backward is backward for s in rnn_.grid("full"))
         found.append(Target(f"torch.nn.RNN, {text}", needed, known(median(r, "torch.nn.RNN") for r in some), count, mean))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,21 @@ from npattn.tolerances import TERMS_EPS
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import attention, harness, machine, memory, multihead, plots, rivals, rnn, roofline, scaling, speed, targets
+from benchmarks import (
+    attention,
+    harness,
+    machine,
+    memory,
+    multihead,
+    plots,
+    rivals,
+    rnn,
+    roofline,
+    scaling,
+    speed,
+    table,
+    targets,
+)
 from benchmarks.__main__ import how, main, parse, together
 from benchmarks.__main__ import stored as read_stored
 from benchmarks.cases import Case, draw, heads, truth
@@ -318,16 +333,17 @@ def grid_of_results(torch=1.5):
 
 
 def test_targets(capsys):
-    found = {t.text: t for t in targets.targets(grid_of_results(), avx2=False)}
-    assert found["torch SDPA's best CPU backend, forward"].verdict == "reached"
-    assert found["torch SDPA's best CPU backend, forward + backward"].verdict == "NOT REACHED"
+    found = {t.text: t for t in targets.targets(grid_of_results(1.0), intel=False)}
+    assert found["torch SDPA's best CPU backend, forward"].verdict == "NOT REACHED"
+    assert found["L = 128, many heads, with gradients, of torch's best"].verdict == "reached"
+    assert found["roofline of its own products and exponentials, forward"].verdict == "reached"
     assert found["every row of the grid with L >= 256, of torch's best"].verdict == "reached"
     assert found["torch.nn.RNN, forward"].verdict == "not measured"
     assert found["memory at L = 65536, one head, D = 64, causal, forward + backward"].value == pytest.approx(63)
-    slower = {t.text: t for t in targets.targets(grid_of_results(1.3), avx2=True)}
-    assert slower["torch SDPA's best CPU backend, forward + backward"].verdict == "reached"
-    assert slower["onnxruntime Attention, forward"].needed == 0.75
-    part = targets.targets(grid_of_results()[:40], avx2=False)
+    slower = {t.text: t for t in targets.targets(grid_of_results(1.0), intel=True)}
+    assert slower["torch SDPA's best CPU backend, forward"].verdict == "reached"
+    assert slower["torch.nn.RNN, forward"].needed < found["torch.nn.RNN, forward"].needed
+    part = targets.targets(grid_of_results()[:40], intel=False)
     assert part[0].verdict.endswith("so far")
     targets.show(list(found.values()))
     assert "NOT REACHED" in capsys.readouterr().out
@@ -336,21 +352,21 @@ def test_targets(capsys):
 @pytest.mark.usefixtures("alone")
 def test_the_page_is_filled_between_its_comments(tmp_path, monkeypatch):
     page = tmp_path / "speed.md"
-    page.write_text("before\n<!-- benchmark -->\nold\n<!-- /benchmark -->\nafter\n")
+    page.write_text("before\n<!-- benchmark AMD -->\nold\n<!-- /benchmark AMD -->\nafter\n")
     monkeypatch.setattr(plots, "throughput", lambda *args: False)
-    facts = machine.facts()
+    facts = {**machine.facts(), "processor": "an AMD"}
     rows = grid_of_results()
-    speed.write(page, rows, facts, targets.targets(rows, avx2=False), "the command")
+    speed.write(page, rows, facts, targets.targets(rows, intel=False), "the command")
     text = page.read_text()
-    assert text.startswith("before\n<!-- benchmark -->\n")
-    assert text.endswith("<!-- /benchmark -->\nafter\n")
+    assert text.startswith("before\n<!-- benchmark AMD -->\n")
+    assert text.endswith("<!-- /benchmark AMD -->\nafter\n")
     assert "old" not in text
     assert "`the command`" in text
     assert "| 1000.0 ms |" in next(line for line in text.splitlines() if line.startswith("| forward | 2048 |"))
     assert facts["BLAS"] in text
     page.write_text("no comments")
-    with pytest.raises(SystemExit, match="expected one <!-- benchmark -->"):
-        speed.check(page)
+    with pytest.raises(SystemExit, match="expected one <!-- benchmark AMD -->"):
+        speed.check(page, "AMD")
     with pytest.raises(SystemExit):
         main(["rnn", "--write", str(page)])
 
@@ -363,11 +379,11 @@ def test_plots(tmp_path, monkeypatch, capsys):
     made = plots.draw_all(rows, machine.facts(), tmp_path / "all")
     assert [f.name for f in made] == ["throughput.png", "speedup.png", "rnn.png", "memory.png"]
     page = tmp_path / "speed.md"
-    page.write_text("<!-- benchmark --><!-- /benchmark -->")
+    page.write_text("".join(f"<!-- benchmark {x} --><!-- /benchmark {x} -->" for x in ("AMD", "Intel", "other")))
     some = [Case(L, 64, mask="causal", backward=b) for L in (8, 16) for b in (False, True)]
     monkeypatch.setattr(attention, "grid", lambda size: some)
     stored(tmp_path, "attention", "--only", "L=8 ", "--plot", str(tmp_path / "plots"), "--write", str(page))
-    for file in (*made, tmp_path / "plots" / "throughput.png", tmp_path / "speed.png"):
+    for file in (*made, tmp_path / "plots" / "throughput.png", next(tmp_path.glob("speed-*.png"))):
         assert file.read_bytes().startswith(b"\x89PNG")
     assert "| forward | 8 |" in page.read_text()
     assert "![" in page.read_text()
@@ -421,3 +437,31 @@ def test_a_file_that_was_not_stored_is_refused(text, tmp_path):
         file.write_text(text)
     with pytest.raises(SystemExit, match=r"--from .*x\.json: "):
         read_stored(file)
+
+
+@pytest.mark.parametrize(
+    ("used", "unsteady", "message"),
+    [(0, np.inf, ""), (90, np.inf, "other work uses "), (0, 0.0, "one and the same product takes ")],
+)
+def test_a_busy_machine_is_told(used, unsteady, message, monkeypatch):
+    """Ticks that all processors have worked in a short sleep, and times of one product."""
+    ticks = iter([0, used])
+    monkeypatch.setattr(machine, "_ticks", lambda stat: next(ticks))
+    monkeypatch.setattr(machine, "UNSTEADY", unsteady)
+    told = machine.busy(seconds=0.01)
+    assert told.startswith(message)
+    assert bool(told) == bool(message)
+
+
+def test_rows_that_have_no_time_are_named(capsys):
+    cases = [SimpleNamespace(name=name) for name in "abc"]
+    row = {"seconds": {}, "base": "x", "left_out": {}, "ratios": {}, "restless": [], "errors": {}}
+    start = time.monotonic()
+
+    def measure(case):
+        time.sleep(0.02)
+        return {**row, "name": case.name}
+
+    rows = table.measured("title", (), cases, measure, "", lambda row: None, until=start + 0.01)
+    assert [r["name"] for r in rows] == ["a"]
+    assert "left out, because the time is over: b, c\n" in capsys.readouterr().out
