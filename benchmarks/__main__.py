@@ -83,7 +83,8 @@ def stored(file: Path) -> dict[str, Any]:
 def together(files: list[Path]) -> tuple[dict[str, Any], list[str]]:
     """What was stored in parts, on one machine, and the commands that did."""
     parts = [stored(file) for file in files]
-    same = [{n: x for n, x in part["environment"].items() if n not in ("time", "load", "measured", "products")} for part in parts]
+    measured = ("time", "load", "products")
+    same = [{n: x for n, x in part["environment"].items() if n not in measured} for part in parts]
     for file, facts in zip(files, same, strict=True):
         if facts != same[0]:
             other = next(n for n in [*facts, *same[0]] if facts.get(n) != same[0].get(n))

@@ -6,13 +6,11 @@ import functools
 import importlib
 import os
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 OTHERS = 0.3  # processors that other work may use
 UNSTEADY = 2.0  # the median of equal products may take so many times as long as the fastest tenth
-TILES = ((1024, 64, 256), (1024, 256, 64), (1024, 128, 256))  # q k^T and p v with D = 64, q k^T with D = 128
 LIBRARIES = ("torch", "jax", "onnxruntime", "onnx", "threadpoolctl", "matplotlib")
 
 
@@ -48,42 +46,13 @@ def library(name: str) -> Any:
         raise ImportError(f"{missing} is not installed: pip install npattn[peers], or {missing} alone") from error
 
 
-@functools.cache
-def products() -> dict[str, float]:
-    """For the products of a tile: NumPy's rate over torch's, on one thread, in turns. Empty without torch.
-
-    torch brings a BLAS of its own. What its attention gains by it no code in NumPy can reach.
-    """
-    import numpy as np
-
-    try:
-        torch = library("torch")
-        from threadpoolctl import threadpool_limits
-    except ImportError:
-        return {}
-    found, before = {}, torch.get_num_threads()
-    torch.set_num_threads(1)
-    with threadpool_limits(1):
-        for m, k, n in TILES:
-            a, b, out = (np.ones(shape, np.float32) for shape in ((m, k), (k, n), (m, n)))
-            ta, tb, to = map(torch.from_numpy, (a, b, out))
-            calls, times = (partial(np.matmul, a, b, out=out), partial(torch.matmul, ta, tb, out=to)), (list[float](), list[float]())
-            for _ in range(60):
-                for call, own in zip(calls, times, strict=True):
-                    call()
-                    start = time.perf_counter()
-                    call()
-                    own.append(time.perf_counter() - start)
-            found[f"{m} x {k} x {n}"] = float(np.median(times[1]) / np.median(times[0]))
-    torch.set_num_threads(before)
-    return found
-
-
 def facts() -> dict[str, str]:
     """`npattn.environment.describe`, the processor, how busy it is, and the rivals' versions, absent ones as absent."""
+    from npattn import environment
+
     found = {"time": time.strftime("%Y-%m-%d %H:%M"), "processor": processor(), **_described()}
     found["threads"] = str(threads())
-    if rates := products():
+    if rates := environment.product_rates():
         found["products"] = ", ".join(f"{rate:.2f} ({shape})" for shape, rate in rates.items())
     if hasattr(os, "getloadavg"):
         found["load"] = f"{os.getloadavg()[0]:.1f}"
@@ -111,9 +80,6 @@ def print_facts(found: dict[str, str]) -> None:
         print(f"products of tiles alone, one thread, NumPy's rate over torch's: {found['products']}")
     if found["threadpoolctl"] == "absent":
         print("threadpoolctl is not installed: npattn's blockwise attention runs on one thread; pip install npattn[fast]")
-    for name in ("advice", "measured"):
-        if name in found:
-            print(found[name])
     for name in LIBRARIES:
         if found[name] == "absent":
             print(f"absent: {name} is not installed")

@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("--write", metavar="FILE", type=file, help="write the page there instead of printing it")
     p.add_argument("--only", metavar="NAME", action="append", type=some_text, default=[], help="this built-in candidate alone")
     p.set_defaults(run=peers_command)
-    verbs.add_parser("env", help="what this machine computes with").set_defaults(run=env_command)
+    verbs.add_parser("env", help="what this machine computes with, and what would be faster").set_defaults(run=env_command)
     given = parser.parse_args(arguments)
     try:
         with _ended_is_interrupted():
@@ -275,4 +275,5 @@ def peers_command(given: argparse.Namespace) -> int:
 
 def env_command(given: argparse.Namespace) -> int:
     say(*(f"{name:12} {value}" for name, value in environment.describe().items()))
+    say(*(f"{'faster':12} {text}" for text in environment.advice() or ["nothing that was tried"]))
     return OK

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib.util
+import json
 import os
 import platform
 import subprocess
@@ -16,21 +19,46 @@ import scipy
 import npattn
 from npattn.ops import exponentials
 
-# Prints the best time of several square products in float32, in seconds. It runs in a process of its own, because OpenBLAS
-# chooses its kernels when it is loaded.
-_PRODUCT = """
-import time, numpy as np
-x = np.ones((768, 768), np.float32)
-x @ x
-times = []
-for _ in range(30):
-    start = time.perf_counter(); x @ x; times.append(time.perf_counter() - start)
-print(min(times))
+# Prints seconds, the best of several: attention with its gradients, and what it is made of, a product and exponentials. It runs
+# in a process of its own, because NumPy and BLAS read their settings when they are loaded.
+_WORK = """
+import json, time, numpy as np, npattn
+def best(call, times):
+    call()
+    found = []
+    for _ in range(times):
+        start = time.perf_counter(); call(); found.append(time.perf_counter() - start)
+    return min(found)
+x, q = np.ones((768, 768), np.float32), np.ones((1, 8, 768, 64), np.float32) / 8
+def both():
+    out, cache = npattn.blockwise_forward(q, q, q); npattn.blockwise_backward(out, cache)
+print(json.dumps({"attention": best(both, 5), "product": best(lambda: x @ x, 20), "exp": best(lambda: np.exp(x), 20)}))
 """
+
+# Prints how many times as long NumPy's BLAS takes for the products of a tile as torch's, on one thread, in turns.
+_PRODUCTS = """
+import json, time, numpy as np, torch
+from threadpoolctl import threadpool_limits
+torch.set_num_threads(1)
+found = {}
+with threadpool_limits(1):
+    for m, k, n in ((1024, 64, 256), (1024, 256, 64), (1024, 128, 256)):
+        a, b, out = (np.ones(shape, np.float32) for shape in ((m, k), (k, n), (m, n)))
+        x, y, z = map(torch.from_numpy, (a, b, out))
+        calls = lambda: np.matmul(a, b, out=out), lambda: torch.matmul(x, y, out=z)
+        times = [], []
+        for _ in range(60):
+            for call, own in zip(calls, times):
+                call(); start = time.perf_counter(); call(); own.append(time.perf_counter() - start)
+        ours, theirs = (sorted(own)[len(own) // 2] for own in times)
+        found[f"{m} x {k} x {n}"] = theirs / ours
+print(json.dumps(found))
+"""
+WORTH = 1.1  # times as fast: less is within the noise
 
 
 def describe() -> dict[str, str]:
-    """Facts by name; the last ones measure how fast another OpenBLAS kernel set would be here, where there is one."""
+    """Facts by name. What would be faster: `advice`."""
     blas = openblas()
     config: Any = np.show_config
     build = config(mode="dicts")["Build Dependencies"]["blas"]
@@ -45,41 +73,86 @@ def describe() -> dict[str, str]:
         "threads": blas.get("threads", "unknown"),
         "longdouble": f"{np.finfo(np.longdouble).nmant + 1} bits of precision",
     }
-    if facts["kernels"] in ("Haswell", "Zen", "SkylakeX", "Cooperlake", "SapphireRapids") and exponentials.has_avx512():
-        facts |= _kernel_advice(facts["kernels"])
+    if facts["kernels"] in ("SkylakeX", "Cooperlake", "SapphireRapids"):
+        facts["kernels"] += " (AVX-512)"
     return facts
 
 
-def _kernel_advice(kernels: str) -> dict[str, str]:
-    if kernels not in ("Haswell", "Zen"):
-        return {"kernels": f"{kernels} (AVX-512)"}
-    now, other = _time_products(("", "SkylakeX"))
-    if not (now and other):
-        return {"advice": f"{kernels} kernels are for AVX2, and this processor has AVX-512: try OPENBLAS_CORETYPE=SkylakeX"}
-    rates = [2e-9 * 768**3 / t for t in (now, other)]
-    return {
-        "advice": f"OpenBLAS has picked its {kernels} kernels (AVX2), but this processor has AVX-512: set "
-        f"OPENBLAS_CORETYPE=SkylakeX before Python starts",
-        "measured": f"a product of 768 x 768 float32 runs at {rates[0]:.0f} GFLOP/s now and at {rates[1]:.0f} with it "
-        f"({rates[1] / rates[0]:.2f}x)",
-    }
+def advice() -> list[str]:
+    """What would be faster here, and by how much, measured in processes of their own; empty if nothing would."""
+    found, tried = list[str](), _settings()
+    times = _in_turns({"": {}, **tried})
+    now = times.pop("", {})
+    for text, other in times.items():
+        gain = now["attention"] / other["attention"]
+        if gain >= WORTH:
+            parts = ", ".join(f"{name} {now[name] / other[name]:.2f}x" for name in ("product", "exp"))
+            found.append(f"{text}: attention with gradients is {gain:.2f} times as fast (alone: {parts})")
+    if importlib.util.find_spec("threadpoolctl") is None:
+        found.append("pip install npattn[fast]: without threadpoolctl blockwise attention uses one thread of its own")
+    if not exponentials.has_avx512() and "avx512f" in _flags():
+        found.append("another build of NumPy: this one does not use the processor's AVX-512 (np.show_config)")
+    slower = {shape: 1 / rate for shape, rate in product_rates().items() if rate < 1 / WORTH}
+    if slower:
+        shapes = ", ".join(f"{rate:.2f}x {shape}" for shape, rate in slower.items())
+        found.append(f"a NumPy with another BLAS: torch's computes products of tiles faster, on one thread ({shapes})")
+    return found
 
 
-def _time_products(core_types: tuple[str, ...]) -> list[float | None]:
-    """The best time with each kernel set. Their processes take turns, so that other load slows all alike."""
-    best: list[float | None] = [None] * len(core_types)
-    for _ in range(3):
-        for i, core_type in enumerate(core_types):
-            setting = {"OPENBLAS_CORETYPE": core_type} if core_type else {}
-            try:
-                run = subprocess.run(
-                    [sys.executable, "-c", _PRODUCT], env={**os.environ, **setting}, capture_output=True, text=True, timeout=60
-                )
-                seconds = float(run.stdout)
-            except (OSError, ValueError, subprocess.TimeoutExpired):
-                continue
-            best[i] = min(seconds, best[i] or seconds)
-    return best
+def _settings() -> dict[str, dict[str, str | None]]:
+    """What may be faster: a text, and environment variables with their values (None: not set)."""
+    blas, found = openblas(), dict[str, dict[str, str | None]]()
+    if "OPENBLAS_CORETYPE" in os.environ:
+        found[f"without OPENBLAS_CORETYPE={os.environ['OPENBLAS_CORETYPE']}"] = {"OPENBLAS_CORETYPE": None}
+    elif blas.get("kernels") in ("Haswell", "Zen") and exponentials.has_avx512():
+        found["with OPENBLAS_CORETYPE=SkylakeX, since its kernels are for AVX2"] = {"OPENBLAS_CORETYPE": "SkylakeX"}
+    if "NPY_DISABLE_CPU_FEATURES" in os.environ:
+        found["without NPY_DISABLE_CPU_FEATURES"] = {"NPY_DISABLE_CPU_FEATURES": None}
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for threads in sorted({mine, max(mine // 2, 1)} - {int(blas.get("threads", mine))}):
+        found[f"with {threads} thread{'s' if threads > 1 else ''} (OPENBLAS_NUM_THREADS)"] = dict.fromkeys(
+            ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), str(threads)
+        )
+    return found
+
+
+def _in_turns(settings: dict[str, dict[str, str | None]]) -> dict[str, dict[str, float]]:
+    """The best times under each setting. Their processes take turns, so that other work slows all alike."""
+    best: dict[str, dict[str, float]] = {}
+    for _ in range(3 if len(settings) > 1 else 0):
+        for text, variables in settings.items():
+            if seconds := _output(_WORK, variables):
+                old = best.setdefault(text, seconds)
+                best[text] = {name: min(x, old[name]) for name, x in seconds.items()}
+    return best if "" in best else {}
+
+
+@functools.cache
+def product_rates() -> dict[str, float]:
+    """For the products of a tile NumPy's rate over torch's, on one thread; empty without torch and threadpoolctl.
+
+    torch brings a BLAS of its own. What its attention gains by that no code in NumPy can reach.
+    """
+    here = all(importlib.util.find_spec(name) for name in ("torch", "threadpoolctl"))
+    return _output(_PRODUCTS, {}) if here else {}
+
+
+def _output(code: str, variables: dict[str, str | None]) -> dict[str, float]:
+    """What a process with these environment variables prints; empty if it fails."""
+    environment = {name: x for name, x in {**os.environ, **variables}.items() if x is not None}
+    try:
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+        found: dict[str, float] = json.loads(run.stdout)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return {}
+    return found
+
+
+def _flags() -> set[str]:
+    """What the processor can, where Linux says so."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def openblas() -> dict[str, str]:
