@@ -134,7 +134,7 @@ def forward(call: Call, sizes: Sizes = SIZES, keep: bool = True) -> tuple[Array,
             out[heads.index][..., rows, :] = a
 
     tasks = itertools.product(reversed(range(len(plan.rows))), plan.heads)
-    share(work, tasks, partial(Buffers, c.computing), most=1 if plan.small else None, threads=sizes.threads)
+    share(work, tasks, partial(Buffers, c.computing), most=plan.most, threads=sizes.threads)
     out, lse = as_given(call, out, lse)
     return out, AttentionCache(call, None, lse, Kept(kept, total, sizes, plan.bases))
 
@@ -244,7 +244,7 @@ class Backward:
         """dq, dk, dv, dbias, dsink and dscale."""
         c, plan, sizes, dbias = self.c, self.plan, self.kept.sizes, self.dbias
         on_threads = partial(share, buffers=partial(Buffers, c.computing), threads=sizes.threads)
-        most = 1 if plan.small else None
+        most = plan.most
         light = 1 if max(c.q.size, c.k.size, c.v.size) < sizes.light else most
         one_adds = 1 if dbias is not None else most
         on_threads(self.prepare, plan.heads, most=light)

@@ -124,6 +124,8 @@ class Plan:
         # Whether the work is too small for a second thread.
         rows, columns = max(self.L * self.readers, sizes.few_rows), max(self.D, self.E, sizes.few_features)
         self.small = math.prod(self.lead) // self.readers * rows * self.S * columns < sizes.small
+        # The most threads that are of use. To read many keys takes longer than to multiply them by a few queries.
+        self.most = 1 if self.small and call.k.size + call.v.size < sizes.light else None
         self.heads_together = self._heads_together()
         self.heads = self._bundles()
         self.row_parts, self.col_parts = self._tiles()  # each tile as its parts, side by side
