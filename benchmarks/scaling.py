@@ -34,7 +34,7 @@ def line(lengths: Sequence[float], y: Sequence[float]) -> tuple[float, float, fl
 
 
 def run(size: str, plan: harness.Plan, text: str = "", done: Callable[[Row], None] = harness.nobody) -> list[Row]:
-    lengths = {"tiny": (8, 16), "quick": (1024, 2048, 4096)}.get(size, (1024, 2048, 4096, 8192, 16384))
+    lengths = {"tiny": (8, 16), "quick": (256, 512, 1024, 2048, 4096)}.get(size, (256, 512, 1024, 2048, 4096, 8192, 16384))
     D, H = (4, 1) if size == "tiny" else (64, 2)
     rows = []
     table.head("scaling: the same heads, longer and longer", NAMES[1:])

@@ -104,6 +104,8 @@ def add_verify(verbs: Any, statuses: dict[int, str]) -> Any:
     v.add_argument("--timeout", type=_seconds, default=TIMEOUT, metavar="SECONDS", **once,
                    help=f"a call that takes longer hangs (default {TIMEOUT:g})")  # fmt: skip
     v.add_argument("--deep", action="store_true", help="three seeds, and options in random combinations")
+    v.add_argument("--fuzz", type=_seconds, metavar="SECONDS", **once,
+                   help="draw cases of any sizes, options, inputs and layouts for so long, or until one is wrong")  # fmt: skip
     v.add_argument("--shrink", action="store_true", help="make the first case that is wrong as small as it still fails")
     v.add_argument("--save", metavar="FILE", type=file, **once, help="write that case there, as .npz")
     v.add_argument("-x", dest="stop", action="store_true", help="stop at the first case that is wrong")
@@ -123,9 +125,10 @@ def add_verify(verbs: Any, statuses: dict[int, str]) -> Any:
 ALONE = ("self_test", "list_candidates", "list_conventions")  # what has nothing to do with a candidate
 RUNS_NOTHING = (
     "json", "save", "shrink", "stop", "require", "expect_failure", "rule", "diagnose", "backward", "level", "precision",
-    "convention", "causal", "timeout",
+    "convention", "causal", "timeout", "fuzz",
 )  # fmt: skip
 """What --list would ignore."""
+NAMED_CASES = ("case", "text", "deep", "require", "expect_failure", "shrink", "stop")  # --fuzz draws others, and always shrinks
 FLAGS = ("deep", "shrink", "stop", *ALONE, "list", "rule", "require", "expect_failure")
 NAMED = {"candidate": "a candidate", "text": "-k", "stop": "-x", "diagnose": "--no-diagnosis"}
 
@@ -140,7 +143,7 @@ def check_together(given: argparse.Namespace) -> None:
         return NAMED.get(name, f"--{name.replace('_', '-')}")
 
     pairs = [(alone, other) for alone in ALONE for other in sorted(present) if (alone, other) != ("self_test", "op")]
-    pairs += [("list", other) for other in RUNS_NOTHING] + [("case", "text")]
+    pairs += [("list", other) for other in RUNS_NOTHING] + [("case", "text")] + [("fuzz", other) for other in NAMED_CASES]
     pairs += [("causal", "convention")] if "causal=" in given.convention else []
     for a, b in pairs:
         if a in present and b in present and a != b:

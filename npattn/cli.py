@@ -24,6 +24,7 @@ from npattn import environment
 from npattn.arguments import add_verify, asked, check_together, check_writable, file, some_text
 from npattn.verify import CandidateError, Report, Result, text
 from npattn.verify.api import each_result
+from npattn.verify.fuzz import Fuzz
 from npattn.verify.ops import OPS
 from npattn.verify.worker import LostError, Worker
 
@@ -135,23 +136,33 @@ def verify_command(given: argparse.Namespace) -> int:
 
         return OK if run_self_test(say, seeds([OPS[given.op]] if given.op else OPS.values())) else WRONG
     spec, cases, expected = asked(given)
+    numbers = range(given.seed, given.seed + (3 if given.deep else 1))
     if given.list:
         say(*text.cases(cases))
         return OK
     for option in ("json", "save"):
         check_writable(getattr(given, option), option)
+    if given.fuzz:
+        with Fuzz(spec, given.timeout, given.fuzz, given.seed) as fuzz:
+            return _run(given, fuzz.workers[0], fuzz.cases, fuzz.results(), None, fuzz.said)
     with Worker(spec, given.timeout) as worker:
-        return _run(given, worker, cases, expected)
+        found = each_result(worker.examine, cases, numbers, expected, given.stop)
+        return _run(given, worker, cases, found, len(cases) * len(numbers))
 
 
-def _run(given: argparse.Namespace, worker: Worker, cases: list[Any], expected: dict[str, str]) -> int:
-    """All cases, and a report of what was done, even if the run is interrupted or nobody reads what it prints."""
-    started, seeds = time.perf_counter(), range(given.seed, given.seed + (3 if given.deep else 1))
-    asked_for, results, unwritten = len(cases) * len(seeds), list[Result](), list[str]()
+def _run(
+    given: argparse.Namespace, worker: Worker, cases: list[Any], found: Iterator[Result], total: int | None,
+    said: Callable[[], Iterable[str]] = tuple,
+) -> int:  # fmt: skip
+    """All results, and a report of what was done, even if the run is interrupted or nobody reads what it prints.
+
+    total : of the results, if it is known before; cases : of which the results are; said : what else is reported
+    """
+    started, results, unwritten = time.perf_counter(), list[Result](), list[str]()
     interrupted = unread = False
     try:
-        with _progress(asked_for, given.verbose) as shown:
-            for result in each_result(worker.examine, cases, seeds, expected, given.stop):
+        with _progress(total, given.verbose) as shown:
+            for result in found:
                 results.append(result)
                 shown(text.describe(result, given.seed) if given.verbose else ())
     except KeyboardInterrupt:
@@ -159,13 +170,14 @@ def _run(given: argparse.Namespace, worker: Worker, cases: list[Any], expected: 
     except UnwrittenError as error:
         unwritten.append(str(error))
         unread = True
+    total = len(results) if total is None else total
     report = Report(results=results, level=given.level, precision=given.precision or "", rules=tuple(given.rule),
-                    asked=asked_for, interrupted=interrupted or unread, **dataclasses.asdict(worker.facts))  # fmt: skip
+                    asked=total, interrupted=interrupted or unread, **dataclasses.asdict(worker.facts))  # fmt: skip
     more: list[str] = []
     if not report.interrupted:
         try:
             report = dataclasses.replace(report, fits=worker.fitting_precision(report, cases))
-            more = list(_one(given, worker, cases, report, unwritten))
+            more = [*said(), *_one(given, worker, cases, report, unwritten)]
         except KeyboardInterrupt:
             interrupted, report = True, dataclasses.replace(report, interrupted=True)
     if worker.faults:
@@ -192,19 +204,22 @@ def _one(
     given: argparse.Namespace, worker: Worker, cases: list[Any], report: Report, unwritten: list[str]
 ) -> Iterator[str]:
     """The first case that is wrong, or the only one: made small, and saved. Yields what to say about that."""
-    if not (given.shrink or given.save):
+    if not (given.shrink or given.save or given.fuzz):
         return
     result = next(iter(report.wrong), report.results[0] if len(cases) == 1 else None)
     if result is None:
-        yield text.NOTHING_WRONG
+        if given.shrink or given.save:
+            yield text.NOTHING_WRONG
         return
     case = next(case for case in cases if case.name == result.case)
     try:
         if given.shrink and (result.status != "wrong" or not case.smaller()):
             yield text.not_shrunk(case.name, report.op, result.status == "wrong")
-        elif given.shrink:
+        elif given.shrink or given.fuzz:
             case, shapes, result = worker.shrink(case, result.seed)
             yield from text.smallest(shapes, result, given.seed)
+        if given.fuzz:
+            yield from ["", *(worker.code(case, result) or ["its arrays are too large to be printed: give --save"])]
         if given.save and (failure := worker.save(given.save.absolute(), case, result)):
             unwritten.append(f"--save {given.save}: {failure}")
         elif given.save:
@@ -216,7 +231,7 @@ def _one(
 
 
 @contextlib.contextmanager
-def _progress(total: int, verbose: bool) -> Iterator[Callable[[Iterable[str]], None]]:
+def _progress(total: int | None, verbose: bool) -> Iterator[Callable[[Iterable[str]], None]]:
     """Takes the lines of each case when it is done. On a terminal they stand above a progress bar, if rich is installed."""
     if sys.stdout is not None and sys.stdout.isatty():
         with contextlib.suppress(ImportError):
@@ -239,7 +254,7 @@ def _progress(total: int, verbose: bool) -> Iterator[Callable[[Iterable[str]], N
         done += 1
         if lines := list(lines):
             say(*lines)
-        tell(f"\r{done} of {total} cases")
+        tell(f"\r{done} of {total} cases" if total else f"\r{done} cases")
 
     def tell(what: str) -> None:
         if counts:

@@ -312,6 +312,7 @@ class Op:
     evidence: tuple[str, ...] = ()  # cases to run before NaN everywhere is explained
     basics: tuple[str, ...] = ()  # cases in which most mistakes do not show
     random_cases: Callable[[int, int], list[Any]] = lambda seed, count: []
+    space: Any = None  # the `npattn.verify.space.Space` from which --fuzz draws
 
     known: ClassVar[dict[str, Op]] = {}
 

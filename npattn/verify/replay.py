@@ -94,6 +94,54 @@ def save(path: Path, candidate: Candidate, case: Any, seed: int, settings: Setti
         np.savez(file, **flat)
 
 
+FEW = 3000  # numbers that are printed; what is larger is for --save
+
+
+def code(candidate: Candidate, spec: Any, case: Any, result: Result, settings: Settings) -> list[str]:
+    """A program that makes the call of a case without npattn, and prints how far its first wrong tensor is off.
+
+    spec : the names of the candidate and its backward, as they were given. Empty if the arrays are too large.
+    """
+    problem, precision = as_given(case, result.seed, settings)
+    wrong = next((c.tensor for c in result.checks if c.status == "wrong"), "")
+    backward = wrong in problem.gradients and spec.backward is not None
+    function = candidate.backward if backward else candidate.forward
+    options = candidate.in_convention(problem, candidate.arguments(problem, function, backward)[0]) if function else {}
+    truth = None if problem.op.undefined(problem, precision) else candidate.truth(problem, precision)
+    given = {**({"dout": problem.cotangents["dout"]} if backward else {}), **problem.inputs, **options}
+    arrays = [x for x in given.values() if isinstance(x, np.ndarray)]
+    plain = all(x is None or isinstance(x, (np.ndarray, int, float, str, bool, tuple)) for x in given.values())
+    if truth is None or wrong not in truth.values or not plain or sum(x.size for x in arrays) > FEW:
+        return []
+    where, _, name = spec.name.rpartition(":")
+    if backward:
+        name = spec.backward.rpartition(":")[2]
+        where = spec.backward.rpartition(":")[0] or where
+    at = (problem.gradients if backward else problem.outputs).index(wrong)
+    positional = [n for n in given if n not in options]
+    call = ", ".join([*positional, *(f"{n}={n}" for n in options)])
+    return [
+        "import numpy as np", "from numpy import inf, nan", *_imported(where, name), "",
+        *(f"{n} = {_literal(x)}" for n, x in given.items()),
+        f"want = {_literal(truth.values[wrong].astype(np.float64))}  # {wrong}",
+        f"got = {name}({call})",
+        f"got = [*got.values()][{at}] if isinstance(got, dict) else got[{at}] if isinstance(got, tuple) else got",
+        "print(np.abs(got - want).max())",
+    ]  # fmt: skip
+
+
+def _imported(where: str, name: str) -> list[str]:
+    """The lines that import a function from a module or a file."""
+    if not where.endswith(".py"):
+        return [f"from {where} import {name}"] if where else [f"# {name} is what npattn verify knows by that name"]
+    path = Path(where).resolve()
+    return ["import sys", f"sys.path.insert(0, {str(path.parent)!r})", f"from {path.stem} import {name}"]
+
+
+def _literal(x: Any) -> str:
+    return f"np.array({x.tolist()}, np.{x.dtype.name})" if isinstance(x, np.ndarray) else repr(x)
+
+
 def _flat(arrays: dict[str, Any]) -> dict[str, Any]:
     """Copies of the arrays; a parameter has the names of the whole and of its part."""
     return {f"{name}_{part}" if part else name: np.array(x) for name, part, x in parts(arrays) if x is not None}

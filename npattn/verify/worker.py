@@ -117,6 +117,11 @@ class Worker:
         found: tuple[Any, str, Result] = self._ask("shrink", case, seed)
         return found
 
+    def code(self, case: Any, result: Result) -> list[str]:
+        """The call of a case as a program of its own. Raises LostError."""
+        lines: list[str] = self._ask("code", case, result)
+        return lines
+
     def save(self, path: Path, case: Any, result: Result) -> str:
         """Write a case to a file. Returns why that failed, "" if it did not. Raises LostError."""
         return str(self._ask("save", path, case, result))
@@ -346,7 +351,7 @@ class LoadedCandidate:
         self.candidate = dataclasses.replace(
             loaded, forward=watched(loaded.forward, "forward"), backward=watched(loaded.backward, "backward")
         )
-        self.settings = spec.settings
+        self.spec, self.settings = spec, spec.settings
         self.diagnostician = Diagnostician(self.candidate.align) if spec.diagnose else None
 
     def examine(self, case: Any, seed: int) -> Result:
@@ -363,6 +368,9 @@ class LoadedCandidate:
         diagnostician = None if self.diagnostician is None else Diagnostician(self.candidate.align)
         result = examine_all(self.candidate, smaller, seed, self.settings, diagnostician)
         return smaller, replay.shapes(smaller, seed), result
+
+    def code(self, case: Any, result: Result) -> list[str]:
+        return replay.code(self.candidate, self.spec, case, result, self.settings)
 
     def save(self, path: Path, case: Any, result: Result) -> str:
         try:

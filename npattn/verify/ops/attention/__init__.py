@@ -24,6 +24,7 @@ from npattn.verify.ops.attention.draw import arguments, options_as_arrays
 from npattn.verify.ops.attention.equations import backward, facts, forward
 from npattn.verify.ops.attention.hypotheses import HYPOTHESES, of_earlier_calls
 from npattn.verify.ops.attention.relatives import AttentionRelatives
+from npattn.verify.ops.attention.space import SPACE
 from npattn.verify.ops.attention.truth import eager, overflow, reference, truth
 
 
@@ -76,6 +77,7 @@ ATTENTION = Op(
     basics=("plain", "bias BHLS", "softcap", "mask array", "sink", "dlse", "dropout_mask", "G < H", "causal top_left",
             "key_lengths"),
     random_cases=random_cases,
+    space=SPACE,
 )  # fmt: skip
 
 __all__ = ["ATTENTION", "backward_changes", "forward_changes"]
