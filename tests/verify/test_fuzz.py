@@ -1,4 +1,4 @@
-"""`npattn verify --fuzz`: what is drawn, what is learned from refusals, and what is reported of the first case that is wrong."""
+"""`npattn verify --fuzz`: what is drawn, what is learned from refusals, and what is said of the first case that is wrong."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from helpers import first
 
-from npattn import cli
-from npattn.verify import Candidate, check
+from npattn import attention, cli
+from npattn.verify import Candidate, Settings
+from npattn.verify.api import examine_all
 from npattn.verify.ops import OPS
+from npattn.verify.ops.attention.cases import Case
 from npattn.verify.ops.attention.space import LAYOUTS, LENGTHS, SPACE, WIDTHS, possible
 from npattn.verify.space import Drawer
 
@@ -79,7 +81,8 @@ def test_an_honest_kernel_holds_in_what_is_drawn(every):
     rng, rows = np.random.default_rng(0), [row for row, _ in drawn(300, space=ROWS)[1][::every]]
     cases = [case for n, row in enumerate(rows) if (case := SPACE.case(row, n, rng)) is not None]
     assert len(cases) > 0.9 * len(rows)
-    check(Candidate("blockwise", *OPS["attention"].candidates["blockwise"]()), cases=cases, diagnose=False)
+    candidate, settings = Candidate("blockwise", *OPS["attention"].candidates["blockwise"]()), Settings(power=False)
+    assert [case.name for case in cases if examine_all(candidate, case, 0, settings).status != "ok"] == []
 
 
 BUG = '''
@@ -136,3 +139,15 @@ def test_what_goes_not_together_is_usage(arguments, message, capsys):
         status = ended.code
     assert status == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [("sink",), ("dropout_mask",)])
+def test_outputs_whose_squares_underflow_have_a_sigma(options):
+    """In float64, beside a sink or a key that dropout takes, all other weights of a row may be 1e-200: found by drawing."""
+    case = Case("tiny outputs", options, "x30", {"H": 2, "G": 2, "L": 40, "S": 4, "D": 64, "E": 64},
+                dtype="float64")  # fmt: skip
+    problem = case.problem()
+    candidate = Candidate("blockwise", *OPS["attention"].candidates["blockwise"]())
+    tiny = np.abs(attention(problem.q, problem.k, problem.v, **problem.arguments))
+    assert ((tiny > 0) & (tiny < 1e-160)).any()
+    assert examine_all(candidate, case, 0, Settings(power=False)).status == "ok"

@@ -236,12 +236,16 @@ def _out(x: Call, p: Softmax) -> Out:
 def _sigma_of_centred(x: Call, p: Softmax) -> Array:
     """(6), (7): sigma of the centred sum.
 
-    (sum_j (p_j rho_j)^2 (v_j - o)^2 + (p_sink rho_sink o)^2)^(1/2), multiplied out, where v_j is dropout_mask_j v_j
+    (sum_j (p_j rho_j)^2 (v_j - o)^2 + (p_sink rho_sink o)^2)^(1/2), multiplied out, where v_j is dropout_mask_j v_j.
+    w and o are in units of about the largest w_j of the row. Beside a sink, or a key that dropout takes, all of them may be
+    below 1e-154, where squares underflow.
     """
-    squares = np.square(x.p * p.rho)
-    spread = (squares * np.square(x.drop)) @ np.square(x.v) - 2 * x.o * ((squares * x.drop) @ x.v)
-    spread = spread + np.square(x.o) * (squares.sum(-1, keepdims=True) + np.square(p.p_sink * p.rho_sink))
-    return np.asarray(np.sqrt(np.maximum(spread, 0.0)))
+    top = np.maximum(x.w.max(-1, keepdims=True, initial=0.0), np.finfo(x.w.dtype).smallest_normal)
+    unit = np.exp2(np.floor(np.log2(top)))  # so that to divide by it rounds nothing
+    weights, kept, o = x.p * p.rho, x.w / unit * p.rho, x.o / unit
+    others = np.square(weights).sum(-1, keepdims=True) + np.square(p.p_sink * p.rho_sink)
+    spread = np.square(kept) @ np.square(x.v) - 2 * o * ((weights * kept) @ x.v) + np.square(o) * others
+    return np.asarray(unit * np.sqrt(np.maximum(spread, 0.0)))
 
 
 def _bound_of_centred(x: Call, p: Softmax, hull: Array) -> Array:
