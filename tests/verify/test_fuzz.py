@@ -76,7 +76,7 @@ def test_what_is_refused_by_itself_is_not_drawn_again():
     assert drawer.not_taken() == others
 
 
-@pytest.mark.parametrize("every", first(1, [30, 1]))
+@pytest.mark.parametrize("every", first(1, [100, 1]))
 def test_an_honest_kernel_holds_in_what_is_drawn(every):
     rng, rows = np.random.default_rng(0), [row for row, _ in drawn(300, space=ROWS)[1][::every]]
     cases = [case for n, row in enumerate(rows) if (case := SPACE.case(row, n, rng)) is not None]
@@ -117,7 +117,7 @@ def test_what_is_wrong_under_two_conditions_is_found_made_small_and_printed_as_a
 
 
 def test_an_honest_one_is_right_and_told_what_was_met(capsys):
-    assert cli.main(["verify", "--fuzz", "4"]) == 0
+    assert cli.main(["verify", "--fuzz", "2"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("RIGHT: blockwise holds in all that was tested, ")
     assert " cases drawn; of the pairs of classes that it takes " in text
