@@ -90,7 +90,7 @@ def advice() -> list[str]:
             found.append(f"{text}: attention with gradients is {gain:.2f} times as fast (alone: {parts})")
     if importlib.util.find_spec("threadpoolctl") is None:
         found.append("pip install npattn[fast]: without threadpoolctl blockwise attention uses one thread of its own")
-    if not exponentials.has_avx512() and "avx512f" in _flags():
+    if not exponentials.has_avx512() and "avx512f" in _flags() and "NPY_DISABLE_CPU_FEATURES" not in os.environ:
         found.append("another build of NumPy: this one does not use the processor's AVX-512 (np.show_config)")
     slower = {shape: 1 / rate for shape, rate in product_rates().items() if rate < 1 / WORTH}
     if slower:

@@ -12,7 +12,7 @@ from npattn.tolerances import TERMS_EPS
 @pytest.mark.parametrize(
     ("lead", "group", "few", "n", "D"),
     [((), (), 2, 17, 5), ((2, 6), (2, 3), 1, 700, 128), ((2, 6), (2, 3), 2, 700, 128), ((4,), (2,), 8, 1025, 64),
-     ((3,), (1,), 5, 40, 1000), ((), (), 16, 129, 1), ((2,), (2,), 4, 20_001, 1), ((2,), (2,), 17, 40, 8)],
+     ((3,), (1,), 5, 40, 1000), ((), (), 4, 40, 0), ((), (), 16, 129, 1), ((2,), (2,), 4, 20_001, 1), ((2,), (2,), 17, 40, 8)],
 )  # fmt: skip
 def test_dots_of_few_rows(lead, group, few, n, D, dtype, avx512, monkeypatch):
     monkeypatch.setattr(products, "has_avx512", lambda: avx512)

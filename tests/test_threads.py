@@ -268,8 +268,8 @@ def test_an_interrupt_of_the_first_thread_ends_all(when):
 @pytest.mark.parametrize(("L", "starts"), [(8, (0, 0)), (100, (1, 1)), (200, (1, 3))])
 def test_what_is_small_wakes_no_thread(L, starts, monkeypatch):
     """Forwards, and backwards; there, what is done once a query has threads of its own where that is much."""
-    started, submit = [], parallel.HELPERS.submit
-    monkeypatch.setattr(parallel.HELPERS, "submit", lambda n, run: (started.append(n), submit(n, run))[1])
+    started, work = [], parallel.HELPERS.work
+    monkeypatch.setattr(parallel.HELPERS, "work", lambda run, futures: (started.append(run), work(run, futures))[1])
     x = np.random.default_rng(0).standard_normal((4, L, 8), np.float32)
     out, cache = blockwise_of(Sizes(threads=2, small=1 << 15, light=1 << 12), x, x, x)
     forward = len(started)

@@ -67,10 +67,10 @@ def dots(x: Array, y: Array, out: Array) -> Array:
     if not 1 < few <= FEW_ROWS < n:
         np.matmul(x, swap(y), out=result)
     elif has_avx512() and x.dtype in (np.float32, np.float64):
-        wide = min(max(PIECE // (few * x.shape[-1]), 1), n)
-        whole = n // wide * wide
-        pieces = y[..., :whole, :].reshape(*y.shape[:-2], -1, wide, y.shape[-1])
-        of_pieces = result[..., :whole].reshape(*result.shape[:-1], -1, wide).swapaxes(-3, -2)
+        wide = min(max(PIECE // max(few * x.shape[-1], 1), 1), n)
+        count, whole = n // wide, n // wide * wide
+        pieces = y[..., :whole, :].reshape(*y.shape[:-2], count, wide, y.shape[-1])
+        of_pieces = result[..., :whole].reshape(*result.shape[:-1], count, wide).swapaxes(-3, -2)
         np.matmul(x[..., None, :, :], swap(pieces), out=of_pieces)
         np.matmul(x, swap(y[..., whole:, :]), out=result[..., whole:])
     else:

@@ -14,8 +14,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import Any
 
 from npattn.ops.allowed import quiet
@@ -80,19 +81,31 @@ BLAS = _Blas()
 
 
 class _Helpers:
-    """Threads beside the caller's. They are kept: to start one takes 0.4 ms, to wake it a tenth of that."""
+    """Threads beside the caller's. They are kept: to start one takes 0.4 ms, to wake it a tenth of that.
+
+    Not those of ThreadPoolExecutor: an interrupt while it starts one may leave a lock taken that the next call needs.
+    """
 
     def __init__(self) -> None:
-        self.lock, self.pool, self.size = threading.Lock(), ThreadPoolExecutor(1), 0
+        self.queue, self.size = SimpleQueue[tuple["Future[None]", Callable[[], None]]](), 0
 
-    def submit(self, number: int, run: Callable[[], None]) -> Iterator[Future[None]]:
-        with self.lock:
-            if number > self.size:  # those of the smaller pool end when they have done their work
-                self.pool.shutdown(wait=False)
-                self.pool, self.size = ThreadPoolExecutor(number, "npattn", BLAS.limit_this_thread), number
-            pool = self.pool
-            for _ in range(number):
-                yield pool.submit(run)
+    def work(self, run: Callable[[], None], futures: list[Future[None]]) -> None:
+        """``run`` on a thread for each of the futures, which are done when it has ended."""
+        while self.size < len(futures):  # two callers may start one too many, which waits for later calls
+            threading.Thread(target=self._serve, args=(self.queue,), name="npattn", daemon=True).start()
+            self.size += 1
+        for future in futures:
+            self.queue.put((future, run))
+
+    @staticmethod
+    def _serve(queue: SimpleQueue[Any]) -> None:
+        BLAS.limit_this_thread()
+        while True:
+            future, run = queue.get()
+            if future.set_running_or_notify_cancel():
+                run()  # raises nothing
+                future.set_result(None)
+            del future, run  # while it waits, nothing is kept alive
 
 
 HELPERS = _Helpers()
@@ -100,7 +113,7 @@ HELPERS = _Helpers()
 
 def _forked() -> None:
     """In the child of a fork the threads that limited BLAS, held a lock, or helped, do not exist."""
-    HELPERS.lock, HELPERS.pool, HELPERS.size = threading.Lock(), ThreadPoolExecutor(1), 0
+    HELPERS.queue, HELPERS.size = SimpleQueue(), 0
     users, BLAS.users, BLAS.lock = BLAS.users, 0, threading.Lock()
     if users:
         BLAS.limit(BLAS.threads)
@@ -147,9 +160,9 @@ def share(
         if others < 1:
             run()
         else:
-            helpers = list[Future[None]]()
+            helpers = [Future[None]() for _ in range(others)]
             try:  # the calling thread works, too
-                helpers.extend(HELPERS.submit(others, run))
+                HELPERS.work(run, helpers)
                 run()
                 wait_for(helpers)
             except BaseException as error:  # an interrupt outside run, or a thread that cannot be started
