@@ -69,8 +69,8 @@ class Measure:
     SOME = 256  # elements that are looked at first: the results of most changes are far away, and these show it
 
     def __init__(self, got: Any, sigma: Array) -> None:
-        self.got = got if isinstance(got, np.ndarray) else None
-        if self.got is not None and sigma.shape == self.got.shape:
+        self.got = got if isinstance(got, np.ndarray) and got.shape == sigma.shape else None
+        if self.got is not None:
             self.x = np.asarray(got, np.float64)
             self.least = np.maximum(np.where(np.isfinite(sigma), sigma, 0), median(sigma, got.dtype))
             self.unit = float(np.finfo(got.dtype).eps) if got.dtype.kind == "f" else 2.0**-23
