@@ -100,6 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "numpy" not in sys.modules:
         machine.limit(given.threads)
     from benchmarks import plots, speed
+    from npattn import environment
 
     if given.write and not given.stored:
         speed.check(given.write, machine.vendor(machine.processor()))
@@ -113,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     started, facts = time.monotonic(), machine.facts()
     machine.print_facts(facts)
-    if not (given.tiny or given.busy) and (busy := machine.busy()):
+    if not (given.tiny or given.busy) and (busy := environment.busy()):
         raise SystemExit(f"too busy to measure: {busy}. --busy measures all the same")
     verbs = QUICK if given.quick and not given.verb else dict.fromkeys([given.verb] if given.verb else VERBS, 1.0)
     if given.quick:

@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-OTHERS = 0.3  # processors that other work may use
-UNSTEADY = 2.0  # the median of equal products may take so many times as long as the fastest tenth
 LIBRARIES = ("torch", "jax", "onnxruntime", "onnx", "threadpoolctl", "matplotlib")
 
 
@@ -83,35 +81,6 @@ def print_facts(found: dict[str, str]) -> None:
     for name in LIBRARIES:
         if found[name] == "absent":
             print(f"absent: {name} is not installed")
-
-
-def busy(seconds: float = 1.0) -> str:
-    """What makes times here worth nothing, "" if nothing does: other work, or a speed that changes by the moment."""
-    stat = Path("/proc/stat")
-    if stat.exists():
-        before, own, start = _ticks(stat), time.process_time(), time.perf_counter()
-        time.sleep(seconds)
-        used = (_ticks(stat) - before) / os.sysconf("SC_CLK_TCK") - (time.process_time() - own)
-        others = used / (time.perf_counter() - start)
-        if others > OTHERS:
-            return f"other work uses {others:.1f} processors"
-    import numpy as np
-
-    x, times = np.ones((512, 512), np.float32), []
-    for _ in range(100):
-        start = time.perf_counter()
-        x @ x
-        times.append(time.perf_counter() - start)
-    low, middle = np.quantile(times, (0.1, 0.5))
-    if middle > UNSTEADY * low:
-        return f"one and the same product takes {1e3 * low:.1f} ms in the best case and {1e3 * middle:.1f} ms as a rule"
-    return ""
-
-
-def _ticks(stat: Path) -> int:
-    """What all processors have worked, of us and of others, and what the host took from them."""
-    user, nice, system, _, _, irq, softirq, steal, *_ = map(int, stat.read_text().splitlines()[0].split()[1:])
-    return user + nice + system + irq + softirq + steal
 
 
 def vendor(processor: str) -> str:

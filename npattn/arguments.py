@@ -18,8 +18,6 @@ from npattn.verify.rounding import LEVELS
 from npattn.verify.rules import RULES
 from npattn.verify.worker import TIMEOUT, Spec
 
-"""The candidate of each op, where none is named."""
-
 # --- values ---------------------------------------------------------------------------------------------------------------
 
 

@@ -136,7 +136,7 @@ def verify_command(given: argparse.Namespace) -> int:
 
         return OK if run_self_test(say, seeds([OPS[given.op]] if given.op else OPS.values())) else WRONG
     spec, cases, expected = asked(given)
-    numbers = range(given.seed, given.seed + (3 if given.deep else 1))
+    drawn = range(given.seed, given.seed + (3 if given.deep else 1))
     if given.list:
         say(*text.cases(cases))
         return OK
@@ -144,19 +144,19 @@ def verify_command(given: argparse.Namespace) -> int:
         check_writable(getattr(given, option), option)
     if given.fuzz:
         with Fuzz(spec, given.timeout, given.fuzz, given.seed) as fuzz:
-            return _run(given, fuzz.workers[0], fuzz.cases, fuzz.results(), None, fuzz.said)
+            return _run(given, fuzz.workers[0], fuzz.cases, fuzz.results(), None, fuzz.coverage)
     with Worker(spec, given.timeout) as worker:
-        found = each_result(worker.examine, cases, numbers, expected, given.stop)
-        return _run(given, worker, cases, found, len(cases) * len(numbers))
+        found = each_result(worker.examine, cases, drawn, expected, given.stop)
+        return _run(given, worker, cases, found, len(cases) * len(drawn))
 
 
 def _run(
     given: argparse.Namespace, worker: Worker, cases: list[Any], found: Iterator[Result], total: int | None,
-    said: Callable[[], Iterable[str]] = tuple,
+    coverage: Callable[[], Iterable[str]] = tuple,
 ) -> int:  # fmt: skip
     """All results, and a report of what was done, even if the run is interrupted or nobody reads what it prints.
 
-    total : of the results, if it is known before; cases : of which the results are; said : what else is reported
+    cases : of which the results are; total : how many results there will be, if that is known; coverage : what is said of it
     """
     started, results, unwritten = time.perf_counter(), list[Result](), list[str]()
     interrupted = unread = False
@@ -177,7 +177,7 @@ def _run(
     if not report.interrupted:
         try:
             report = dataclasses.replace(report, fits=worker.fitting_precision(report, cases))
-            more = [*said(), *_one(given, worker, cases, report, unwritten)]
+            more = [*coverage(), *_one(given, worker, cases, report, unwritten)]
         except KeyboardInterrupt:
             interrupted, report = True, dataclasses.replace(report, interrupted=True)
     if worker.faults:
@@ -290,5 +290,7 @@ def peers_command(given: argparse.Namespace) -> int:
 
 def env_command(given: argparse.Namespace) -> int:
     say(*(f"{name:12} {value}" for name, value in environment.describe().items()))
+    if busy := environment.busy():
+        say(f"{'busy':12} {busy}: what follows is measured, and may be wrong")
     say(*(f"{'faster':12} {text}" for text in environment.advice() or ["nothing that was tried"]))
     return OK

@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ with threadpool_limits(1):
 print(json.dumps(found))
 """
 WORTH = 1.1  # times as fast: less is within the noise
+OTHERS = 0.3  # processors that other work may use
+UNSTEADY = 2.0  # the median of equal products may take so many times as long as the fastest tenth
 
 
 def describe() -> dict[str, str]:
@@ -108,7 +111,7 @@ def _settings() -> dict[str, dict[str, str | None]]:
         found["with OPENBLAS_CORETYPE=SkylakeX, since its kernels are for AVX2"] = {"OPENBLAS_CORETYPE": "SkylakeX"}
     if "NPY_DISABLE_CPU_FEATURES" in os.environ:
         found["without NPY_DISABLE_CPU_FEATURES"] = {"NPY_DISABLE_CPU_FEATURES": None}
-    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    mine = processors()
     for threads in sorted({mine, max(mine // 2, 1)} - {int(blas.get("threads", mine))}):
         found[f"with {threads} thread{'s' if threads > 1 else ''} (OPENBLAS_NUM_THREADS)"] = dict.fromkeys(
             ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), str(threads)
@@ -146,6 +149,38 @@ def _output(code: str, variables: dict[str, str | None]) -> dict[str, float]:
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return {}
     return found
+
+
+def processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def busy(seconds: float = 1.0) -> str:
+    """What makes times here worth little, "" if nothing does: other work, or a speed that changes by the moment."""
+    stat = Path("/proc/stat")
+    if stat.exists():
+        before, own, start = _ticks(stat), time.process_time(), time.perf_counter()
+        time.sleep(seconds)
+        used = (_ticks(stat) - before) / os.sysconf("SC_CLK_TCK") - (time.process_time() - own)
+        others = used / (time.perf_counter() - start)
+        if others > OTHERS:
+            return f"other work uses {others:.1f} processors"
+    x, times = np.ones((512, 512), np.float32), []
+    for _ in range(100):
+        start = time.perf_counter()
+        x @ x
+        times.append(time.perf_counter() - start)
+    low, middle = np.quantile(times, (0.1, 0.5))
+    if middle > UNSTEADY * low:
+        return f"one and the same product takes {1e3 * low:.1f} ms in the best case and {1e3 * middle:.1f} ms as a rule"
+    return ""
+
+
+def _ticks(stat: Path) -> int:
+    """What all processors have worked, of us and of others, and what the host took from them."""
+    user, nice, system, _, _, irq, softirq, steal, *_ = map(int, stat.read_text().splitlines()[0].split()[1:])
+    return user + nice + system + irq + softirq + steal
 
 
 def _flags() -> set[str]:

@@ -439,20 +439,6 @@ def test_a_file_that_was_not_stored_is_refused(text, tmp_path):
         read_stored(file)
 
 
-@pytest.mark.parametrize(
-    ("used", "unsteady", "message"),
-    [(0, np.inf, ""), (90, np.inf, "other work uses "), (0, 0.0, "one and the same product takes ")],
-)
-def test_a_busy_machine_is_told(used, unsteady, message, monkeypatch):
-    """Ticks that all processors have worked in a short sleep, and times of one product."""
-    ticks = iter([0, used])
-    monkeypatch.setattr(machine, "_ticks", lambda stat: next(ticks))
-    monkeypatch.setattr(machine, "UNSTEADY", unsteady)
-    told = machine.busy(seconds=0.01)
-    assert told.startswith(message)
-    assert bool(told) == bool(message)
-
-
 def test_rows_that_have_no_time_are_named(capsys):
     cases = [SimpleNamespace(name=name) for name in "abc"]
     row = {"seconds": {}, "base": "x", "left_out": {}, "ratios": {}, "restless": [], "errors": {}}

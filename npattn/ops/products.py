@@ -99,13 +99,6 @@ def finite_maximum(m: Array) -> Array:
     return select(np.asarray(m != -np.inf), m)
 
 
-def total_of(z: Array, shift: Array, lse: Array) -> Array:
-    """The sum of exp(scores - lse), from z = sum of exp(scores - shift): 1 up to the rounding of lse."""
-    wide = np.float64 if z.dtype == np.float32 else z.dtype
-    total: Array = z.astype(wide) * np.exp(shift.astype(wide) - lse.astype(wide))
-    return total.astype(z.dtype)
-
-
 def with_ones(x: Array, buffers: Buffers) -> Array:
     """[x, 1], with 0 for rows of x that are not finite, which no query sees."""
     result = buffers.take("v and 1", *x.shape[:-1], x.shape[-1] + 1)

@@ -131,7 +131,7 @@ class Plan:
         self.row_parts, self.col_parts = self._tiles()  # each tile as its parts, side by side
         self.rows, self.cols = ([slice(x[0].start, x[-1].stop) for x in tiles] for tiles in (self.row_parts, self.col_parts))
         self.blocks_found: dict[tuple[str, int], list[list[Block]]] = {}
-        self.mask_keys, self.numbers = dict[Any, int](), itertools.count()
+        self.mask_keys, self.next_key = dict[Any, int](), itertools.count()
         self.bases: dict[tuple[int, int], exponentials.Base] = {}  # by heads and tile of queries: as the forward took it
 
     def _heads_together(self) -> int:
@@ -235,7 +235,7 @@ class Plan:
         rows, cols = block.masked_rows, block.cols
         sizes = rows.stop - rows.start, cols.stop - cols.start
         key = heads.pattern, *sizes, self.call.mask.tile_key(heads.mask_index, rows, cols)
-        return self.mask_keys.setdefault(key, next(self.numbers))  # not len: two threads may be here
+        return self.mask_keys.setdefault(key, next(self.next_key))  # not len: two threads may be here
 
     def pairs_of(self, heads: Heads, block: Block, buffers: Buffers) -> Visible:
         """The mask and bias of a block. Without a bias, masks are kept for a while, for other blocks with the same mask."""

@@ -130,7 +130,8 @@ def parametrize(
             if report.unexpected:
                 pytest.fail(report.lines()[0], pytrace=False)
             if not report.tested:
-                pytest.skip(", ".join(dict.fromkeys(c.text for c in report.results[0].checks)))
+                reasons = (f"{c.status}: {c.text}" if c.text else c.status for c in report.results[0].checks)
+                pytest.skip(", ".join(dict.fromkeys(reasons)))
             if report.unsettled:
                 pytest.skip(f"expected to fail ({reason[case.name]}), and only partly tested")
             if reason:

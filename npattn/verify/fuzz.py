@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
+from npattn.environment import processors
 from npattn.verify.candidate import CandidateError
 from npattn.verify.judge import Result
 from npattn.verify.ops import OPS
@@ -30,8 +30,7 @@ class Fuzz:
             raise CandidateError(f"--fuzz: there is no space of calls of {spec.op} to draw from, only of {known}")
         settings = dataclasses.replace(spec.settings, power=False)  # it costs as much as all else, and is said of named cases
         self.seconds, self.seed, self.drawer, self.lock = seconds, seed, Drawer(space, seed), threading.Lock()
-        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.workers = [Worker(dataclasses.replace(spec, settings=settings), timeout) for _ in range(count)]
+        self.workers = [Worker(dataclasses.replace(spec, settings=settings), timeout) for _ in range(processors())]
         self.cases: list[Any] = []  # as they were drawn
         self.stack = contextlib.ExitStack()
 
@@ -71,8 +70,8 @@ class Fuzz:
             self.cases.append(case)
         return row, worker.examine(case, self.seed)
 
-    def said(self) -> Iterator[str]:
-        """What was met of the space, and what of it was never taken."""
+    def coverage(self) -> Iterator[str]:
+        """What was met of the space, and what of it was never taken, in words."""
         met, every = self.drawer.coverage()
         if every:
             yield f"{len(self.cases)} cases drawn; of the pairs of classes that it takes {met} of {every} were met"

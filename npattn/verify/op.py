@@ -16,6 +16,7 @@ import numpy as np
 
 from npattn.ops.checks import Array
 from npattn.verify.precision import Precision, round_to
+from npattn.verify.space import Space
 
 Values = dict[str, Array]
 Function = Callable[..., Any]
@@ -312,7 +313,7 @@ class Op:
     evidence: tuple[str, ...] = ()  # cases to run before NaN everywhere is explained
     basics: tuple[str, ...] = ()  # cases in which most mistakes do not show
     random_cases: Callable[[int, int], list[Any]] = lambda seed, count: []
-    space: Any = None  # the `npattn.verify.space.Space` from which --fuzz draws
+    space: Space | None = None  # from which --fuzz draws
 
     known: ClassVar[dict[str, Op]] = {}
 

@@ -66,7 +66,7 @@ class Measure:
     sigma is that of the reference, but at least its median: a change may put a rounded number where the reference is exactly 0.
     """
 
-    SOME = 256  # elements that are looked at first: the results of most changes are far away, and these show it
+    SAMPLE = 256  # elements that are looked at first: the results of most changes are far away, and these show it
 
     def __init__(self, got: Any, sigma: Array) -> None:
         self.got = got if isinstance(got, np.ndarray) and got.shape == sigma.shape else None
@@ -88,7 +88,7 @@ class Measure:
         """Whether some elements alone make the rms larger than any that `is_match` accepts."""
         if self.got is None or self.got.shape != value.shape:
             return True
-        some = slice(None, None, max(1, value.size // self.SOME))
+        some = slice(None, None, max(1, value.size // self.SAMPLE))
         x, y, least = (a.reshape(-1)[some] for a in (self.x, value, self.least))
         units = self._units(x, np.asarray(y, np.float64), least)
         return units is None or float(np.square(units).sum()) > ROUGH_RMS**2 * value.size

@@ -38,12 +38,12 @@ class Drawer:
         self.dimensions = {name: list(classes) for name, classes in space.dimensions.items()}  # those that may be taken
         self.met, self.cannot = set[frozenset[tuple[str, str]]](), set[frozenset[tuple[str, str]]]()
         self.drawn, self.accepted = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
-        self.numbers, self.first = itertools.count(), iter(self._one_by_one())
+        self.case_number, self.one_by_one = itertools.count(), self._one_by_one()
 
     def draw(self) -> tuple[Row, Any]:
         while True:
-            row = next(self.first, None) or self._row()
-            case = self.space.case(row, next(self.numbers), self.rng)
+            row = next(self.one_by_one, None) or self._row()
+            case = self.space.case(row, next(self.case_number), self.rng)
             if case is not None:
                 return row, case
             self.cannot |= _pairs(row)  # at least one of them; else it would be tried again and again

@@ -273,43 +273,8 @@ def test_a_terminal_gets_a_progress_bar_beside_the_lines(run, monkeypatch):
 
 def test_env(capsys, monkeypatch):
     monkeypatch.setattr(environment, "_output", lambda code, variables: {"attention": 1.0, "product": 1.0, "exp": 1.0})
+    monkeypatch.setattr(environment, "busy", lambda: "other work uses 1.5 processors")
     assert cli.main(["env"]) == 0
     text = capsys.readouterr().out
-    for fact in ("npattn", "NumPy", "BLAS", "kernels", "threads", "faster"):
+    for fact in ("npattn", "NumPy", "BLAS", "kernels", "threads", "busy", "faster"):
         assert f"\n{fact} " in f"\n{text}"
-
-
-@pytest.mark.parametrize(
-    ("kernels", "threads", "variables", "message"),
-    [
-        ("Haswell", "2", {}, "with OPENBLAS_CORETYPE=SkylakeX, since its kernels are for AVX2: attention with"),
-        ("SkylakeX", "2", {"OPENBLAS_CORETYPE": "Haswell"}, "without OPENBLAS_CORETYPE=Haswell: attention with"),
-        ("SkylakeX", "2", {"NPY_DISABLE_CPU_FEATURES": "AVX512F"}, "without NPY_DISABLE_CPU_FEATURES: attention with"),
-        ("SkylakeX", "1", {"OPENBLAS_NUM_THREADS": "1"}, "with 2 threads (OPENBLAS_NUM_THREADS): attention with"),
-        ("SkylakeX", "4", {}, "with 1 thread (OPENBLAS_NUM_THREADS): attention with"),
-    ],
-)
-def test_env_says_what_would_be_faster(kernels, threads, variables, message, monkeypatch):
-    """By what processes with other settings take; here those take half the time."""
-    monkeypatch.setattr(environment, "openblas", lambda: {"kernels": kernels, "threads": threads})
-    monkeypatch.setattr(environment.exponentials, "has_avx512", lambda: True)
-    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
-    monkeypatch.setattr(environment, "product_rates", dict)
-    for name in ("OPENBLAS_CORETYPE", "NPY_DISABLE_CPU_FEATURES", "OPENBLAS_NUM_THREADS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    seconds = dict.fromkeys(("attention", "product", "exp"), 1.0)
-    monkeypatch.setattr(environment, "_output", lambda code, other: {n: x / 2 if other else x for n, x in seconds.items()})
-    assert any(text.startswith(message) for text in environment.advice())
-    monkeypatch.setattr(environment, "_output", lambda code, other: {n: 0.95 * x if other else x for n, x in seconds.items()})
-    assert not environment.advice()
-    monkeypatch.setattr(environment, "_output", lambda code, other: {})  # no process can be started
-    assert not environment.advice()
-
-
-def test_env_says_when_another_blas_is_faster(monkeypatch):
-    monkeypatch.setattr(environment, "_settings", dict)
-    monkeypatch.setattr(environment, "product_rates", lambda: {"1024 x 64 x 256": 0.5, "1024 x 256 x 64": 0.97})
-    (text,) = environment.advice()
-    assert text.endswith("faster, on one thread (2.00x 1024 x 64 x 256)")

@@ -70,9 +70,9 @@ def test_each_case_is_a_test_and_the_test_itself_runs_where_the_case_holds(their
     assert len([name for name in theirs if name.startswith("test_mine")]) == len(mine)
     assert mine["plain"] == ("passed", "")
     assert mine["softcap"] == mine["softcap 30"] == ("xfailed", "issue 12")
-    assert mine["sink"] == ("skipped", "Skipped: sink")
-    assert mine["G < H"] == ("skipped", "Skipped: grouped heads")
-    assert mine["bias H"] == ("skipped", "Skipped: bias")  # not supported, which no list has to say
+    assert mine["sink"] == ("skipped", "Skipped: not supported: sink")
+    assert mine["G < H"] == ("skipped", "Skipped: refused: grouped heads")
+    assert mine["bias H"] == ("skipped", "Skipped: not supported: bias")  # not supported, which no list has to say
     assert mine["mask array"] == ("failed", "mask array: was expected to fail (issue 13), and holds")
     outcome, text = mine["scale 0.6"]
     assert outcome == "failed"

@@ -153,15 +153,20 @@ def _small_dout(p: Problem) -> Problem:
     return p
 
 
-def _heads_inside(p: Problem) -> Problem:
-    """Views of arrays (B, L, H, D), as a split into heads gives them."""
+def heads_inside(x: Array) -> Array:
+    """x as a view of an array (B, L, H, D), as a split into heads gives it; without an axis of heads x itself."""
+    return x if x.ndim < 3 else np.swapaxes(np.ascontiguousarray(np.swapaxes(x, -3, -2)), -3, -2)
 
-    def transposed(x: Array) -> Array:
-        return np.swapaxes(np.ascontiguousarray(np.swapaxes(x, -3, -2)), -3, -2)
 
-    p.inputs = {name: transposed(x) for name, x in p.inputs.items()}
-    p.cotangents["dout"] = transposed(p.dout)
-    return p
+def in_layout(change: Callable[[Array], Array]) -> Callable[[Problem], Problem]:
+    """The same numbers at other places in memory: of the inputs and the cotangent of out."""
+
+    def layout(p: Problem) -> Problem:
+        p.inputs = {name: change(x) for name, x in p.inputs.items()}
+        p.cotangents["dout"] = change(p.dout)
+        return p
+
+    return layout
 
 
 def _no_sink(p: Problem) -> Problem:
@@ -242,12 +247,8 @@ def _dlse_alone(p: Problem) -> Problem:
 
 def _strided(p: Problem) -> Problem:
     """Read-only views with strides: transposed, every second row, broadcast along an axis."""
-
-    def transposed(x: Array) -> Array:
-        return np.swapaxes(np.ascontiguousarray(np.swapaxes(x, -3, -2)), -3, -2)
-
     p.inputs = {
-        "q": transposed(p.q), "k": np.repeat(p.k, 2, axis=-2)[..., ::2, :], "v": np.broadcast_to(p.v[:1], p.v.shape),
+        "q": heads_inside(p.q), "k": np.repeat(p.k, 2, axis=-2)[..., ::2, :], "v": np.broadcast_to(p.v[:1], p.v.shape),
     }  # fmt: skip
     p.cotangents["dout"] = np.broadcast_to(p.dout[..., :1, :], p.dout.shape)
     for x in (p.q, p.k, p.v, p.dout):
@@ -266,7 +267,7 @@ TWISTS: dict[str, Callable[[Problem], Problem]] = {
     "bias of -inf": _minus_infinity,
     "scores of -1e5": _far_below,
     "strided": _strided,
-    "layout BLHD": _heads_inside,
+    "layout BLHD": in_layout(heads_inside),
     "NaN in a query": _query_of_nan,
     "dout of 1e-6": _small_dout,
     "a row is dropped": _row_dropped,

@@ -10,7 +10,7 @@ import numpy as np
 
 from npattn.ops.checks import Array
 from npattn.verify.op import Problem
-from npattn.verify.ops.attention.cases import Case
+from npattn.verify.ops.attention.cases import Case, heads_inside, in_layout
 from npattn.verify.ops.attention.draw import FAMILIES
 from npattn.verify.space import Row, Space
 
@@ -28,19 +28,6 @@ HEADS = {"1": (1, 1), "2": (2, 2), "3": (3, 3), "4 / 2": (4, 2), "6 / 2": (6, 2)
 BATCHES: dict[str, tuple[int, ...]] = {"1": (1,), "2": (2,), "3": (3,), "3 x 2": (3, 2), "rank 2": ()}
 MOST = 1 << 18  # scores of a case, times D / 64, and times 8 in float64: about a second of judging
 FLAGS = {"scale": "negative scale", "softcap": "softcap", "sink": "sink", "dropout": "dropout_mask", "dlse": "dlse"}
-
-
-def _each(change: Callable[[Array], Array]) -> Callable[[Problem], Problem]:
-    def layout(p: Problem) -> Problem:
-        p.inputs = {name: change(x) for name, x in p.inputs.items()}
-        p.cotangents["dout"] = change(p.dout)
-        return p
-
-    return layout
-
-
-def _heads_inside(x: Array) -> Array:
-    return x if x.ndim < 3 else np.swapaxes(np.ascontiguousarray(np.swapaxes(x, -3, -2)), -3, -2)
 
 
 def _read_only(x: Array) -> Array:
@@ -62,11 +49,11 @@ def _v_is_k(p: Problem) -> Problem:
 
 LAYOUTS: dict[str, Callable[[Problem], Problem]] = {
     "plain": lambda p: p,
-    "heads inside": _each(_heads_inside),
-    "Fortran": _each(np.asfortranarray),
-    "backwards": _each(lambda x: x[..., ::-1, :].copy()[..., ::-1, :]),
-    "every second row": _each(lambda x: np.repeat(x, 2, axis=-2)[..., ::2, :]),
-    "read-only": _each(_read_only),
+    "heads inside": in_layout(heads_inside),
+    "Fortran": in_layout(np.asfortranarray),
+    "backwards": in_layout(lambda x: x[..., ::-1, :].copy()[..., ::-1, :]),
+    "every second row": in_layout(lambda x: np.repeat(x, 2, axis=-2)[..., ::2, :]),
+    "read-only": in_layout(_read_only),
     "strides of 0": _values_of_the_first,
     "v is k": _v_is_k,
 }
