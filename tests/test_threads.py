@@ -189,6 +189,44 @@ def assert_idle():
     parallel.share(lambda task, own: together.wait(10), range(together.parties), list, threads=together.parties)
 
 
+def test_a_call_does_not_wait_for_helpers_that_are_busy_elsewhere(monkeypatch):
+    monkeypatch.setattr(parallel, "HELPERS", parallel._Helpers())
+    busy, free, done, freed = threading.Event(), threading.Event(), [], []
+
+    def waits(task, own):
+        if threading.current_thread() is not threading.main_thread():
+            busy.set()
+            freed.append(free.wait(10))
+        else:  # one more call while the helper is busy
+            busy.wait(20)
+            parallel.share(lambda task, own: done.append(free.is_set()), range(3), list, threads=2)
+            free.set()
+
+    parallel.share(waits, range(2), list, threads=2)
+    assert (done, freed) == ([False] * 3, [True])
+
+
+CHILD = """
+import os, threading
+from npattn.ops.threads import share
+
+share(lambda task, own: None, range(2), list, threads=2)
+if not os.fork():
+    together = threading.Barrier(2)
+    share(lambda task, own: together.wait(10), range(2), list, threads=2)
+    print("two threads", flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_the_child_of_a_fork_has_helpers_of_its_own():
+    command = [sys.executable, "-W", "ignore", "-c", CHILD]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "two threads\n", done.stderr
+
+
 @pytest.mark.parametrize("where", ["buffers", "work"])
 def test_an_error_anywhere_ends_all_tasks(where):
     begun, done, waiting, turns = [], [], [], parallel.Turns()

@@ -160,6 +160,15 @@ def test_few_heads_leave_enough_to_share(H, L, tiles):
     assert len(plan.cols) >= tiles
 
 
+@pytest.mark.parametrize(
+    ("q", "k", "most"),
+    [((4, 16, 64), (4, 16, 64), 1), ((8, 1024, 64), (8, 1024, 64), None), ((32, 1, 128), (8, 128, 128), 1),
+     ((32, 1, 128), (8, 1024, 128), None)],
+)  # fmt: skip
+def test_a_second_thread_is_for_many_multiplications_or_many_keys(q, k, most):
+    assert plan_of(q, k).most == most
+
+
 @pytest.mark.parametrize("rows", [1, 3, 40])
 @pytest.mark.parametrize("lead", [(), (6,), (2, 6)])
 def test_products_of_grouped_heads(rows, lead):

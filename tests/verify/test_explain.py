@@ -152,6 +152,20 @@ def test_what_the_backward_does_is_told_from_the_forward():
     assert [e.where for e in found] == ["", "in the backward too"]
 
 
+def test_a_change_of_a_fused_backward_starts_from_the_right_lse_and_output():
+    """Its scores are wrong, what it has kept of the forward is right: its weights do not add up to 1."""
+
+    def backward(dout, q, k, v):
+        out, lse = honest_forward(q, k, v)
+        p = np.exp(q @ k.swapaxes(-1, -2) * np.float32(1 / q.shape[-1]) - lse[..., None])
+        delta = (dout * out).sum(-1, keepdims=True)
+        ds = p * (dout @ v.swapaxes(-1, -2) - delta) * np.float32(1 / q.shape[-1])
+        return ds @ k, ds.swapaxes(-1, -2) @ q, p.swapaxes(-1, -2) @ dout
+
+    (e,) = explained(changed()[0], backward)
+    assert (e.names, e.where) == (("scale is 1/D",), "in the backward")
+
+
 def test_a_gradient_is_told_which_term_is_missing():
     def backward(dout, q, k, v):
         p = np.exp((s := q @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5) - s.max(-1, keepdims=True))

@@ -113,6 +113,7 @@ def test_what_is_wrong_under_two_conditions_is_found_made_small_and_printed_as_a
     assert " as small as it still fails: B=-, H=1, G=1, L=1, S=3, " in text or " L=1, S=3, " in text
     program = text[text.index("import numpy as np") :]
     assert "npattn" not in program
+    assert "got = attention(q, k, v, softcap=softcap)\n" in program
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert float(done.stdout) > GOOD_MAX * np.finfo(np.float32).eps  # of numbers of size 1
 
