@@ -9,14 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from npattn.verify import CandidateError, Settings
-from npattn.verify.candidate import op_of
+from npattn.verify.candidate import REFUSALS, op_of
 from npattn.verify.conventions import FIELDS, PRESETS, Convention, parse, suggestion
+from npattn.verify.limits import parse as parse_size
+from npattn.verify.limits import restricted
 from npattn.verify.ops import OPS
 from npattn.verify.precision import PRECISIONS
 from npattn.verify.request import CASES_OF, check_features, check_names, check_supported, expected_reasons
 from npattn.verify.rounding import LEVELS
 from npattn.verify.rules import RULES
+from npattn.verify.space import Space
 from npattn.verify.worker import TIMEOUT, Spec
+
+SMALL = {"float16": "float16-M1", "bfloat16": "bfloat16-M1"}
+"""The precision class of a dtype that NumPy does not compute in, unless another is given."""
 
 # --- values ---------------------------------------------------------------------------------------------------------------
 
@@ -101,9 +107,16 @@ def add_verify(verbs: Any, statuses: dict[int, str]) -> Any:
     v.add_argument("--seed", type=int, default=0, metavar="N", **once, help="draw the inputs with this seed (default 0)")
     v.add_argument("--timeout", type=_seconds, default=TIMEOUT, metavar="SECONDS", **once,
                    help=f"a call that takes longer hangs (default {TIMEOUT:g})")  # fmt: skip
-    v.add_argument("--deep", action="store_true", help="three seeds, and options in random combinations")
+    v.add_argument("--deep", action="store_true", help="three seeds, random options, every triple of sizes and options")
     v.add_argument("--fuzz", type=_seconds, metavar="SECONDS", **once,
                    help="draw cases of any sizes, options, inputs and layouts for so long, or until one is wrong")  # fmt: skip
+    v.add_argument("--sizes", metavar="CONDITION", nargs="+", type=some_text, **once,
+                   help="sizes that it takes, such as D=64,128 L%%16=0 S<=512 L=S G=H (else they are found out)")  # fmt: skip
+    v.add_argument("--dtype", choices=("float32", "float64", *SMALL), **once, help="the only dtype that it takes")
+    v.add_argument("--options", metavar="NAMES", type=some_text, **once,
+                   help="the only options that it takes, such as causal,window, or none")  # fmt: skip
+    v.add_argument("--refusals", choices=REFUSALS, default=REFUSALS[0], **once,
+                   help="the exceptions that say that a call is not supported (default NotImplementedError)")  # fmt: skip
     v.add_argument("--shrink", action="store_true", help="make the first case that is wrong as small as it still fails")
     v.add_argument("--save", metavar="FILE", type=file, **once, help="write that case there, as .npz")
     v.add_argument("-x", dest="stop", action="store_true", help="stop at the first case that is wrong")
@@ -123,7 +136,7 @@ def add_verify(verbs: Any, statuses: dict[int, str]) -> Any:
 ALONE = ("self_test", "list_candidates", "list_conventions")  # what has nothing to do with a candidate
 RUNS_NOTHING = (
     "json", "save", "shrink", "stop", "require", "expect_failure", "rule", "diagnose", "backward", "level", "precision",
-    "convention", "causal", "timeout", "fuzz",
+    "convention", "causal", "timeout", "fuzz", "sizes", "options", "refusals",
 )  # fmt: skip
 """What --list would ignore."""
 NAMED_CASES = ("case", "text", "deep", "require", "expect_failure", "shrink", "stop")  # --fuzz draws others, and always shrinks
@@ -159,17 +172,43 @@ def check_together(given: argparse.Namespace) -> None:
 # --- what is asked for ----------------------------------------------------------------------------------------------------
 
 
-def asked(given: argparse.Namespace) -> tuple[Spec, list[Any], dict[str, str]]:
-    """The candidate and how it is judged, the cases, and the reasons why some are expected to fail."""
+def asked(given: argparse.Namespace) -> tuple[Spec, list[Any], dict[str, str], Space | None]:
+    """The candidate and how it is judged, the named cases, why some are expected to fail, and the space to draw from."""
     convention = _convention(given)
     check_names(given.level, given.precision, given.rule)
     name = next(iter(OPS[given.op or "attention"].candidates)) if given.candidate is None else given.candidate
     op = op_of(name, given.op)
     check_supported(op, name, given.level, given.rule)
-    cases = _cases(given, op)
+    cases = [] if given.fuzz else _cases(given, op)
     expected = expected_reasons(_failures(given.expect_failure, [case.name for case in cases]), cases)
+    given.precision = given.precision or SMALL.get(given.dtype)  # also for the report
     settings = Settings(given.level, None if given.precision is None else PRECISIONS[given.precision], tuple(given.rule))
-    return Spec(name, given.backward, convention, op, settings, given.diagnose), cases, expected
+    options = None if given.options is None else _options(given.options, op)
+    spec = Spec(name, given.backward, convention, op, settings, given.diagnose, options, given.refusals)
+    return spec, cases, expected, None if given.text or given.case else _space(given, op)
+
+
+def _space(given: argparse.Namespace, op: str) -> Space | None:
+    space = OPS[op].space
+    if space is None:
+        if given.fuzz or given.sizes:
+            known = ", ".join(name for name, other in OPS.items() if other.space is not None)
+            raise CandidateError(f"there is no space of calls of {op} to draw from, only of {known}")
+        return None
+    try:
+        conditions = [parse_size(text) for text in given.sizes or ()]
+        space = restricted(space, conditions) if conditions else space
+    except ValueError as error:
+        raise CandidateError(f"--sizes {error}") from None
+    dtype = "float32" if given.dtype in SMALL else given.dtype
+    return space if dtype is None else space.only("dtype", dtype)
+
+
+def _options(text: str, op: str) -> tuple[str, ...]:
+    names, known = tuple(n.strip() for n in text.split(",")), OPS[op].calls.keywords
+    if unknown := [n for n in names if n not in known and n != "none"]:
+        raise CandidateError(f"--options {unknown[0]}, expected some of {', '.join(known)}, or none")
+    return names
 
 
 def _convention(given: argparse.Namespace) -> Convention:
@@ -186,11 +225,15 @@ def _cases(given: argparse.Namespace, op: str) -> list[Any]:
     check_features("--require", given.require, op, [f for case in table for f in case.features])
     if given.case is not None:
         named = [case for case in table if case.name == given.case]
+        space = OPS[op].space
+        if not named and space is not None and (drawn := space.named(given.case)) is not None:
+            return [drawn]
         if not named:
             meant = suggestion(given.case, [case.name for case in table])
             raise CandidateError(f"--case {given.case}: no such case{meant}; --list lists them")
         return named
     cases = [case for case in table if text in case.name.lower() or text in map(str.lower, case.features)]
+    cases = [case for case in cases if given.dtype in (None, *SMALL) or case.dtype == given.dtype]
     if not cases:
         raise CandidateError(f"-k {given.text}: no case has that in its name; --list lists them")
     return cases

@@ -11,22 +11,21 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import npattn
 from npattn import environment
 from npattn.arguments import add_verify, asked, check_together, check_writable, file, some_text
 from npattn.verify import CandidateError, Report, Result, text
-from npattn.verify.api import each_result
-from npattn.verify.fuzz import Fuzz
 from npattn.verify.ops import OPS
-from npattn.verify.worker import LostError, Worker
+from npattn.verify.runs import PAIRS, TRIPLES, Runs
+from npattn.verify.worker import LostError
 
 OK, WRONG, USAGE, LITTLE, UNWRITTEN, INTERRUPTED = 0, 1, 2, 3, 4, 130
 STATUSES = {
@@ -135,34 +134,29 @@ def verify_command(given: argparse.Namespace) -> int:
         from npattn.verify.selftest import run_self_test, seeds
 
         return OK if run_self_test(say, seeds([OPS[given.op]] if given.op else OPS.values())) else WRONG
-    spec, cases, expected = asked(given)
-    drawn = range(given.seed, given.seed + (3 if given.deep else 1))
+    spec, cases, expected, space = asked(given)
+    numbers = range(given.seed, given.seed + (3 if given.deep else 1))
     if given.list:
         say(*text.cases(cases))
         return OK
     for option in ("json", "save"):
         check_writable(getattr(given, option), option)
-    if given.fuzz:
-        with Fuzz(spec, given.timeout, given.fuzz, given.seed) as fuzz:
-            return _run(given, fuzz.workers[0], fuzz.cases, fuzz.results(), None, fuzz.coverage)
-    with Worker(spec, given.timeout) as worker:
-        found = each_result(worker.examine, cases, drawn, expected, given.stop)
-        return _run(given, worker, cases, found, len(cases) * len(drawn))
+    until = "" if given.fuzz else TRIPLES if given.deep else PAIRS
+    with Runs(spec, given.timeout, cases, numbers, expected, space=space, until=until, seconds=given.fuzz or math.inf,
+              stop=given.stop) as runs:  # fmt: skip
+        return _run(given, runs, len(cases) * len(numbers))
 
 
-def _run(
-    given: argparse.Namespace, worker: Worker, cases: list[Any], found: Iterator[Result], total: int | None,
-    coverage: Callable[[], Iterable[str]] = tuple,
-) -> int:  # fmt: skip
+def _run(given: argparse.Namespace, runs: Runs, named: int) -> int:
     """All results, and a report of what was done, even if the run is interrupted or nobody reads what it prints.
 
-    cases : of which the results are; total : how many results there will be, if that is known; coverage : what is said of it
+    named : how many results of named cases there will be
     """
     started, results, unwritten = time.perf_counter(), list[Result](), list[str]()
     interrupted = unread = False
     try:
-        with _progress(total, given.verbose) as shown:
-            for result in found:
+        with _progress(None if runs.drawing else named, given.verbose) as shown:
+            for result in runs.results():
                 results.append(result)
                 shown(text.describe(result, given.seed) if given.verbose else ())
     except KeyboardInterrupt:
@@ -170,18 +164,19 @@ def _run(
     except UnwrittenError as error:
         unwritten.append(str(error))
         unread = True
-    total = len(results) if total is None else total
+    worker, coverage = runs.worker, runs.coverage()
     report = Report(results=results, level=given.level, precision=given.precision or "", rules=tuple(given.rule),
-                    asked=total, interrupted=interrupted or unread, **dataclasses.asdict(worker.facts))  # fmt: skip
+                    asked=named + runs.count, interrupted=interrupted or unread, coverage=coverage,
+                    **dataclasses.asdict(worker.facts))  # fmt: skip
     more: list[str] = []
     if not report.interrupted:
         try:
-            report = dataclasses.replace(report, fits=worker.fitting_precision(report, cases))
-            more = [*coverage(), *_one(given, worker, cases, report, unwritten)]
+            report = dataclasses.replace(report, fits=worker.fitting_precision(report, runs.named))
+            more = [*_one(given, runs, report, unwritten)]
         except KeyboardInterrupt:
             interrupted, report = True, dataclasses.replace(report, interrupted=True)
-    if worker.faults:
-        unwritten.append(f"{worker.faults[0]}npattn verify: a fault of npattn's own in {len(worker.faults)} questions")
+    if runs.faults:
+        unwritten.append(f"{runs.faults[0]}npattn verify: a fault of npattn's own in {len(runs.faults)} questions")
     if given.json:
         try:
             given.json.write_text(json.dumps(report.as_json(), indent=1, allow_nan=False) + "\n")
@@ -200,18 +195,17 @@ def _run(
     return INTERRUPTED if interrupted else UNWRITTEN if unwritten else STATUS_OF[report.verdict(given.require)]
 
 
-def _one(
-    given: argparse.Namespace, worker: Worker, cases: list[Any], report: Report, unwritten: list[str]
-) -> Iterator[str]:
+def _one(given: argparse.Namespace, runs: Runs, report: Report, unwritten: list[str]) -> Iterator[str]:
     """The first case that is wrong, or the only one: made small, and saved. Yields what to say about that."""
     if not (given.shrink or given.save or given.fuzz):
         return
-    result = next(iter(report.wrong), report.results[0] if len(cases) == 1 else None)
+    worker = runs.worker
+    result = next(iter(report.wrong), report.results[0] if len(report.results) == 1 else None)
     if result is None:
         if given.shrink or given.save:
             yield text.NOTHING_WRONG
         return
-    case = next(case for case in cases if case.name == result.case)
+    case = runs.case(result.case)
     try:
         if given.shrink and (result.status != "wrong" or not case.smaller()):
             yield text.not_shrunk(case.name, report.op, result.status == "wrong")

@@ -27,6 +27,8 @@ from npattn.verify.ops import OPS
 from npattn.verify.precision import PRECISIONS, Precision
 
 OWN = Convention()  # npattn's
+REFUSALS = ("NotImplementedError", "any")
+"""What of a candidate's exceptions is a refusal: this one, or any."""
 
 
 class CandidateError(Exception):
@@ -63,6 +65,8 @@ class Candidate:
     backward: Callable[..., Any] | None = None
     convention: Convention = OWN
     op: str = "attention"
+    options: tuple[str, ...] | None = None  # those that it takes, whatever its signature says; None: what that says
+    refusals: str = REFUSALS[0]
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
@@ -83,13 +87,14 @@ class Candidate:
 
     def takes(self, function: Callable[..., Any]) -> frozenset[str]:
         """The keyword arguments that a function takes."""
-        assumed = self.record.calls.assumed
+        calls = self.record.calls
+        others = set() if self.options is None else set(calls.keywords) - set(self.options)
         try:
             parameters = inspect.signature(function).parameters.values()
         except (TypeError, ValueError):  # compiled functions may have no signature
-            return frozenset(assumed)
+            return frozenset(calls.assumed) - others
         names = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
-        return frozenset(names | set(assumed if any(p.kind == p.VAR_KEYWORD for p in parameters) else ()))
+        return frozenset(names | set(calls.assumed if any(p.kind == p.VAR_KEYWORD for p in parameters) else ())) - others
 
     @property
     def unknown_parameters(self) -> list[str]:
@@ -143,7 +148,7 @@ def call_forward(candidate: Candidate, problem: Problem) -> Outcome:
     given, missing = candidate.arguments(problem, candidate.forward)
     if missing:
         return Outcome(status="not supported", text=", ".join(missing))
-    returned = _called("", lambda: calls.forward(candidate, problem, given), problem, given)
+    returned = _called("", lambda: calls.forward(candidate, problem, given), candidate.refusals, problem, given)
     if isinstance(returned, Outcome):
         return returned
     if isinstance(returned, tuple) and len(returned) <= len(names):
@@ -161,7 +166,8 @@ def call_backward(candidate: Candidate, problem: Problem, values: dict[str, Any]
     given, missing = candidate.arguments(problem, candidate.backward, backward=True)
     if missing:
         return Outcome(status="not supported", text=", ".join(missing))
-    returned = _called("the backward ", lambda: calls.backward(candidate, problem, given, values), problem, given, values)
+    returned = _called("the backward ", lambda: calls.backward(candidate, problem, given, values), candidate.refusals, problem,
+                       given, values)  # fmt: skip
     if isinstance(returned, Outcome):
         return returned
     if not isinstance(returned, dict):
@@ -186,7 +192,7 @@ def is_array(x: Any) -> bool:
     return isinstance(x, np.ndarray) and not isinstance(x, (np.ma.MaskedArray, np.matrix))
 
 
-def _called(who: str, call: Callable[[], Any], problem: Any, *given: dict[str, Any]) -> Any:
+def _called(who: str, call: Callable[[], Any], refusals: str, problem: Any, *given: dict[str, Any]) -> Any:
     """What a candidate returns, or an Outcome if it refuses, raises, or writes into its inputs."""
     before = _snapshot(problem, *given)
     try:
@@ -197,6 +203,8 @@ def _called(who: str, call: Callable[[], Any], problem: Any, *given: dict[str, A
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a candidate may raise SystemExit or GeneratorExit, too
+        if refusals == "any" and isinstance(error, Exception):
+            return Outcome(status="refused", text=f"{who}raises {type(error).__name__}: {message_of(error)}")
         return Outcome(status="wrong", text=f"{who}raises {_described(error)}")
     if changed := _changed_arrays(before, _snapshot(problem, *given)):
         what = "the backward modifies an input" if who else "an input was modified"

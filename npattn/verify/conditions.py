@@ -6,6 +6,7 @@ for them: `Op.conditioned`.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -15,36 +16,43 @@ import numpy as np
 
 from npattn.ops.checks import Array
 from npattn.verify.candidate import Candidate, call_backward, call_forward, is_array
-from npattn.verify.judge import Check, Settings, as_given
-from npattn.verify.op import Problem, Truth
+from npattn.verify.judge import DRAWN, Check, Settings, as_given, truth_for
+from npattn.verify.op import Problem, Truth, better_dtype
 from npattn.verify.precision import Precision, of_dtype
 from npattn.verify.rounding import accepts, units
+from npattn.verify.space import Drawn
+
+CONDITIONS = ("repeat", "other calls", "threads", "strides", "batch size", "masked places", "hull")
 
 
 def examine_conditions(candidate: Candidate, case: Any, seed: int, settings: Settings) -> list[Check]:
-    """The conditions of a case of `Op.conditioned`. None for other cases, or if the candidate supports or returns nothing."""
-    if case.name not in candidate.record.conditioned:
+    """The conditions of a case: all for one of `Op.conditioned`, those of its row for one that was drawn, none for others.
+
+    None, too, if the candidate supports or returns nothing.
+    """
+    names = case.conditions if isinstance(case, Drawn) else CONDITIONS if case.name in candidate.record.conditioned else ()
+    if not names:
         return []
     problem, precision = as_given(case, seed, settings)
-    truth = candidate.truth(problem, precision)
     try:
         values = _call(candidate, problem)
     except CallError as error:
         return [Check("repeat", "wrong", f"{error}, when it is called again", worst=math.inf)]
-    if truth is None:
+    if problem.dtype == np.float64 and better_dtype(np.float64) is None:
         return []
-    out = values.get("out")  # in the first call it was right
+    out, right = values.get("out"), problem.cotangents.get("dout")  # in the first call it was right
     dtypes = [np.dtype(d) for d in problem.dtypes("out", precision)]
-    if "out" in truth.values and (out is None or out.shape != truth.values["out"].shape or out.dtype not in dtypes):
+    if right is not None and (out is None or out.shape != right.shape or out.dtype not in dtypes):
         return [Check("repeat", "wrong", "out is not returned as before, when it is called again", worst=math.inf)]
-    return list(conditions(candidate, problem, truth, values, settings.level, precision))
+    truth = functools.cache(lambda: _truth(candidate, case, problem, precision))
+    return list(conditions(candidate, problem, truth, values, settings.level, precision, names))
 
 
 def conditions(
-    candidate: Candidate, problem: Problem, truth: Truth, values: dict[str, Any], level: str,
-    precision: Precision | None = None,
+    candidate: Candidate, problem: Problem, truth: Callable[[], Truth], values: dict[str, Any], level: str,
+    precision: Precision | None = None, names: tuple[str, ...] = CONDITIONS,
 ) -> Iterator[Check]:  # fmt: skip
-    """All conditions of one case; ``values`` is what the candidate returned first."""
+    """The conditions of one case; ``values`` is what the candidate returned first. ``truth`` is called where it is needed."""
     precision = precision or of_dtype(problem.dtype)
     level = "good" if level == "bounded" else level  # what is judged here is judged by sigma, and "bounded" needs det
     first = {n: x for n, x in values.items() if is_array(x)}
@@ -53,27 +61,34 @@ def conditions(
     saved = {n: x.copy() for n, x in first.items()}
     again = "other numbers in keys, values and queries that are masked"
     relatives = problem.op.relatives
-    hidden, alone = relatives.hidden(problem), relatives.first_sequence(problem)
+    hidden = relatives.hidden(problem) if "masked places" in names else None
+    alone = relatives.first_sequence(problem) if "batch size" in names else None
     contained = candidate.convention.dead_out == "zero" and candidate.convention.dead_grad == "zero"
     tests: list[tuple[str, Any, Callable[[], Check]]] = [
         ("repeat", True, lambda: _compare_bits("repeat", "a second call", saved, _call(candidate, problem))),
         ("other calls", True, lambda: _after_other_calls(candidate, problem, first, saved, precision, level)),
         ("threads", True, lambda: _threads(candidate, problem, saved)),
-        ("strides", True, lambda: _strided(candidate, relatives.strided(problem), truth, level)),
-        ("batch size", alone is not None, lambda: _batch(candidate, alone or problem, truth, level)),
+        ("strides", True, lambda: _strided(candidate, relatives.strided(problem), truth(), level)),
+        ("batch size", alone is not None, lambda: _batch(candidate, alone or problem, truth(), level)),
         ("masked places", hidden is not None and contained,
          lambda: _compare_bits("masked places", again, saved, _call(candidate, hidden))),
     ]  # fmt: skip
     for name, there, test in tests:
         try:
-            if there:
+            if there and name in names:
                 yield test()
         except CallError as error:  # the inputs may have been overwritten: no later condition would mean anything
             yield Check(name, "wrong", f"{error}, in a call for this condition", worst=math.inf)
             return
-    text = relatives.outside(problem, truth, first)
+    text = relatives.outside(problem, truth(), first) if "hull" in names else None
     if text is not None:
         yield Check("hull", "wrong", text, worst=math.inf) if text else Check("hull", "ok", level="tight")
+
+
+def _truth(candidate: Candidate, case: Any, problem: Problem, precision: Precision) -> Truth:
+    truth = truth_for(candidate, case, problem, precision)
+    assert truth is not None  # there is a better dtype
+    return truth
 
 
 class CallError(Exception):
@@ -124,7 +139,8 @@ def _after_other_calls(
         got = _call(candidate, masked)
         if truth is not None:
             what = "for another mask or bias of the same shape: state is kept between calls"
-            check = _judged("other calls", what, got, truth.values, truth.sigma, level)
+            sigma = {t: DRAWN * s for t, s in truth.sigma.items()}  # the other mask may leave weights that are all equal
+            check = _judged("other calls", what, got, truth.values, sigma, level)
             if check.status == "wrong":
                 return check
     for tensor, x in first.items():
@@ -186,6 +202,3 @@ def _batch(candidate: Candidate, alone: Problem, truth: Truth, level: str) -> Ch
     want = {n: truth.values[n][:1] for n in got if n in truth.values}
     sigma = {n: truth.sigma[n][:1] for n in want}
     return _judged("batch size", "for the first sequence alone", got, want, sigma, level)
-
-
-CONDITIONS = ("repeat", "other calls", "threads", "strides", "batch size", "masked places", "hull")

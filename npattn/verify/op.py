@@ -10,13 +10,15 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from npattn.ops.checks import Array
 from npattn.verify.precision import Precision, round_to
-from npattn.verify.space import Space
+
+if TYPE_CHECKING:
+    from npattn.verify.space import Space
 
 Values = dict[str, Array]
 Function = Callable[..., Any]
@@ -261,7 +263,7 @@ class Relatives:
 
     def with_other_numbers(self, problem: Problem) -> Problem:
         """The same with other numbers."""
-        raise NotImplementedError
+        return negated(problem)
 
     def strided(self, problem: Problem) -> Problem:
         """The same numbers in views with strides."""
@@ -313,7 +315,7 @@ class Op:
     evidence: tuple[str, ...] = ()  # cases to run before NaN everywhere is explained
     basics: tuple[str, ...] = ()  # cases in which most mistakes do not show
     random_cases: Callable[[int, int], list[Any]] = lambda seed, count: []
-    space: Space | None = None  # from which --fuzz draws
+    space: Space | None = None  # from which further cases are drawn
 
     known: ClassVar[dict[str, Op]] = {}
 

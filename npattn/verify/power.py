@@ -38,9 +38,9 @@ SEEDS = range(3)  # those of --deep
 @quiet
 def blind_spots(
     problem: Problem, given: dict[str, Any], align: str, truth: Truth, tested: list[str], level: str, precision: Precision,
-    base: list[Change],
+    base: list[Change], likely: bool = True,
 ) -> dict[str, str]:  # fmt: skip
-    """By tensor: what the judge would accept in its place, of zeros, a small error and the likely mistakes."""
+    """By tensor: what the judge would accept in its place, of zeros, a small error and, if asked for, the likely mistakes."""
     scale = truth.det if level == "bounded" else truth.sigma
     planted = max(PLANTED, 16 * precision.coarsest)
 
@@ -59,6 +59,8 @@ def blind_spots(
             blind[t] = "zeros would pass"
         elif not rejects(t, np.where(some, want * (1 + planted), want)):
             blind[t] = f"a relative error of {planted:.2g} would pass"
+    if not likely:
+        return blind
     kept = None if level == "bounded" else _kept().get(digest(problem, given, align, precision, base))
     others = _computed(problem, given, align, truth, scale, tested, level, base) if kept is None else kept
     for name, reach in others.items():

@@ -14,6 +14,7 @@ from npattn.verify.candidate import Candidate, library_of
 from npattn.verify.conditions import CONDITIONS
 from npattn.verify.judge import Result
 from npattn.verify.request import TENSOR_FEATURES, check_features
+from npattn.verify.space import Coverage
 
 LEAST_SHARE = 1 / 3
 """At least this share of the cases that its signature allows has to be tested: of the forward, and of the backward if given.
@@ -58,6 +59,7 @@ class Report:
     backward: bool = False
     asked: int = 0  # how many results there are after a complete run
     interrupted: bool = False
+    coverage: Coverage | None = None  # of the space from which cases were drawn
 
     def verdict(self, require: Iterable[str] = ()) -> str:
         """The verdict in a few words; the exit status follows from it. require : features that have to be tested"""
@@ -123,6 +125,8 @@ class Report:
         """
         if len({r.case for r in self.results}) < 2:
             return False
+        if self.coverage is not None and self.coverage.too_little:
+            return True
         none_holds = bool(self.tested) and not any(c.status == "ok" for r in self.results for c in r.checks)
         return none_holds or any(tested < LEAST_SHARE * claimed for tested, claimed in self.shares().values())
 
@@ -199,7 +203,8 @@ class Report:
             "level": self.level, "precision": self.precision, "fits": self.fits,
             "tested": self.tested, "total": self.total, "asked": self.asked, "interrupted": self.interrupted,
             "too_little": self.too_little, "refused": self.refused, "unused": self.unused,
-            "diagnosis": self.diagnosis, "results": results,
+            "diagnosis": self.diagnosis,
+            "space": None if self.coverage is None else self.coverage._asdict(), "results": results,
         }  # fmt: skip
 
 

@@ -74,6 +74,8 @@ def expected_reasons(failures: Mapping[str, str], cases: Iterable[Any]) -> dict[
     found: dict[str, str] = {}
     for pattern, reason in failures.items():
         hit = [n for n in names if n == pattern] or fnmatch.filter(names, pattern)
+        if pattern.startswith("drawn"):  # these cases are not known yet
+            hit = [pattern]
         if not hit:
             raise CandidateError(f"expected failure {pattern!r}: no such case; npattn verify --list lists them")
         if not reason.strip():

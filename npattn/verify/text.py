@@ -53,6 +53,9 @@ def verdict(report: Report, require: Iterable[str] = ()) -> str:
 
 def _shares(report: Report) -> str:
     """How many of the cases that the signature allows were tested."""
+    found = report.coverage
+    if found is not None and found.too_little:
+        return f"of the pairs of classes that it takes {found.met} of {found.pairs} were met, and half of them is the least"
     counts = " and ".join(f"its {side} took {a} of {b} cases" for side, (a, b) in report.shares().items())
     return f"{counts} that its signature takes; a third is the least, and something has to hold"
 
@@ -82,6 +85,21 @@ def summary(report: Report, verbose: bool) -> Iterator[str]:
         yield from told
 
 
+def space(report: Report) -> Iterator[str]:
+    """What was met of the space from which cases were drawn."""
+    found = report.coverage
+    if found is None:
+        return
+    three = "" if found.triples is None else ", and of the triples of options and sizes {} of {}".format(*found.triples)
+    yield f"{found.cases} cases drawn: of the pairs of classes that it takes, {found.met} of {found.pairs} were met{three}"
+    if found.limits:
+        yield f"  it takes only {'; '.join(found.limits)}"
+    for name, classes in found.refused.items():
+        yield f"  never tested: {name} {', '.join(classes)}"
+    if found.left_out:
+        yield f"  left out, as they cost too much: {'; '.join(found.left_out)}"
+
+
 def coverage(report: Report) -> Iterator[str]:
     """How much was tested, and why the rest was not."""
 
@@ -108,6 +126,7 @@ def coverage(report: Report) -> Iterator[str]:
         yield f"in the signature, and tested in no case: {', '.join(report.unused)}"
     if report.unsettled:
         yield f"expected to fail, and only partly tested: {', '.join(_cases(report.unsettled))}"
+    yield from space(report)
     if len(report.results) < report.asked:
         yield f"stopped after {len(report.results)} of {report.asked} cases"
 

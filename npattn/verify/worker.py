@@ -28,11 +28,11 @@ from typing import Any
 
 from npattn.verify import replay
 from npattn.verify.api import examine_all, fitting_precision
-from npattn.verify.candidate import CandidateError, load, message_of
+from npattn.verify.candidate import REFUSALS, CandidateError, call_forward, load, message_of
 from npattn.verify.conditions import examine_conditions
 from npattn.verify.conventions import Convention
 from npattn.verify.explain import Diagnostician
-from npattn.verify.judge import Check, Result, Settings, examine
+from npattn.verify.judge import Check, Result, Settings, as_given, examine
 from npattn.verify.report import Facts, Report
 
 TIMEOUT = 120.0  # seconds for a call: the first may compile, and Python loops take half a minute. An import has at least this
@@ -50,6 +50,8 @@ class Spec:
     op: str | None
     settings: Settings
     diagnose: bool
+    options: tuple[str, ...] | None = None  # those that it takes; None: what its signature says
+    refusals: str = REFUSALS[0]  # what counts as a refusal
 
 
 class LostError(Exception):
@@ -71,8 +73,9 @@ class FaultError(LostError):
 class Worker:
     """The candidate's process, as seen from verify's. Use it in a ``with`` statement, which starts and ends the process."""
 
-    def __init__(self, spec: Spec, timeout: float = TIMEOUT) -> None:
-        self.spec, self.timeout, self.hangs = spec, timeout, 0
+    def __init__(self, spec: Spec, timeout: float = TIMEOUT, one_thread: bool = False) -> None:
+        """one_thread : the candidate's libraries are told to use one thread, since other processes use the other processors"""
+        self.spec, self.timeout, self.one_thread, self.hangs = spec, timeout, one_thread, 0
         self.facts: Any = None  # `Facts`, once the candidate is loaded
         self.faults: list[str] = []  # tracebacks of verify's own exceptions
         self.process: Any = None
@@ -107,6 +110,10 @@ class Worker:
             last = Check("repeat", "wrong", f"{error}, when it is called again", worst=float("inf"))
         return dataclasses.replace(result, checks=[*result.checks, last])
 
+    def takes(self, case: Any, seed: int) -> bool:
+        """Whether the forward accepts a case, right or wrong. Raises LostError."""
+        return bool(self._ask("takes", case, seed))
+
     def fitting_precision(self, report: Report, cases: list[Any]) -> str:
         with contextlib.suppress(LostError):
             return str(self._ask("fitting_precision", report, cases))
@@ -133,7 +140,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, sys.path), name="npattn candidate")
-        with _no_interrupt():
+        with _no_interrupt(), _told_to_use_one_thread() if self.one_thread else contextlib.nullcontext():
             self.process.start()
         theirs.close()
         try:
@@ -260,6 +267,21 @@ def _no_interrupt() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+@contextlib.contextmanager
+def _told_to_use_one_thread() -> Iterator[None]:
+    """A process that is started in this context finds these variables set. What the user has set stays."""
+    new = [name for name in THREADS if name not in os.environ]
+    os.environ.update(dict.fromkeys(new, "1"))
+    try:
+        yield
+    finally:
+        for name in new:
+            os.environ.pop(name, None)
+
+
 RAISED_INTERRUPT = type("KeyboardInterrupt", (Exception,), {})
 """Stands for a KeyboardInterrupt that the candidate itself raises: a real one would end the run."""
 
@@ -327,6 +349,7 @@ class LoadedCandidate:
 
     def __init__(self, spec: Spec, send: Callable[..., None]) -> None:
         loaded = load(spec.name, spec.backward, spec.convention, spec.op)
+        loaded = dataclasses.replace(loaded, options=spec.options, refusals=spec.refusals)
         numbers, pid = itertools.count(), os.getpid()
 
         def watched(function: Callable[..., Any] | None, who: str) -> Any:
@@ -356,6 +379,9 @@ class LoadedCandidate:
 
     def examine(self, case: Any, seed: int) -> Result:
         return examine(self.candidate, case, seed, self.settings, self.diagnostician)
+
+    def takes(self, case: Any, seed: int) -> bool:
+        return call_forward(self.candidate, as_given(case, seed, self.settings)[0]).status not in ("refused", "not supported")
 
     def conditions(self, case: Any, seed: int) -> list[Check]:
         return examine_conditions(self.candidate, case, seed, self.settings)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from npattn import cli
-from npattn.verify import CASES, CASES_OF
+from npattn import arguments, cli
+from npattn.verify import CASES, CASES_OF, runs
 from npattn.verify.api import examine_all
 from npattn.verify.report import Facts
 from npattn.verify.worker import LoadedCandidate
@@ -12,9 +12,9 @@ from npattn.verify.worker import LoadedCandidate
 class InThisProcess(LoadedCandidate):
     """A `Worker` that starts no process: a start takes most of a second."""
 
-    faults = ()
+    faults, process = (), None
 
-    def __init__(self, spec, timeout):
+    def __init__(self, spec, timeout, one_thread=False):
         super().__init__(spec, lambda *message: None)
         self.facts = Facts.of(self.candidate)
 
@@ -30,9 +30,10 @@ class InThisProcess(LoadedCandidate):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """``npattn verify`` with these arguments in an empty folder: its exit status, and what it prints."""
+    """``npattn verify`` with these arguments in an empty folder: its exit status, and what it prints. Nothing is drawn."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "Worker", InThisProcess)
+    monkeypatch.setattr(runs, "Worker", InThisProcess)
+    monkeypatch.setattr(arguments, "_space", lambda given, op: None)
 
     def run(*arguments):
         status = cli.main(["verify", *arguments])

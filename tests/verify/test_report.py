@@ -111,7 +111,7 @@ def test_as_json_has_what_the_page_says_in_plain_values():
     assert {n: found[n] for n in top} == {
         "npattn": npattn.__version__, "passed": report.passed, "candidate": "mine", "op": "attention", "level": "tight",
         "precision": "tf32", "fits": "float16-M1", "asked": 0, "interrupted": False, "too_little": False, "refused": {},
-        "unused": [], "tested": 4, "total": 6, "diagnosis": {"x and y in the backward": ["a"]},
+        "unused": [], "space": None, "tested": 4, "total": 6, "diagnosis": {"x and y in the backward": ["a"]},
     }  # fmt: skip
     first, second = found["results"]
     assert first["checks"][0] == dataclasses.asdict(BAD) | {"index": [0]}

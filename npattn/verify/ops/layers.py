@@ -11,6 +11,7 @@ import numpy as np
 
 from npattn.ops.checks import Array
 from npattn.verify.op import Calls, Case, Change, Problem, Values
+from npattn.verify.space import EVERYWHERE, LAYOUTS, Choice, Row, Sizes, Space, classes
 
 Rng = np.random.Generator
 Route = Callable[[Array], Array]  # moves, repeats or drops elements, and computes nothing; its backward is `adjoint`
@@ -167,6 +168,38 @@ def case(
     op: str, draw: Callable[..., Problem], name: str, feature: str = "", *, dtype: str = "float32", **sizes: Any
 ) -> Case:
     return Case(op, name, [feature or name], partial(draw, **sizes), dtype)
+
+
+SIZES = {
+    "multiple of 8": (8, 24, 40), "1": (1,), "2 or 3": (2, 3), "small and odd": (5, 7, 9), "prime": (13, 17, 37),
+    "multiple of 16": (16, 48), "64": (64,), "above 64": (65, 72, 100, 130),
+}  # fmt: skip
+"""Classes of sizes."""
+BATCH = {"2": (2,), "1": (1,), "3": (3,), "5": (5,)}
+
+
+def space(
+    op: str, draw: Callable[..., Problem], sizes: Mapping[str, Mapping[str, tuple[Choice, ...]]],
+    settings: Mapping[str, Mapping[str, Mapping[str, Any]]], cost: Callable[[Sizes], float],
+    possible: Callable[[Row], bool] = lambda row: True,
+) -> Space:  # fmt: skip
+    """The space of an op whose problems are drawn by a function with keyword arguments.
+
+    sizes : dimensions whose classes have sizes; settings : dimensions whose classes have other arguments of ``draw``. The first
+    class of each is the plain one.
+    """
+
+    def problem(row: Row, of: Sizes, seed: list[int]) -> Problem:
+        more = {k: v for name, cls in row.items() if name in settings for k, v in settings[name][cls].items()}
+        return draw(np.random.default_rng(seed), **of, **more)
+
+    others = {name: classes(*some) for name, some in settings.items()}
+    dimensions = {**sizes, **others, "memory": classes(*LAYOUTS), **EVERYWHERE}
+    return Space(
+        op, dimensions, {name: next(iter(some)) for name, some in dimensions.items()}, problem,
+        lambda row: [name for name in settings if row[name] != next(iter(settings[name]))], possible,
+        lambda row, of: cost(of) * (12 if row.get("dtype") == "float64" else 1), (*sizes, *settings),
+    )  # fmt: skip
 
 
 def _rows(shape: tuple[int, ...], dead: Callable[[Array], Array]) -> Array:

@@ -14,6 +14,7 @@ from npattn.ops.attention import AttentionCache, attention_backward, attention_f
 from npattn.ops.checks import Array
 from npattn.ops.multihead import MultiHeadParams, merge_heads, multi_head_backward, multi_head_forward, split_heads
 from npattn.verify.op import Op, Pair, Problem, Values
+from npattn.verify.ops import multi_head_space
 from npattn.verify.ops.attention.errors import predict
 from npattn.verify.ops.layers import (
     MASKS,
@@ -98,10 +99,7 @@ CASES = [
     _case("plain"),
     _case("self-attention", "plain", twist="one array"),
     _case("no biases", "biases", biases=""),
-    _case("b_o alone", "biases", biases="o"),
-    _case("b_q, b_k, b_v alone", "biases", biases="qkv"),
-    _case("b_q alone", "biases", biases="q"),
-    _case("b_v alone", "biases", biases="v"),
+    *(_case(f"{', '.join(f'b_{n}' for n in some)} alone", "biases", biases=some) for some in ("o", "qkv", "q", "v")),
     _case("cross-attention", L=7, S=13),
     _case("memory of another width", "input widths", S=13, Mk=17),
     _case("x_v of another width", "input widths", S=13, Mk=17, Mv=20),
@@ -496,4 +494,5 @@ MULTI_HEAD = Op(
     ),
     differentiable=("bias", "sink"),
     optional=("dbias", "dsink"),
+    space=multi_head_space.of(_heads),
 )

@@ -15,6 +15,8 @@ from npattn.ops.rnn import RNNParams, rnn_backward, rnn_forward
 from npattn.tolerances import TANH_ULPS
 from npattn.verify.op import Op, Pair, Problem, Values
 from npattn.verify.ops.layers import (
+    BATCH,
+    SIZES,
     LayerCalls,
     Mistake,
     Rng,
@@ -28,12 +30,14 @@ from npattn.verify.ops.layers import (
     of_params,
     plain_outer,
     same,
+    space,
     sum_of_first_sequence,
     times,
     to_value,
     weight,
     zero,
 )  # fmt: skip
+from npattn.verify.space import sizes_of
 from npattn.verify.stages import by_noise, no_inner_rounding
 
 
@@ -96,6 +100,32 @@ CASES = [
     _case("float64 lengths + dh_last", "float64", dtype="float64", lengths=WITH_NONE, last=True),
     _case("float64 relu", "float64", dtype="float64", nonlinearity="relu"),
 ]
+
+
+ENDS: dict[str, Callable[[Rng, int, int], Array | None]] = {
+    "T": lambda rng, B, T: None, "some": lambda rng, B, T: rng.integers(1, T + 1, B), "1": lambda rng, B, T: np.ones(B, int),
+    "0 and T": lambda rng, B, T: np.where(np.arange(B) % 2 == 0, 0, T), "all T": lambda rng, B, T: np.full(B, T),
+}  # fmt: skip
+
+
+def _of_sizes(rng: Rng, *, B: int, T: int, M: int, N: int, ends: str = "T", **given: Any) -> Problem:
+    lengths = ENDS[ends](rng, B, T)
+    return _recurrent(rng, B=B, T=T, M=M, N=N, lengths=None if lengths is None else tuple(lengths.tolist()), **given)
+
+
+SPACE = space(
+    "rnn", _of_sizes,
+    {"B": sizes_of("B", BATCH), "T": sizes_of("T", {**SIZES, "above 200": (201,)}), "M": sizes_of("M", SIZES),
+     "N": sizes_of("N", SIZES)},
+    {"lengths": {"none": {}, **{n: {"ends": n} for n in ("some", "1", "0 and T", "all T")}},
+     "h0": {"given": {}, "none": {"state": None}, "0": {"state": 0.0}}, "b": {"given": {}, "none": {"bias": False}},
+     "cotangents": {"dh": {}, "dh_last": {"last": True}, "dh_last alone": {"last": True, "dh": 0.0}},
+     "nonlinearity": {"tanh": {}, "relu": {"nonlinearity": "relu"}},
+     "inputs": {"normal": {}, "saturated": {"inputs": 5.0, "weights": 2.0}, "tiny": {"inputs": 1e-3},
+                "NaN behind": {"behind": np.nan}, "inf behind": {"behind": np.inf}}},
+    lambda n: n.get("B", 1) * n.get("T", 1) * (200 + n.get("N", 1) * (n.get("M", 1) + n.get("N", 1)) / 64),
+    lambda row: not (row.get("inputs", "").endswith("behind") and row.get("lengths") == "none"),
+)  # fmt: skip
 
 
 def reference(p: Problem) -> Values:
@@ -361,4 +391,5 @@ RNN = Op(
         to={"W": _to_onnx, "state_dict": lambda params: [convert.rnn_to_torch(params)]},
         back={"state_dict": lambda found: _one_bias(convert.rnn_from_torch(found.pop("state_dict"))), "dW": _from_onnx},
     ),
+    space=SPACE,
 )  # fmt: skip

@@ -11,7 +11,8 @@ from npattn.ops.activations import silu_backward, silu_forward
 from npattn.ops.checks import Array
 from npattn.tolerances import EXP_ULPS
 from npattn.verify.op import Op, Pair, Problem, Values
-from npattn.verify.ops.layers import LayerCalls, Rng, case, changes, normal, zero
+from npattn.verify.ops.layers import BATCH, SIZES, LayerCalls, Rng, case, changes, normal, space, zero
+from npattn.verify.space import sizes_of
 from npattn.verify.stages import by_noise, no_inner_rounding
 
 
@@ -41,6 +42,20 @@ CASES = [
     _case("float64", dtype="float64"),
     _case("float64 x5", "float64", dtype="float64", size=5.0),
 ]
+
+
+def _of_sizes(rng: Rng, *, B: int, L: int, F: int, rank: int = 3, **given: Any) -> Problem:
+    return _numbers(rng, shape=(B, L, F)[3 - rank :], **given)
+
+
+SPACE = space(
+    "silu", _of_sizes, {"B": sizes_of("B", BATCH), "L": sizes_of("L", SIZES), "F": sizes_of("F", SIZES)},
+    {"rank": {"3": {}, "1": {"rank": 1}, "2": {"rank": 2}},
+     "inputs": {"normal": {}, "x5": {"size": 5.0}, "x100": {"size": 100.0}, "tiny": {"size": 1e-20},
+                "far below 0": {"shift": -80.0}, "around the minimum": {"size": 1e-3, "shift": -1.2784645},
+                "inf": {"put": (np.inf,)}, "NaN": {"put": (np.nan,)}}},
+    lambda n: n.get("B", 1) * n.get("L", 1) * n.get("F", 1),
+)  # fmt: skip
 
 
 def reference(p: Problem) -> Values:
@@ -116,4 +131,5 @@ SILU = Op(
     cases=CASES,
     candidates={"silu": _candidate},
     calls=LayerCalls("forward(x) and backward(dy, x)", ()),
+    space=SPACE,
 )

@@ -13,7 +13,8 @@ from npattn.ops.checks import Array
 from npattn.ops.softmax import softmax_backward, softmax_forward
 from npattn.tolerances import EXP_ULPS
 from npattn.verify.op import Op, Pair, Problem, Values
-from npattn.verify.ops.layers import MASKS, LayerCalls, Mistake, Rng, case, changes, normal, to_value, zero
+from npattn.verify.ops.layers import BATCH, MASKS, SIZES, LayerCalls, Mistake, Rng, case, changes, normal, space, to_value, zero
+from npattn.verify.space import sizes_of
 from npattn.verify.stages import by_noise, no_inner_rounding
 
 Change = Callable[[Any, Any], Any]
@@ -82,6 +83,35 @@ CASES = [
     _case("float64 x30", "float64", dtype="float64", size=30.0),
     _case("everything", mask="mask of each head", size=5.0, shift=-100.0, put={2: -np.inf}, row=-np.inf),
 ]
+def _of_sizes(rng: Rng, *, B: int, H: int, L: int, S: int, rank: int = 4, **given: Any) -> Problem:
+    return _rows_of_scores(rng, shape=(B, H, L, S)[4 - rank :], **given)
+
+
+def _possible(row: dict[str, str]) -> bool:
+    """A mask of each sequence or head needs these axes; a row of its own needs two rows, and keys to mask."""
+    rank, mask, inputs = row.get("rank", "4"), row.get("mask", "none"), row.get("inputs", "normal")
+    if rank != "4" and mask in ("mask", "mask of each head", "mask of keys"):
+        return False
+    if row.get("S") == "1" and (mask != "none" or inputs != "normal"):
+        return False
+    second_row = inputs in ("row of -inf", "row of NaN") or mask == "dead rows"
+    return not (second_row and (row.get("L") == "1" or rank == "1")) and not (rank == "1" and mask != "none")
+
+
+SPACE = space(
+    "softmax", _of_sizes,
+    {"B": sizes_of("B", BATCH), "H": sizes_of("H", BATCH), "L": sizes_of("L", SIZES),
+     "S": sizes_of("S", {**SIZES, "above 1024": (1030, 1500)})},
+    {"rank": {"4": {}, "1": {"rank": 1}, "2": {"rank": 2}, "3": {"rank": 3}},
+     "mask": {"none": {}, **{n: {"mask": n} for n in ("mask", "mask (L, S)", "mask of each head", "mask of keys", "causal",
+                                                      "dead rows")}},
+     "inputs": {"normal": {}, "x30": {"size": 30.0}, "x1000": {"size": 1000.0}, "tiny": {"size": 1e-20},
+                "far above 0": {"shift": 1e4}, "far below 0": {"shift": -1e4}, "ties": {"ties": True},
+                "some -inf": {"put": {0: -np.inf}}, "row of -inf": {"row": -np.inf}, "row of NaN": {"row": np.nan}}},
+    lambda n: n.get("B", 1) * n.get("H", 1) * n.get("L", 1) * n.get("S", 1), _possible,
+)  # fmt: skip
+
+
 def reference(p: Problem) -> Values:
     weights, cache = softmax_forward(p.inputs["scores"], **p.options)
     return {"weights": weights, "dscores": softmax_backward(p.cotangents["dweights"], cache).scores}
@@ -234,4 +264,5 @@ SOFTMAX = Op(
     cases=CASES,
     candidates={"softmax": _candidate},
     calls=LayerCalls("forward(scores, *, mask) and backward(dweights, scores, *, mask)", ("mask",)),
+    space=SPACE,
 )

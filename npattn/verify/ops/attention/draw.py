@@ -282,9 +282,12 @@ LONG = {"H": 2, "G": 2, "L": 300, "S": 1100, "D": 32, "E": 32}  # more than one 
 
 def draw(
     options: Iterable[str], seed: int | list[int], *, sizes: dict[str, int] = SMALL, lead: tuple[int, ...] = (2,),
-    family: str = "normal", dtype: Any = np.float64,
+    family: str = "normal", dtype: Any = np.float64, choice: bool = True,
 ) -> Problem:  # fmt: skip
-    """A problem with these options. It is drawn until some query sees two keys and keeps one: else most gradients are 0."""
+    """A problem with these options.
+
+    choice : draw it until some query sees two keys and keeps one: else most gradients are 0
+    """
     chosen = [OPTIONS[name] for name in options]
     for attempt in range(100):
         rng = np.random.default_rng([attempt, *(seed if isinstance(seed, list) else [seed])])
@@ -298,7 +301,7 @@ def draw(
         dlse = {"dlse": d.normal(*q.shape[:-1])} if d.lse else {}
         problem = problem_of(q, k, v, d.normal(*q.shape[:-1], v.shape[-1]), d.options | ({"mask": d.parts} if d.parts else {}))
         problem.cotangents |= dlse
-        if not d.parts or _leaves_a_choice(problem):
+        if not (d.parts and choice) or _leaves_a_choice(problem):
             return problem.astype(dtype)
     raise ValueError(f"draw: the options {list(options)} leave no query two keys to choose from")
 

@@ -60,7 +60,7 @@ def predict(
     ds = _dscores(x, b, pi, zeta, mean)
     products = _dproducts(x, s, ds)
     return forward._replace(
-        q=_returned(x, _dq(x, s, products, mean, grads.q), grads.q),
+        q=_returned(x, _dq(x, s, p, products, mean, grads.q), grads.q),
         k=_returned(x, _dk(x, products), grads.k),
         v=_returned(x, _dv(x, b, pi), grads.v),
         bias=_returned(x, _dbias(x, ds, mean, grads.bias), grads.bias) if isinstance(grads.bias, np.ndarray) else None,
@@ -174,6 +174,7 @@ class Softmax(NamedTuple):
     of_z: Array  # the rounding of the sum of exp
     total: Array  # the error of that sum
     least_sum: Any  # a lower bound of the computed sum over the true one
+    shift: Any  # the error that all weights of a row share beside a sink; 0 in det, where everything adds up
 
 
 def _softmax(x: Call, s: Scores) -> Softmax:
@@ -197,7 +198,19 @@ def _softmax(x: Call, s: Scores) -> Softmax:
     terms = p if x.c.sink is None else np.concatenate([np.broadcast_to(p_sink, (*p.shape[:-1], 1)), p], -1)
     of_z = r.rounding_of_sum(terms, -1)
     least_sum = np.maximum(1 - mean_rho, 2.0**-20) if r.rigorous else 1.0
-    return Softmax(rho, linear, p_sink, rho_sink, top, of_z, r.add(mean_rho, of_z, 4 * unit), least_sum)
+    shift = 0.0 if r.rigorous or x.c.sink is None else _shift(x, s, p_sink)
+    return Softmax(rho, linear, p_sink, rho_sink, top, of_z, r.add(mean_rho, of_z, 4 * unit), least_sum, shift)
+
+
+def _shift(x: Call, s: Scores, p_sink: Array) -> Array:
+    """(5): shift, the error that all weights of a row share beside a sink.
+
+    shift = p_sink a (sum_d (unit q_d mean_d)^2)^(1/2),   mean_d = sum_j p_j slope_j k_jd / sum_j p_j         sigma
+    The rounding of a q_d is the same for all keys. Without a sink it cancels, as any shift of all scores does.
+    """
+    total = x.p.sum(-1, keepdims=True)
+    mean = ((x.p / np.where(total == 0, 1.0, total)) * s.slope) @ x.k
+    return np.asarray(p_sink * x.a * np.sqrt(np.square(x.rounding.unit * x.q * mean).sum(-1, keepdims=True)))
 
 
 def _of_exp(x: Call, rho: Array, common: Array) -> Array:
@@ -222,7 +235,7 @@ class Out(NamedTuple):
 def _out(x: Call, p: Softmax) -> Out:
     """(6), (7): e_out, the error of the output.
 
-    e_out = centred (+) sums (+) through(low(w), v) (+) rounded_right(w, v),  and S tiny (1 + hull)
+    e_out = centred (+) shift o (+) sums (+) through(low(w), v) (+) rounded_right(w, v),  and S tiny (1 + hull)
     sums  = chain(S; w v) (+) of_z o (+) 5 unit o                 w = p dropout_mask, hull = max_j |v_j|
     """
     r, low = x.rounding, x.low
@@ -230,7 +243,7 @@ def _out(x: Call, p: Softmax) -> Out:
     centred = _bound_of_centred(x, p, hull) if r.rigorous else _sigma_of_centred(x, p)
     sums = r.add(r.product(x.w, x.v), p.of_z * x.o, 5 * r.unit * x.o)
     coarse = r.add(r.through(x.stored(low.weights, x.w), x.v), x.rounded_right(x.w, x.v))
-    return Out(r.add(centred, sums, coarse) + x.p.shape[-1] * r.tiny * (1 + hull), sums)
+    return Out(r.add(centred, p.shift * x.o, sums, coarse) + x.p.shape[-1] * r.tiny * (1 + hull), sums)
 
 
 def _sigma_of_centred(x: Call, p: Softmax) -> Array:
@@ -382,7 +395,7 @@ def _dsink(x: Call, p: Softmax, b: Backward, mean: Mean, dsink: Array) -> Array:
     e_sink = sum of (row (total (+) unit lse (+) rho_sink) (+) p_sink delta (+) 3 unit row,  and tiny)  (+) chain(row)
     """
     r, row = x.rounding, p.p_sink * (b.dl - b.mean)
-    share = row * r.add(p.total, r.unit * x.lse, p.rho_sink)
+    share = select(row != 0, row * r.add(p.total, r.unit * x.lse, p.rho_sink))  # lse of a row without anything is -inf
     error = r.add(share, p.p_sink * mean.delta, 3 * r.unit * row) + r.tiny
     axes = tuple(a for a in range(row.ndim) if a != row.ndim - 3)
     result: Array = r.add(r.sum(error, axes), r.rounding_of_sum(row, axes)).reshape(dsink.shape)
@@ -418,16 +431,16 @@ def _dproducts(x: Call, s: Scores, ds: Dscores) -> Dscores:
     return Dscores(value, r.add(error, x.stored(x.low.dscores, value)))
 
 
-def _dq(x: Call, s: Scores, ds: Dscores, mean: Mean, dq: Array) -> Array:
+def _dq(x: Call, s: Scores, p: Softmax, ds: Dscores, mean: Mean, dq: Array) -> Array:
     """(1): e_q, the error of dq.
 
     e_q = a (through(e_s, k) (+) chain(S; ds k) (+) common sum_j p_j slope_j k_j (+) rounded_right(ds, k)),
-          and 2 unit |dq| + S tiny
+          and shift |dq| + 2 unit |dq| + S tiny
     """
     r, k = x.rounding, x.k
     common = mean.common * ((x.p * s.slope) @ k)
     error = x.a * r.add(r.through(ds.error, k), r.product(ds.value, k), common, x.rounded_right(ds.value, k))
-    return np.asarray(error + 2 * r.unit * np.abs(_f64(dq)) + x.p.shape[-1] * r.tiny)
+    return np.asarray(error + (p.shift + 2 * r.unit) * np.abs(_f64(dq)) + x.p.shape[-1] * r.tiny)
 
 
 def _dk(x: Call, ds: Dscores) -> Array:
