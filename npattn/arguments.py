@@ -155,6 +155,7 @@ def check_together(given: argparse.Namespace) -> None:
 
     pairs = [(alone, other) for alone in ALONE for other in sorted(present) if (alone, other) != ("self_test", "op")]
     pairs += [("list", other) for other in RUNS_NOTHING] + [("case", "text")] + [("fuzz", other) for other in NAMED_CASES]
+    pairs += [("sizes", other) for other in ("case", "text")]  # nothing is drawn
     pairs += [("causal", "convention")] if "causal=" in given.convention else []
     for a, b in pairs:
         if a in present and b in present and a != b:
@@ -181,6 +182,8 @@ def asked(given: argparse.Namespace) -> tuple[Spec, list[Any], dict[str, str], S
     check_supported(op, name, given.level, given.rule)
     cases = [] if given.fuzz else _cases(given, op)
     expected = expected_reasons(_failures(given.expect_failure, [case.name for case in cases]), cases)
+    if given.dtype is not None and given.precision not in (None, given.dtype) and not given.precision.startswith(given.dtype):
+        raise CandidateError(f"--dtype {given.dtype} and --precision {given.precision} contradict each other: give one of them")
     given.precision = given.precision or SMALL.get(given.dtype)  # also for the report
     settings = Settings(given.level, None if given.precision is None else PRECISIONS[given.precision], tuple(given.rule))
     options = None if given.options is None else _options(given.options, op)

@@ -24,6 +24,7 @@ from npattn.verify.ops.attention import errors as model
 from npattn.verify.ops.attention.cases import Case
 from npattn.verify.ops.attention.draw import FAMILIES, LONG, MEDIUM, Part, dense_mask, draw, problem_of
 from npattn.verify.ops.attention.errors import predict
+from npattn.verify.rounding import Rounding
 
 TENSORS = ("out", "lse", "q", "k", "v", "bias", "sink")
 BOTH = ("dense", "blockwise")  # of this package
@@ -306,6 +307,38 @@ def test_own_kernels_are_tight(name):
 def test_the_dead_rows_are_dead():
     right, _ = truth(CASES["causal with dead rows"].problem(0))
     assert np.isneginf(right["lse"]).any(-1).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rounding_that_all_scores_of_a_row_share_does_not_cancel_beside_a_sink(dtype):
+    """Keys with a large mean, and a sink with most of the weight: found by drawing."""
+    found = []
+    for seed in range(3):
+        problem = draw(("sink", "dlse"), seed, sizes={"H": 8, "G": 8, "L": 5, "S": 300, "D": 8, "E": 4}, family="K mean",
+                       dtype=dtype)  # fmt: skip
+        problem.dout[...] = 0
+        right, sigma = truth(problem)
+        small = right["lse"] - problem.options["sink"][:, None] < 1e-6  # the sink has all the weight, but for a millionth
+        for implementation in BOTH:
+            off = units(KERNELS[implementation](problem), right, sigma)["q"]
+            found.append(off.reshape(problem.q.shape)[np.asarray(small)].ravel())
+    found = np.concatenate(found)
+    assert len(found) > 100
+    assert rms(found) <= TIGHT_RMS
+
+
+def test_sigma_holds_for_sums_of_terms_that_stand_beside_their_like():
+    """All keys of a sequence may have one gradient, of any sign: so many equal terms, and then others."""
+    rng, rounding, found = np.random.default_rng(0), Rounding(False, 2.0**-24, 0.0), []
+    for _ in range(50):
+        terms = (rng.standard_normal((5, 1, 30)) * (1 + 0.1 * rng.standard_normal((5, 64, 30)))).astype(np.float32)
+        total = np.zeros(30, np.float32)
+        for term in terms.reshape(-1, 30):
+            total += term
+        exact = terms.astype(float)
+        sigma = rounding.rounding_of_sum(exact, (0, 1)).reshape(30)
+        found.append((total - exact.sum((0, 1))) / sigma)
+    assert 1 / 3 <= rms(np.array(found)) <= TIGHT_RMS
 
 
 @pytest.mark.parametrize("name", first(1, ["V mean, bias of a row", "K mean and V mean"]))

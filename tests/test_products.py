@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from npattn.ops import products
-from npattn.tolerances import TERMS_EPS
+from npattn.ops.products import UNBLOCKED, sum_rows
+from npattn.tolerances import TERMS_EPS, TIGHT_RMS
 
 
 @pytest.mark.parametrize("avx512", [True, False])
@@ -26,3 +27,16 @@ def test_dots_of_few_rows(lead, group, few, n, D, dtype, avx512, monkeypatch):
     want = np.einsum("...ld,...sd->...ls", x.astype(wide), each.astype(wide))
     terms = np.einsum("...ld,...sd->...ls", abs(x.astype(wide)), abs(each.astype(wide)))
     assert (abs(out - want) <= TERMS_EPS * np.finfo(dtype).eps * terms).all()
+
+
+@pytest.mark.parametrize("n", [63, 64, 87, 260])
+def test_rows_of_many_heads_are_summed_as_exactly_as_those_of_each_head(n):
+    """OpenBLAS sums a small product in one chain, and terms of one sign let its error grow with n^1.5."""
+    rng, m, o = np.random.default_rng(0), 8, 32
+    assert 8 * n * m * o < UNBLOCKED
+    x, y = (rng.random((8, n, k)).astype(np.float32) for k in (m, o))
+    exact = np.einsum("hnm,hno->mo", x.astype(float), y.astype(float))
+    of_each_head = sum(a.T @ b for a, b in zip(x, y, strict=True))
+    together = sum_rows(x, y, np.empty((1, m, o), np.float32))[0]
+    error, expected = (np.sqrt(np.square(a - exact).mean()) for a in (together, of_each_head))
+    assert error <= TIGHT_RMS * expected

@@ -16,7 +16,7 @@ import numpy as np
 
 from npattn.ops.checks import Array
 from npattn.verify.candidate import Candidate, call_backward, call_forward, is_array
-from npattn.verify.judge import DRAWN, Check, Settings, as_given, truth_for
+from npattn.verify.judge import Check, Settings, as_given
 from npattn.verify.op import Problem, Truth, better_dtype
 from npattn.verify.precision import Precision, of_dtype
 from npattn.verify.rounding import accepts, units
@@ -44,7 +44,7 @@ def examine_conditions(candidate: Candidate, case: Any, seed: int, settings: Set
     dtypes = [np.dtype(d) for d in problem.dtypes("out", precision)]
     if right is not None and (out is None or out.shape != right.shape or out.dtype not in dtypes):
         return [Check("repeat", "wrong", "out is not returned as before, when it is called again", worst=math.inf)]
-    truth = functools.cache(lambda: _truth(candidate, case, problem, precision))
+    truth = functools.cache(lambda: _truth(candidate, problem, precision))
     return list(conditions(candidate, problem, truth, values, settings.level, precision, names))
 
 
@@ -85,8 +85,8 @@ def conditions(
         yield Check("hull", "wrong", text, worst=math.inf) if text else Check("hull", "ok", level="tight")
 
 
-def _truth(candidate: Candidate, case: Any, problem: Problem, precision: Precision) -> Truth:
-    truth = truth_for(candidate, case, problem, precision)
+def _truth(candidate: Candidate, problem: Problem, precision: Precision) -> Truth:
+    truth = candidate.truth(problem, precision)
     assert truth is not None  # there is a better dtype
     return truth
 
@@ -139,8 +139,7 @@ def _after_other_calls(
         got = _call(candidate, masked)
         if truth is not None:
             what = "for another mask or bias of the same shape: state is kept between calls"
-            sigma = {t: DRAWN * s for t, s in truth.sigma.items()}  # the other mask may leave weights that are all equal
-            check = _judged("other calls", what, got, truth.values, sigma, level)
+            check = _judged("other calls", what, got, truth.values, truth.sigma, level)
             if check.status == "wrong":
                 return check
     for tensor, x in first.items():

@@ -17,6 +17,7 @@ import numpy as np
 
 from npattn.ops.allowed import quiet
 from npattn.ops.checks import Array, conversion_hint, kind
+from npattn.tolerances import GOOD_MAX
 from npattn.verify.candidate import Candidate, call_backward, call_forward, is_array
 from npattn.verify.explain import Diagnostician, Listener, places
 from npattn.verify.op import Problem, Truth
@@ -131,13 +132,6 @@ def compare(
 AXIS_WORDS = {"B": "batch", "H": "heads", "G": "key heads", "L": "queries", "S": "keys", "T": "steps"}
 
 
-DRAWN = 8
-"""In cases that were drawn, an error may be this much larger: they look for mistakes under a condition, not for lost digits.
-
-sigma takes the errors of different rows as independent. Where an array is repeated, or all weights are equal, they are one
-error that adds up: two of 491 drawn cases of the honest blockwise kernel are off by 13.8 and 7.3 sigma.
-"""
-
 # --- one case -------------------------------------------------------------------------------------------------------------
 
 
@@ -149,20 +143,27 @@ def as_given(case: Any, seed: int, settings: Settings) -> tuple[Any, Precision]:
     return place(problem.op.canonical(problem.stored(settings.precision))), settings.precision.declared()
 
 
-def truth_for(candidate: Candidate, case: Any, problem: Problem, precision: Precision) -> Truth | None:
-    """The truth by which a case is judged. For one that was drawn, sigma is `DRAWN` times as large."""
-    truth = candidate.truth(problem, precision)
-    if truth is None or not isinstance(case, Drawn):
-        return truth
-    return dataclasses.replace(truth, sigma={t: DRAWN * s for t, s in truth.sigma.items()})
-
-
 def examine(
     candidate: Candidate, case: Any, seed: int = 0, settings: Settings | None = None,
     diagnostician: Diagnostician | None = None,
 ) -> Result:  # fmt: skip
-    """Run one case and judge all that the candidate returns for it."""
-    settings = settings or Settings()
+    """Run one case and judge all that the candidate returns for it.
+
+    A run draws hundreds of cases, and in some all errors of a tensor are one error, as where one query sees one key. By chance
+    one in 300 of these is above the limit. So a case that was drawn, and is wrong by little, is drawn with two other seeds: a
+    mistake comes again in one of them.
+    """
+    found = _examine(candidate, case, seed, settings or Settings(), diagnostician)
+    wrong = [c.worst for c in found.checks if c.status == "wrong"]
+    if not isinstance(case, Drawn) or not wrong or max(wrong) > 2 * GOOD_MAX:
+        return found
+    others = [_examine(candidate, case, seed + n, settings or Settings(), diagnostician) for n in (1, 2)]
+    return found if any(other.status == "wrong" for other in others) else others[0]
+
+
+def _examine(
+    candidate: Candidate, case: Any, seed: int, settings: Settings, diagnostician: Diagnostician | None
+) -> Result:
     problem, precision = as_given(case, seed, settings)
     theirs, _ = as_given(case, seed, settings)  # a second copy: the candidate may write into it
     result = Result(case.name, case.features, seed=seed, options=tuple(candidate.arguments(theirs, candidate.forward)[0]))
@@ -191,7 +192,7 @@ def examine(
         return result
     returned = {n: x.copy() if isinstance(x, np.ndarray) else x for n, x in forward.values.items()}
     backward = call_backward(candidate, theirs, forward.values)
-    truth = truth_for(candidate, case, problem, precision)
+    truth = candidate.truth(problem, precision)
     if truth is None:
         return all_of("not supported", f"no dtype better than {problem.dtype} on this machine, and no mpmath")
     judged = {**returned, **backward.values}

@@ -99,6 +99,7 @@ def found(space: Space, takes: Callable[[Drawn], bool]) -> list[Condition]:
     takes : whether it accepts a call. The sizes that are tried are those of the classes and some multiples of 16. If the plain
     sizes are refused, usual ones are tried in their place, until one is taken; if none is, nothing is found.
     """
+
     def accepts(sizes: Sizes) -> bool:
         case = space.sized(space.plain, sizes)
         return case is not None and takes(case)
@@ -139,7 +140,7 @@ def _base(space: Space, accepts: Callable[[Sizes], bool]) -> Sizes | None:
              if n not in dict(follow)]  # fmt: skip
     together = [x for some in space.dimensions.values() for c in some.values() for x in c if len(x) > 1 and not refers(x)]
     for more in ({}, *together):
-        for numbers in itertools.product(FIRST, repeat=len(alone)):
+        for numbers in itertools.product(FIRST[: max(2, int(64 ** (1 / max(len(alone), 1))))], repeat=len(alone)):
             sizes = {**plain, **more, **dict(zip(sorted(alone), numbers, strict=True))}
             if accepts({**sizes, **{a: sizes[b] for a, b in follow}}):
                 return {**sizes, **{a: sizes[b] for a, b in follow}}

@@ -79,9 +79,19 @@ class Rounding:
         return self._chain(x.shape[-1], self.through(np.abs(x), y), x @ y)
 
     def rounding_of_sum(self, terms: Array, axis: Any) -> Array:
-        """The rounding of a sum of exact terms."""
-        n = math.prod(terms.shape[a] for a in (axis if isinstance(axis, tuple) else (axis,)))
-        return self._chain(n, self.sum(np.abs(terms), axis), terms.sum(axis, keepdims=True))
+        """The rounding of a sum of exact terms.
+
+        Terms that stand together may be alike, such as those of all keys of a sequence: then the partial sums grow more than
+        those of `_chain`, which takes the terms in any order. So those in the order of the axes count, too, in sigma.
+        """
+        axes = axis if isinstance(axis, tuple) else (axis,)
+        n = math.prod(terms.shape[a] for a in axes)
+        chain = self._chain(n, self.sum(np.abs(terms), axis), terms.sum(axis, keepdims=True))
+        if self.rigorous or len(axes) == 1:
+            return chain
+        in_order = np.moveaxis(terms, axes, range(-len(axes), 0))
+        partial = in_order.reshape(*in_order.shape[: terms.ndim - len(axes)], n).cumsum(-1)
+        return np.asarray(np.maximum(chain, self.unit * np.sqrt(np.square(partial).sum(-1)).reshape(chain.shape)))
 
     def _chain(self, n: int, size: Array, total: Array) -> Array:
         """The rounding of a sum of n products that are added one after the other: each partial sum s_m is rounded.

@@ -34,10 +34,10 @@ class Drawing:
 
         takes : whether the candidate accepts a case; until : "pairs", "triples", or "" for rounds without end
         """
-        yield from self._cases([self.drawer.plain()])
-        if not self.drawer.cases or not self.drawer.accepted.any():
+        yield from self._cases([self.drawer.space.plain])
+        if not self.drawer.accepted.any():
             self._learn(takes)
-            yield from self._cases([self.drawer.plain()])
+            yield from self._cases([self.drawer.space.plain])
             if not self.drawer.accepted.any():
                 return
         rows = self.drawer.one_by_one()
@@ -162,8 +162,7 @@ class Runs:
                 if self.stop and found.status == "wrong" and not found.expected:
                     return
         except BaseException:  # an interrupt: no answer is waited for
-            if self.workers[0].process is not None:
-                self.workers[0].process.kill()
+            self.workers[0].kill()
             raise
         finally:
             self._end()
@@ -175,8 +174,7 @@ class Runs:
         if self.drawing and not self.over.is_set():
             self.over.set()
             for worker in self.workers[1:]:
-                if worker.process is not None:
-                    worker.process.kill()
+                worker.kill()
 
     def _expecting(self, result: Result) -> Result:
         reason = self.expected.get(result.case) or next(

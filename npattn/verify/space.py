@@ -254,7 +254,7 @@ class Coverage(NamedTuple):
     pairs: int  # all of them
     triples: tuple[int, int] | None  # the same of triples, if they were asked for
     refused: dict[str, list[str]]  # classes that were never taken, by dimension
-    limits: list[str]  # what of the sizes it was found to take, or was said to
+    limits: list[str]  # what of the sizes it was found to take
     left_out: list[str]  # pairs that cost too much
 
     @property
@@ -293,9 +293,6 @@ class Drawer:
         self.possible3 = self.met3
 
     # -- rounds
-
-    def plain(self) -> Row:
-        return dict(self.space.plain)
 
     def one_by_one(self) -> list[Row]:
         """The plain row with each other class in turn."""

@@ -139,10 +139,11 @@ class Worker:
         """A new process with the candidate loaded."""
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, sys.path), name="npattn candidate")
+        process = context.Process(target=_serve, args=(theirs, sys.path), name="npattn candidate")
         with _no_interrupt(), _told_to_use_one_thread() if self.one_thread else contextlib.nullcontext():
-            self.process.start()
+            process.start()
         theirs.close()
+        self.process = process
         try:
             facts: Facts = self._ask("load", self.spec)
             return facts
@@ -156,6 +157,12 @@ class Worker:
         except BaseException:
             self._end()
             raise
+
+    def kill(self) -> None:
+        """No answer is waited for any more. Another thread may be waiting for one."""
+        process = self.process
+        if process is not None:
+            process.kill()
 
     def _end(self) -> None:
         if self.process is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from npattn.verify.judge import Settings, as_given
 from npattn.verify.op import Problem
 from npattn.verify.ops import OPS
 from npattn.verify.ops.attention.draw import dense_mask, parts_of
-from npattn.verify.space import Drawer
+from npattn.verify.runs import PAIRS, Drawing
 
 
 def seen(p: Problem) -> np.ndarray:
@@ -80,18 +81,22 @@ CONDITIONS: dict[str, Callable[[Problem], bool]] = {
 }  # fmt: skip
 
 
-def met(seed: int = 0) -> list[frozenset[str]]:
-    """For each case of a default run the conditions that its call has."""
+def default_run(seed: int = 0) -> list[Any]:
+    """The named cases, and those that are drawn for a candidate that takes everything."""
     op = OPS["attention"]
     assert op.space is not None
-    drawer, cases = Drawer(op.space, seed), list(op.cases)
-    for rows in ([drawer.plain()], drawer.one_by_one(), *drawer.pairs()):
-        drawn = [(row, op.space.case(row, drawer.rng)) for row in rows]
-        for row, case in drawn:
-            drawer.saw(row, case is not None)
-        cases += [case for _, case in drawn if case is not None]
-    problems = (as_given(case, seed, Settings())[0] for case in cases)
-    return [frozenset(n for n, holds in CONDITIONS.items() if holds(p)) for p in problems if min(p.shape)]
+    drawing, cases = Drawing(op.space, seed), list(op.cases)
+    for drawn in drawing.rounds(lambda case: True, PAIRS):
+        cases += drawn
+        for case in drawn:
+            drawing.saw(case, True)
+    return cases
+
+
+def conditions_of(case: Any, seed: int = 0) -> frozenset[str]:
+    """The conditions that a case's call has; none if it has no pairs."""
+    p, _ = as_given(case, seed, Settings())
+    return frozenset(n for n, holds in CONDITIONS.items() if min(p.shape) and holds(p))
 
 
 def pairs(count: int, seed: int) -> list[tuple[str, str]]:
@@ -101,7 +106,7 @@ def pairs(count: int, seed: int) -> list[tuple[str, str]]:
 
 
 def main(count: int = 3000, seed: int = 0) -> None:
-    calls = met(seed)
+    calls = [conditions_of(case, seed) for case in default_run(seed)]
     for name, some in (("named cases", calls[: len(OPS["attention"].cases)]), ("all of a default run", calls)):
         single = [c for c in CONDITIONS if not any(c in call for call in some)]
         missed = [pair for pair in pairs(count, seed) if not any(set(pair) <= call for call in some)]

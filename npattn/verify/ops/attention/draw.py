@@ -261,8 +261,9 @@ FAMILIES: dict[str, Callable[[Rng, Array, Array, Array], tuple[Array, Array, Arr
 
 
 def _own_keys(k: Array, shape: tuple[int, ...]) -> Array:
-    """Queries that are equal to keys: query i of head h is key i (mod S) of its group."""
-    rows = np.take(k, np.arange(shape[-2]) % k.shape[-2], axis=-2)
+    """Queries that are equal to keys: query i of head h is key i of its group; where L > S, again, a little longer."""
+    again, i = np.divmod(np.arange(shape[-2]), max(k.shape[-2], 1))
+    rows = np.take(k, i, axis=-2) * (1 + again / 100)[:, None]
     return np.repeat(rows, shape[-3] // k.shape[-3], axis=-3) if len(shape) > 2 else rows
 
 
