@@ -6,6 +6,7 @@ verdict counts only if the judge has power: on the same inputs it must reject ze
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -135,9 +136,21 @@ AXIS_WORDS = {"B": "batch", "H": "heads", "G": "key heads", "L": "queries", "S":
 # --- one case -------------------------------------------------------------------------------------------------------------
 
 
+_last: dict[tuple[str, int], Problem] = {}  # the problem that was drawn last
+
+
+def _drawn(case: Any, seed: int) -> Problem:
+    """A new copy of the problem of a case. Three to five are asked for, one after the other, and drawing it costs more."""
+    key = (f"{case.op}: {case!r}", seed)
+    if key not in _last:
+        _last.clear()
+        _last[key] = case.problem(seed)
+    return copy.deepcopy(_last[key], {id(_last[key].op): _last[key].op})
+
+
 def as_given(case: Any, seed: int, settings: Settings) -> tuple[Any, Precision]:
     """The problem of a case as it is given to a candidate, and the class of precision by which it is judged."""
-    problem, place = case.problem(seed), case.place if isinstance(case, Drawn) else lambda x: x
+    problem, place = _drawn(case, seed), case.place if isinstance(case, Drawn) else lambda x: x
     if settings.precision is None:
         return place(problem.op.canonical(problem)), of_dtype(problem.dtype)
     return place(problem.op.canonical(problem.stored(settings.precision))), settings.precision.declared()

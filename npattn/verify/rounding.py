@@ -48,7 +48,7 @@ class Rounding:
     def add(self, *errors: Any) -> Any:
         if self.rigorous:
             return sum(np.abs(e) for e in errors)
-        return functools.reduce(np.hypot, errors)
+        return _root_of_squares(*errors)
 
     def low(self, roundoff: float, x: Array, subnormal: float = 0.0) -> Any:
         """The error of rounding x to a smaller format. subnormal : half the spacing of the format's subnormal numbers"""
@@ -105,6 +105,15 @@ class Rounding:
             gamma = (n + 2) * self.unit / (1 - min((n + 2) * self.unit, 0.5))
             return np.asarray(gamma * size + n * self.tiny)
         return np.asarray(self.unit * np.hypot(math.sqrt(n / 2 + 1) * size, math.sqrt(n / 3) * total) + n * self.tiny)
+
+
+def _root_of_squares(*errors: Any) -> Any:
+    """As by np.hypot, which takes 35 ns an element, and was a third of the time of the error model."""
+    squares = functools.reduce(np.add, map(np.square, errors))
+    outside = ~((squares > 1e-290) & (squares < 1e290))  # or NaN
+    if outside.any() and any((outside & (e != 0)).any() for e in errors):
+        return functools.reduce(np.hypot, errors)
+    return np.sqrt(squares)
 
 
 def _scaled(x: Array, axis: Any = -1) -> tuple[Array, Array]:

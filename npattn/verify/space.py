@@ -9,6 +9,7 @@ that is not met yet, and gets, dimension after dimension, the class with which m
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -148,7 +149,8 @@ class Drawn:
         return CALLS.get(self.row.get("calls", ""), ())
 
     def problem(self, seed: int = 0) -> Problem:
-        return self.space.problem(self.row, self.sizes, [seed, *self.name.encode()]).astype(self.dtype)
+        number = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big")  # a generator takes 4 us a number
+        return self.space.problem(self.row, self.sizes, [seed, number]).astype(self.dtype)
 
     def place(self, problem: Problem) -> Problem:
         """The same numbers in the memory layouts of the row."""
@@ -382,10 +384,11 @@ class Drawer:
         """A row with these classes: of each other dimension the class with which most of what is left is met."""
         row = dict(self.classes[i] for i in first)
         most = max(usual, self.space.cost(row, self.space.smallest(row)))
+        goes = self.possible & (self.met | (self.refused < 3))
         for name in self.rng.permutation([n for n in self.of if n not in row]):
             at = np.array([self.number[pair] for pair in row.items()], int)
             some = self.rng.permutation(self.open[name])
-            some = np.array([i for i in some if (self.possible & (self.met | (self.refused < 3)))[at, i].all()], int)
+            some = some[goes[np.ix_(at, some)].all(0)]
             new = left[np.ix_(*[at] * (left.ndim - 1), some)].reshape(-1, len(some)).sum(0) if len(some) else np.zeros(0)
             for i in some[np.argsort(-new, kind="stable")]:
                 more = {**row, str(name): self.classes[i][1]}

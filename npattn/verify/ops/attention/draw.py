@@ -6,6 +6,8 @@ with inputs from N(0, 1) alone, most differences between implementations do not 
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -295,6 +297,8 @@ def draw(
         d = Draft(rng, sizes, lead)
         for o in sorted(chosen, key=lambda o: not o.shape):
             o.apply(d)
+        if d.parts and choice and not _leaves_a_choice(d):
+            continue
         heads, groups = ([d["H"]], [d["G"]]) if d.heads else ([], [])
         q = d.normal(*d.lead, *heads, d["L"], d["D"])
         k, v = (d.normal(*d.lead, *groups, d["S"], d[n]) for n in "DE")
@@ -302,8 +306,7 @@ def draw(
         dlse = {"dlse": d.normal(*q.shape[:-1])} if d.lse else {}
         problem = problem_of(q, k, v, d.normal(*q.shape[:-1], v.shape[-1]), d.options | ({"mask": d.parts} if d.parts else {}))
         problem.cotangents |= dlse
-        if not (d.parts and choice) or _leaves_a_choice(problem):
-            return problem.astype(dtype)
+        return problem.astype(dtype)
     raise ValueError(f"draw: the options {list(options)} leave no query two keys to choose from")
 
 
@@ -322,15 +325,23 @@ def parts_of(problem: Problem) -> list[Part]:
 
 def arguments(problem: Problem) -> dict[str, Any]:
     """The options as `npattn.attention_forward` takes them: the parts of the mask become one mask of npattn."""
-    whole = None
-    for part in parts_of(problem):
-        whole = part.mask if whole is None else masks.as_mask("mask", part.mask) & whole
-    return problem.options if whole is None else {**problem.options, "mask": whole}
+    parts = parts_of(problem)
+    if not parts:
+        return problem.options
+    return {**problem.options, "mask": parts[0].mask if len(parts) == 1 else _together(parts)}
 
 
 def dense_mask(problem: Problem) -> Array:
     """The parts of the mask as one boolean array."""
-    return np.broadcast_to(masks.as_mask("mask", arguments(problem)["mask"]).bind(problem.shape).dense(), problem.shape)
+    return _dense(parts_of(problem), problem.shape)
+
+
+def _together(parts: list[Part]) -> Any:
+    return functools.reduce(operator.and_, (masks.as_mask("mask", part.mask) for part in parts))
+
+
+def _dense(parts: list[Part], shape: tuple[int, ...]) -> Array:
+    return np.broadcast_to(_together(parts).bind(shape).dense(), shape)
 
 
 def options_as_arrays(problem: Problem) -> dict[str, Any]:
@@ -338,7 +349,7 @@ def options_as_arrays(problem: Problem) -> dict[str, Any]:
     return {**problem.options, "mask": dense_mask(problem)} if parts_of(problem) else problem.options
 
 
-def _leaves_a_choice(problem: Problem) -> bool:
-    seen = dense_mask(problem)
-    kept = seen if "dropout_mask" not in problem.options else seen & (problem.options["dropout_mask"] != 0)
+def _leaves_a_choice(d: Draft) -> bool:
+    seen = _dense(d.parts, d.scores())
+    kept = seen if "dropout_mask" not in d.options else seen & (d.options["dropout_mask"] != 0)
     return bool(((seen.sum(-1) >= 2) & kept.any(-1)).any())
