@@ -20,9 +20,14 @@ LEVELS = {"tight": (TIGHT_RMS, TIGHT_MAX), "good": (GOOD_RMS, GOOD_MAX)}  # and 
 
 @quiet
 def units(got: Array, want: Array, sigma: Array, remainder: Any = 0.0) -> Array:
-    """|got - want - remainder| / sigma; 0 where equal, inf where got and want differ in NaN or inf."""
+    """|got - want - remainder| / sigma; 0 where equal, inf where got and want differ in NaN or inf.
+
+    inf is right, too, for a number that the dtype of got does not hold, or may not hold after an error of GOOD_MAX sigma.
+    """
     x, y = np.asarray(got, want.dtype), want
     same = ((x == y) & (remainder == 0)) | (np.isnan(x) & np.isnan(y)) | ((x == y) & np.isinf(x))
+    if np.isinf(x).any() and got.dtype.kind == "f":
+        same |= np.isinf(x) & (np.sign(x) == np.sign(y)) & (np.abs(y) + GOOD_MAX * sigma > np.finfo(got.dtype).max)
     finite = np.isfinite(x) & np.isfinite(y)
     return np.asarray(np.where(same, 0.0, np.where(finite, np.abs(x - y - remainder) / sigma, np.inf)), np.float64)
 

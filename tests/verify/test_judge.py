@@ -112,6 +112,16 @@ def test_places_are_named_by_the_tensor():
     assert "batch" not in text
 
 
+@pytest.mark.parametrize(
+    ("got", "want", "status"),
+    [(np.inf, 1e5, "ok"), (-np.inf, -1e5, "ok"), (-np.inf, 1e5, "wrong"), (np.inf, np.nan, "wrong"), (np.nan, 1e5, "wrong"),
+     (np.inf, 65500, "ok"), (65504, 65500, "ok"), (np.inf, 6e4, "wrong"), (65504, 1e5, "wrong")],
+)  # fmt: skip
+def test_a_number_that_its_dtype_does_not_hold_is_inf(got, want, status):
+    sigma = np.abs(np.array([want])) * 2.0**-11
+    assert compare("out", np.array([got], np.float16), np.array([want], np.float64), sigma, [np.float16]).status == status
+
+
 # --- what a candidate is given --------------------------------------------------------------------------------------------
 
 
