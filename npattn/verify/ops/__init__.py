@@ -9,5 +9,11 @@ from npattn.verify.ops.rnn import RNN
 from npattn.verify.ops.silu import SILU
 from npattn.verify.ops.softmax import SOFTMAX
 
-OPS: dict[str, Op] = {op.name: op for op in (ATTENTION, MULTI_HEAD, RNN, SOFTMAX, SILU)}
-"""The first is the default."""
+ALL = (
+    ATTENTION,  # the default
+    MULTI_HEAD,
+    RNN,
+    SOFTMAX,
+    SILU,
+)
+OPS: dict[str, Op] = {op.name: op for op in ALL}
