@@ -289,6 +289,32 @@ def silu_loops(x, dy):
     return {"y": y, "x": dx}
 
 
+def norm_loops(x, g, b, eps, dy, centred=True):
+    """y of layer norm, or without ``centred`` of RMS norm; and the gradients x, g, b of sum(dy * y), term by term.
+
+    With v_m = c_m^2 / M summed and r = (v + eps)^(-1/2): dn_m / dx_l = r (delta_ml - a) - r^3 c_m c_l / M, a = 1 / M or 0.
+    """
+    x, dy = np.asarray(x, np.longdouble), np.asarray(dy, np.longdouble)
+    M = x.shape[-1]
+    g, b = (np.full(M, z, np.longdouble) if p is None else np.asarray(p, np.longdouble) for z, p in ((1, g), (0, b)))
+    y, dx, dg, db = np.zeros(x.shape, x.dtype), np.zeros(x.shape, x.dtype), np.zeros(M, x.dtype), np.zeros(M, x.dtype)
+    for at in np.ndindex(*x.shape[:-1]):
+        mean = sum(x[at]) / M if centred else np.longdouble(0)
+        c = [x[at][m] - mean for m in range(M)]
+        r = 1 / np.sqrt(sum(z * z for z in c) / M + np.longdouble(eps))
+        for m in range(M):
+            y[at][m] = c[m] * r * g[m] + b[m]
+        if not any(dy[at]):
+            continue
+        for m in range(M):
+            dg[m] += dy[at][m] * c[m] * r
+            db[m] += dy[at][m]
+            for k in range(M):
+                slope = r * ((m == k) - (1 / np.longdouble(M) if centred else 0)) - r**3 * c[m] * c[k] / M
+                dx[at][k] += dy[at][m] * g[m] * slope
+    return {"y": y, "x": dx, "g": dg, "b": db}
+
+
 def cross_entropy_loops(logits, targets, mask=None, reduction="mean", dloss=None):
     """loss; with dloss the gradient logits. What lies where mask is False is not looked at."""
     logits, targets = np.asarray(logits, dtype=np.float64), np.asarray(targets)

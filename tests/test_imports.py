@@ -27,6 +27,7 @@ ORDER = [
     "ops.products",
     "ops.tiles",
     "ops.blockwise",
+    "ops.norms",
     "ops.multihead",
     "ops.rnn",
     "ops.activations",
