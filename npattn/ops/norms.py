@@ -136,7 +136,8 @@ def rms_norm_backward(dy: Array, cache: RMSNormCache) -> RMSNormGrads:
 
 def _mean(x: Array) -> Array:
     """The mean of each token, (..., 1)."""
-    return x.sum(-1, keepdims=True) / max(x.shape[-1], 1)
+    total: Array = x.sum(-1, keepdims=True)
+    return total / max(x.shape[-1], 1)
 
 
 def _normalized(c: Array, eps: float, unit: Array) -> tuple[Array, Array]:
@@ -158,7 +159,7 @@ def _affine_backward(op: str, dy: Array, cache: LayerNormCache | RMSNormCache) -
     """dn; the tokens with a dy that is not 0; and the gradients of the parameters."""
     n, (g, b) = cache.n, cache.params
     dy = check_cotangent(op, "dy", dy, n.shape, cache.dtype, n.dtype)
-    alive = dy.any(-1, keepdims=True)
+    alive: Any = dy.any(-1, keepdims=True)
     tokens = tuple(range(n.ndim - 1))
     dg = None if g is None else select(alive, dy * n).sum(tokens).astype(g.dtype, copy=False)
     db = None if b is None else dy.sum(tokens).astype(b.dtype, copy=False)
