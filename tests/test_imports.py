@@ -73,6 +73,7 @@ ORDER = [
     "verify.ops.rnn",
     "verify.ops.softmax",
     "verify.ops.silu",
+    "verify.ops.norms",
     "verify.ops",
     "verify.candidate",
     "verify.explain",

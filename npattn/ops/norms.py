@@ -136,8 +136,8 @@ def rms_norm_backward(dy: Array, cache: RMSNormCache) -> RMSNormGrads:
 
 def _mean(x: Array) -> Array:
     """The mean of each token, (..., 1)."""
-    total: Array = x.sum(-1, keepdims=True)
-    return total / max(x.shape[-1], 1)
+    mean: Array = x.sum(-1, keepdims=True) / max(x.shape[-1], 1)
+    return mean
 
 
 def _normalized(c: Array, eps: float, unit: Array) -> tuple[Array, Array]:
@@ -146,7 +146,8 @@ def _normalized(c: Array, eps: float, unit: Array) -> tuple[Array, Array]:
 
 
 def _normalized_backward(dn: Array, cache: LayerNormCache | RMSNormCache) -> Array:
-    return cache.r * (dn - cache.n * _mean(dn * cache.n))
+    dc: Array = cache.r * (dn - cache.n * _mean(dn * cache.n))
+    return dc
 
 
 def _affine(n: Array, params: NormParams, dtype: np.dtype[Any]) -> Array:

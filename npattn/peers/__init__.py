@@ -72,6 +72,8 @@ PEERS = {
         Peer("scipy-softmax", "softmax", "scipy"),
         Peer("torch-softmax", "softmax", "torch"),
         Peer("jax-softmax", "softmax", "jax"),
+        Peer("torch-layer-norm", "layer_norm", "torch"),
+        Peer("torch-rms-norm", "rms_norm", "torch"),
     )
 }
 

@@ -1,4 +1,4 @@
-"""torch: scaled_dot_product_attention, flex_attention, multi-head attention, nn.RNN and softmax.
+"""torch: scaled_dot_product_attention, flex_attention, multi-head attention, nn.RNN, softmax and norms.
 
 Everything here is a function of tensors; `on_arrays` and `pair` make of it what takes arrays and returns them.
 """
@@ -244,6 +244,16 @@ def _softmax(scores: Any, *, mask: Any = None) -> Any:
     return torch.softmax(scores if mask is None else scores.masked_fill(~mask, -torch.inf), -1)
 
 
+def _layer_norm(x: Any, weight: Any = None, bias: Any = None, *, eps: float = 1e-5) -> Any:
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _rms_norm(x: Any, weight: Any = None, bias: Any = None, *, eps: float = 1e-6) -> Any:
+    if bias is not None:
+        raise NotImplementedError("F.rms_norm has no bias")
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+
+
 ADAPTERS: dict[str, Pair] = {
     "torch": pair(partial(_sdpa, None)),
     "torch-math": pair(partial(_sdpa, "MATH")),
@@ -254,6 +264,8 @@ ADAPTERS: dict[str, Pair] = {
     "torch-mha-fast": (on_arrays(_mha_fast), None),
     "torch-rnn": (on_arrays(_rnn), _rnn_backward),
     "torch-softmax": pair(_softmax),
+    "torch-layer-norm": pair(_layer_norm),
+    "torch-rms-norm": pair(_rms_norm),
 }
 OWN_WORDS: dict[str, Pair] = {
     "torch": pair(partial(_sdpa_in_its_words, None)),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
 from helpers import first
-from oracles import multi_head_loops, rnn_loops, silu_loops, softmax_loops
+from oracles import multi_head_loops, norm_loops, rnn_loops, silu_loops, softmax_loops
 
 import npattn
 from npattn import MultiHeadParams, RNNParams, convert
@@ -188,10 +189,18 @@ def multi_head_of_loops(inputs, options, given):
     return multi_head_loops(*(inputs[name] for name in ("x_q", "x_k", "x_v")), **inputs["params"]._asdict(), **options)
 
 
+def norm_of_loops(inputs, options, given, centred):
+    eps = options.get("eps", 1e-5 if centred else 1e-6)
+    found = norm_loops(inputs["x"], *inputs["params"], eps, given["dy"], centred)
+    return {name if name == "y" else f"d{name}": x.astype(float) for name, x in found.items()}
+
+
 LOOPS = {  # the outputs by the loops of the oracles, and of all but multi_head the gradients
     "multi_head": multi_head_of_loops,
     "rnn": rnn_of_loops,
     "silu": silu_of_loops,
+    "layer_norm": functools.partial(norm_of_loops, centred=True),
+    "rms_norm": functools.partial(norm_of_loops, centred=False),
     "softmax": softmax_of_loops,
 }
 
@@ -400,6 +409,8 @@ NOT_DERIVED = {
 DRAWN = [rnn_problem, square_problem, multi_head_problem, options_problem, everything_problem]
 NAMED = [  # cases in which the mistakes of the forward show
     ("silu", "x5"),
+    ("layer_norm", "eps 0.1"),
+    ("rms_norm", "eps 0.1, b"),
     ("softmax", "mask (L, S), L = S"),
 ]
 

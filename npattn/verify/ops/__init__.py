@@ -5,6 +5,7 @@ from __future__ import annotations
 from npattn.verify.op import Op
 from npattn.verify.ops.attention import ATTENTION
 from npattn.verify.ops.multi_head import MULTI_HEAD
+from npattn.verify.ops.norms import LAYER_NORM, RMS_NORM
 from npattn.verify.ops.rnn import RNN
 from npattn.verify.ops.silu import SILU
 from npattn.verify.ops.softmax import SOFTMAX
@@ -15,5 +16,7 @@ ALL = (
     RNN,
     SOFTMAX,
     SILU,
+    LAYER_NORM,
+    RMS_NORM,
 )
 OPS: dict[str, Op] = {op.name: op for op in ALL}
