@@ -103,6 +103,7 @@ _MISTAKES = {
     "1 + x (1 - s) without s": {"slope": lambda x, _: x.inner},
     "x forgotten": {"slope": lambda x, _: x.s * (1 + x.t)},
     "the slope of the output": {"slope": lambda x, _: 1 / (1 + np.exp(-x.y))},
+    "inf times 0 is NaN in dx": {"slope": lambda x, _: x.s * (1 + x.x * x.t)},
     "dy forgotten": {"dx": lambda x, _: x.slope},
     "no gradient": {"dx": zero},
 }  # fmt: skip
