@@ -5,21 +5,23 @@
     q = heads(x_q w_q + b_q)     (..., L, M)  -> (..., H, L, D)      (1)
     k = heads(x_k w_k + b_k)     (..., S, Mk) -> (..., G, S, D)      (2)
     v = heads(x_v w_v + b_v)     (..., S, Mv) -> (..., G, S, E)      (3)
-    o = attention(q, k, v)                       (..., H, L, E)      (4)
-    c = concat(o)                                (..., L, H E)       (5)
-    out = c w_o + b_o                            (..., L, M_out)     (6)
+    q, k = rms_norm(q), rms_norm(k)              over D              (4)    with q_norm, k_norm
+    q, k = turn(q), turn(k)                      by their positions  (5)    with rotary
+    o = attention(q, k, v)                       (..., H, L, E)      (6)
+    c = concat(o)                                (..., L, H E)       (7)
+    out = c w_o + b_o                            (..., L, M_out)     (8)
 
-Vaswani et al. 2017, section 3.2.2; grouped heads (G < H): Ainslie et al. 2023.
+Vaswani et al. 2017, section 3.2.2; grouped heads (G < H): Ainslie et al. 2023. Norms of q and k, and their order before rotary
+positions: Henry et al. 2020; as Qwen3 and Gemma 3 have it.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from npattn.ops.allowed import quiet, swap, weight_gradient
+from npattn.ops.allowed import quiet
 from npattn.ops.attention import AttentionCache, attention_backward, attention_forward
 from npattn.ops.blockwise import blockwise_backward, blockwise_forward
 from npattn.ops.checks import (
@@ -34,7 +36,10 @@ from npattn.ops.checks import (
     computing_dtype,
 )
 from npattn.ops.edge import explain_keywords, without_cache
+from npattn.ops.linear import project, project_backward
+from npattn.ops.norms import NormParams, RMSNormCache, rms_norm_backward, rms_norm_forward
 from npattn.ops.pairs import Pairs, is_bias
+from npattn.ops.positions import Rotary, RotaryCache, rotary_backward, turn_of, turned
 
 IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
     "dense": (attention_forward, attention_backward),
@@ -53,6 +58,8 @@ class MultiHeadParams(NamedTuple):
     b_k: Array | None = None  # (G D,)
     b_v: Array | None = None  # (G E,)
     b_o: Array | None = None  # (M_out,)
+    q_norm: NormParams | None = None  # g (D,), the same for all heads
+    k_norm: NormParams | None = None  # g (D,)
 
 
 class MultiHeadCache(NamedTuple):
@@ -62,10 +69,12 @@ class MultiHeadCache(NamedTuple):
     x_k: Array
     x_v: Array
     params: MultiHeadParams
-    attention: AttentionCache  # of (4): it holds the weights of the heads, before dropout, and their lse
+    attention: AttentionCache  # of (6): it holds the weights of the heads, before dropout, and their lse
     concat: Array  # (..., L, H E)
     implementation: str
     options: tuple[Any, Any]  # the bias and the sink as they were given
+    norms: tuple[RMSNormCache | None, RMSNormCache | None]  # of (4), for q and k
+    turns: tuple[RotaryCache | None, RotaryCache | None]  # of (5), for q and k
 
 
 class MultiHeadGrads(NamedTuple):
@@ -91,8 +100,8 @@ def merge_heads(x: Array) -> Array:
     return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
-def _check(x_q: Any, x_k: Any, x_v: Any, params: Any, num_heads: Any, num_kv_heads: Any) -> tuple[int, int]:
-    op, H = "multi_head", check_integer("multi_head", "num_heads", num_heads, least=1)
+def _check(op: str, x_q: Any, x_k: Any, x_v: Any, params: Any, num_heads: Any, num_kv_heads: Any) -> tuple[int, int]:
+    H = check_integer(op, "num_heads", num_heads, least=1)
     G = H if num_kv_heads is None else check_integer(op, "num_kv_heads", num_kv_heads, least=1)
     if H % G:
         raise ValueError(f"{op}: num_kv_heads is {G}, expected a number that divides num_heads={H}")
@@ -109,28 +118,22 @@ def _check(x_q: Any, x_k: Any, x_v: Any, params: Any, num_heads: Any, num_kv_hea
             dims.fix("w_q", **{"G*D": w.shape[1] // H * G})
         if name == "w_v":
             dims.fix("w_v", **{"H*E": w.shape[1] // G * H})
+    D = params.w_q.shape[1] // H
+    for name in ("q_norm", "k_norm"):
+        norm = getattr(params, name)
+        if norm is not None:
+            check_class(op, name, norm, NormParams)
+            for part, p in norm._asdict().items():
+                if p is not None and check_other_dtype(op, f"{name}.{part}", p, x_q.dtype, dtype).shape != (D,):
+                    raise ValueError(f"{op}: {name}.{part} has shape {p.shape}, expected (D={D},): each head has its own norm")
     for name, letter in (("b_q", "H*D"), ("b_k", "G*D"), ("b_v", "G*E"), ("b_o", "M_out")):
         if getattr(params, name) is not None:
             dims.fit(name, check_other_dtype(op, name, getattr(params, name), x_q.dtype, dtype), letter)
     return H, G
 
 
-def _project(x: Array, w: Array, b: Array | None, computing: np.dtype[Any]) -> Array:
-    """y = x w + b."""
-    y = _all_tokens(x.astype(computing, copy=False), w.astype(computing, copy=False))
-    if b is not None:
-        y += b.astype(computing, copy=False)
-    return y
-
-
-def _all_tokens(x: Array, w: Array) -> Array:
-    """x w as one product for all sequences; for x of rank 3 NumPy would compute one product for each."""
-    result: Array = np.matmul(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), w)
-    return result.reshape(*x.shape[:-1], w.shape[-1])
-
-
 def _computed(name: str, option: Any, dtype: np.dtype[Any], computing: np.dtype[Any]) -> Any:
-    """An option in the computing dtype, since (4) is computed in it; the option may have the dtype of the inputs."""
+    """An option in the computing dtype, since (6) is computed in it; the option may have the dtype of the inputs."""
     if is_bias(option):
         return option.with_parameter(_computed(name, option.parameter, dtype, computing))
     if isinstance(option, np.ndarray) and computing.kind != "c":  # a dropout mask of complex inputs is real
@@ -145,80 +148,219 @@ def _as_given(grad: Any, given: Any) -> Any:
     return grad.astype(given.dtype, copy=False) if isinstance(grad, np.ndarray) else grad
 
 
+def _norm(x: Array, norm: NormParams | None, eps: float) -> tuple[Array, RMSNormCache | None]:
+    """(4) of q or k, whose dtype is the computing dtype."""
+    if norm is None:
+        return x, None
+    return rms_norm_forward(x, NormParams(*(None if p is None else p.astype(x.dtype, copy=False) for p in norm)), eps=eps)
+
+
+def _norm_backward(dy: Array, cache: RMSNormCache | None, norm: NormParams | None) -> tuple[Array, NormParams | None]:
+    if cache is None or norm is None:
+        return dy, None
+    dx, grads = rms_norm_backward(dy, cache)
+    given = zip(grads, norm, strict=True)
+    return dx, NormParams(*(None if g is None or p is None else g.astype(p.dtype, copy=False) for g, p in given))
+
+
+def _turn(op: str, name: str, x: Array, positions: Any, rotary: Rotary | None) -> tuple[Array, RotaryCache | None]:
+    """(5) of q or k."""
+    if rotary is None:
+        return x, None
+    cache = turn_of(op, name, positions, x, rotary, x.dtype)
+    return turned(x, cache.cos, cache.sin, cache.layout, x.dtype), cache
+
+
+def _turn_backward(dy: Array, cache: RotaryCache | None) -> Array:
+    return dy if cache is None else rotary_backward(dy, cache).x
+
+
+def _positions(rotary: Any, q_pos: Any, k_pos: Any, L: int, S: int) -> tuple[Any, Any]:
+    """The positions of queries and keys, counted from 0 where they are not given."""
+    if rotary is None and not (q_pos is None and k_pos is None):
+        raise ValueError("multi_head: got q_pos or k_pos without rotary, expected rotary, too: masks have their own positions")
+    if rotary is not None and q_pos is None and k_pos is None and L != S:
+        raise ValueError(
+            f"multi_head: got L={L} queries and S={S} keys, and where they stand is not given; expected q_pos and k_pos, as "
+            f"q_pos=np.arange({S - L}, {S}) if the last query stands at the last key"
+        )
+    return np.arange(L) if q_pos is None else q_pos, np.arange(S) if k_pos is None else k_pos
+
+
 @explain_keywords
 @quiet
 def multi_head_forward(
     x_q: Array, x_k: Array, x_v: Array, params: MultiHeadParams, num_heads: int, *, num_kv_heads: int | None = None,
     mask: Pairs = None, bias: Pairs = None, scale: float | None = None, softcap: float | None = None,
-    sink: Array | None = None, dropout_mask: Pairs = None, implementation: str = "dense",
+    sink: Array | None = None, dropout_mask: Pairs = None, rotary: Rotary | None = None, q_pos: object = None,
+    k_pos: object = None, norm_eps: float = 1e-6, implementation: str = "dense",
 ) -> tuple[Array, MultiHeadCache]:  # fmt: skip
-    """Multi-head attention, equations (1) to (6) of this page; self-attention where x_q, x_k and x_v are one array.
+    """Multi-head attention, equations (1) to (8) of this page; self-attention where x_q, x_k and x_v are one array.
 
     x_q : (..., L, M)   x_k : (..., S, Mk)   x_v : (..., S, Mv)
     params, num_heads H, num_kv_heads G (H unless given) : see `MultiHeadParams`
     mask, bias, scale, softcap, sink, dropout_mask : as in `npattn.attention_forward`, for scores (..., H, L, S)
+    rotary : see `npattn.Rotary`; q_pos, k_pos : integers (L,) and (S,), or one row a sequence; counted from 0 if L = S
+    norm_eps : eps of q_norm and k_norm
     implementation : "dense" or "blockwise" (no array of L x S elements)
     Returns out (..., L, M_out) and the cache; the output of a query that may see no key is b_o. Raises TypeError, ValueError.
     """
     check_one_of("multi_head", "implementation", implementation, IMPLEMENTATIONS)
-    H, G = _check(x_q, x_k, x_v, params, num_heads, num_kv_heads)
+    H, G = _check("multi_head", x_q, x_k, x_v, params, num_heads, num_kv_heads)
     computing = check_dtype("multi_head", x_q=x_q)
-    q = split_heads(_project(x_q, params.w_q, params.b_q, computing), H)  # (1)
-    k = split_heads(_project(x_k, params.w_k, params.b_k, computing), G)  # (2)
-    v = split_heads(_project(x_v, params.w_v, params.b_v, computing), G)  # (3)
+    q = split_heads(project(x_q, params.w_q, params.b_q, computing), H)  # (1)
+    k = split_heads(project(x_k, params.w_k, params.b_k, computing), G)  # (2)
+    v = split_heads(project(x_v, params.w_v, params.b_v, computing), G)  # (3)
+    q, q_norm = _norm(q, params.q_norm, norm_eps)  # (4)
+    k, k_norm = _norm(k, params.k_norm, norm_eps)  # (4)
+    q_pos, k_pos = _positions(rotary, q_pos, k_pos, q.shape[-2], k.shape[-2])
+    q, q_turn = _turn("multi_head", "q_pos", q, q_pos, rotary)  # (5)
+    k, k_turn = _turn("multi_head", "k_pos", k, k_pos, rotary)  # (5)
     forward, _ = IMPLEMENTATIONS[implementation]
     options = {"bias": bias, "sink": sink, "dropout_mask": dropout_mask}
     options = {name: _computed(name, x, x_q.dtype, computing) for name, x in options.items()}
-    o, attention_cache = forward(q, k, v, mask=mask, scale=scale, softcap=softcap, **options)  # (4)
-    concat = merge_heads(o)  # (5)
-    out = _project(concat, params.w_o, params.b_o, computing)  # (6)
-    cache = MultiHeadCache(x_q, x_k, x_v, params, attention_cache, concat, implementation, (bias, sink))
+    o, attention_cache = forward(q, k, v, mask=mask, scale=scale, softcap=softcap, **options)  # (6)
+    concat = merge_heads(o)  # (7)
+    out = project(concat, params.w_o, params.b_o, computing)  # (8)
+    cache = MultiHeadCache(x_q, x_k, x_v, params, attention_cache, concat, implementation, (bias, sink), (q_norm, k_norm),
+                           (q_turn, k_turn))  # fmt: skip
     return out.astype(x_q.dtype, copy=False), cache
 
 
 @quiet
 def multi_head_backward(dout: Array, cache: MultiHeadCache) -> MultiHeadGrads:
-    """The gradients of sum(dout * out) for every input and parameter, from (6) to (1).
+    """The gradients of sum(dout * out) for every input and parameter, from (8) to (1).
 
     dout : (..., L, M_out), as out. Raises TypeError, ValueError.
     """
-    check_class("multi_head", "cache", cache, MultiHeadCache, ", from multi_head_forward")
+    why = ": decoding has no backward" if isinstance(cache, KVCache) else ""
+    check_class("multi_head", "cache", cache, MultiHeadCache, f", from multi_head_forward{why}")
     params, inner, computing = cache.params, cache.attention, cache.concat.dtype
     shape = (*cache.x_q.shape[:-1], params.w_o.shape[1])
     dout = check_cotangent("multi_head", "dout", dout, shape, cache.x_q.dtype, computing)
     _, backward = IMPLEMENTATIONS[cache.implementation]
 
     H, G = inner.q.shape[-3], inner.k.shape[-3]
-    dconcat, dw_o, db_o = _project_backward(dout, cache.concat, params.w_o, params.b_o, H, axis=0)  # (6)
-    do = split_heads(dconcat, H)  # (5)
-    grads = backward(do, inner)  # (4)
-    dx_v, dw_v, db_v = _project_backward(merge_heads(grads.v), cache.x_v, params.w_v, params.b_v, G)  # (3)
-    dx_k, dw_k, db_k = _project_backward(merge_heads(grads.k), cache.x_k, params.w_k, params.b_k, G)  # (2)
-    dx_q, dw_q, db_q = _project_backward(merge_heads(grads.q), cache.x_q, params.w_q, params.b_q, H)  # (1)
+    dconcat, dw_o, db_o = project_backward(dout, cache.concat, params.w_o, params.b_o, H, axis=0)  # (8)
+    do = split_heads(dconcat, H)  # (7)
+    grads = backward(do, inner)  # (6)
+    dq, dk = map(_turn_backward, (grads.q, grads.k), cache.turns)  # (5)
+    dk, dk_norm = _norm_backward(dk, cache.norms[1], params.k_norm)  # (4)
+    dq, dq_norm = _norm_backward(dq, cache.norms[0], params.q_norm)  # (4)
+    dx_v, dw_v, db_v = project_backward(merge_heads(grads.v), cache.x_v, params.w_v, params.b_v, G)  # (3)
+    dx_k, dw_k, db_k = project_backward(merge_heads(dk), cache.x_k, params.w_k, params.b_k, G)  # (2)
+    dx_q, dw_q, db_q = project_backward(merge_heads(dq), cache.x_q, params.w_q, params.b_q, H)  # (1)
     dbias, dsink = (_as_given(g, x) for g, x in zip((grads.bias, grads.sink), cache.options, strict=True))
-    return MultiHeadGrads(
-        dx_q, dx_k, dx_v, MultiHeadParams(dw_q, dw_k, dw_v, dw_o, db_q, db_k, db_v, db_o), dbias, dsink
-    )
-
-
-def _project_backward(
-    dy: Array, x: Array, w: Array, b: Array | None, heads: int, axis: int = 1
-) -> tuple[Array, Array, Array | None]:
-    """The backward of y = x w + b: dx = dy w^T; dw = x^T dy and db = dy are summed over all tokens."""
-    dx = _all_tokens(dy, swap(w.astype(dy.dtype, copy=False))).astype(x.dtype, copy=False)
-    dw = weight_gradient(x, dy, heads, axis).astype(w.dtype, copy=False)
-    db = None if b is None else dy.sum(tuple(range(dy.ndim - 1))).astype(b.dtype, copy=False)
-    return dx, dw, db
+    dparams = MultiHeadParams(dw_q, dw_k, dw_v, dw_o, db_q, db_k, db_v, db_o, dq_norm, dk_norm)
+    return MultiHeadGrads(dx_q, dx_k, dx_v, dparams, dbias, dsink)
 
 
 multi_head = without_cache(multi_head_forward)
 
 
+# --- decoding ---------------------------------------------------------------------------------------------------------------
+
+
+class Buffer:
+    """Memory for keys and values, with room for more; the first ``used`` tokens are taken."""
+
+    def __init__(self, k: Array, v: Array, room: int) -> None:
+        self.k, self.v = (np.empty((*x.shape[:-2], room, x.shape[-1]), x.dtype) for x in (k, v))
+        self.used = 0
+
+    def write(self, start: int, k: Array, v: Array) -> None:
+        self.used = start + k.shape[-2]
+        self.k[..., start : self.used, :], self.v[..., start : self.used, :] = k, v
+
+
+class KVCache:
+    """The keys and values of all tokens so far, after norm and rotary positions, in the computing dtype. It never changes.
+
+    A cache with more tokens shares its memory where that has room, and has twice the room where it has not: n tokens cost O(n)
+    copies in all. Two continuations of one cache, as in a beam search, are two caches: the second of them copies.
+    """
+
+    def __init__(self, buffer: Buffer, length: int) -> None:
+        self._buffer, self.length = buffer, length  # the number of tokens
+
+    @property
+    def k(self) -> Array:
+        """(..., G, S, D), read-only."""
+        return _read_only(self._buffer.k[..., : self.length, :])
+
+    @property
+    def v(self) -> Array:
+        """(..., G, S, E), read-only."""
+        return _read_only(self._buffer.v[..., : self.length, :])
+
+    def appended(self, k: Array, v: Array) -> KVCache:
+        buffer, length = self._buffer, self.length + k.shape[-2]
+        if buffer.used != self.length or buffer.k.shape[-2] < length:
+            buffer = Buffer(k, v, max(length, 2 * self.length))
+            buffer.write(0, self.k, self.v)
+        buffer.write(self.length, k, v)
+        return KVCache(buffer, length)
+
+
+def _read_only(x: Array) -> Array:
+    x = x.view()
+    x.flags.writeable = False
+    return x
+
+
+@explain_keywords
+@quiet
+def multi_head_decode(
+    x: Array, params: MultiHeadParams, num_heads: int, past: KVCache | None = None, *, num_kv_heads: int | None = None,
+    mask: Pairs = None, bias: Pairs = None, scale: float | None = None, softcap: float | None = None,
+    sink: Array | None = None, rotary: Rotary | None = None, positions: object = None, norm_eps: float = 1e-6,
+    implementation: str = "dense",
+) -> tuple[Array, KVCache]:  # fmt: skip
+    """Self-attention of L more tokens, which see those of ``past`` and themselves, without computing the past again.
+
+    x : (..., L, M); past : what the call before returned, None at the start
+    mask, bias : for scores (..., H, L, S) with the S keys of ``past`` and of x, as mask=causal(align="bottom_right")
+    positions : integers (L,), or one row a sequence, for ``rotary``; counted on from the number of tokens in ``past``
+    Returns out (..., L, M_out) and the cache with these tokens. It has no backward. Raises TypeError, ValueError.
+    """
+    op = "multi_head_decode"
+    check_one_of(op, "implementation", implementation, IMPLEMENTATIONS)
+    H, G = _check(op, x, x, x, params, num_heads, num_kv_heads)
+    computing = check_dtype(op, x=x)
+    q, k, v = (
+        split_heads(project(x, w, b, computing), heads)  # (1), (2), (3)
+        for w, b, heads in ((params.w_q, params.b_q, H), (params.w_k, params.b_k, G), (params.w_v, params.b_v, G))
+    )
+    q, _ = _norm(q, params.q_norm, norm_eps)  # (4)
+    k, _ = _norm(k, params.k_norm, norm_eps)  # (4)
+    if past is None:
+        past = KVCache(Buffer(k, v, 0), 0)
+    check_class(op, "past", past, KVCache, ", from multi_head_decode")
+    for name, old, new in (("keys", past.k, k), ("values", past.v, v)):
+        if (*old.shape[:-2], old.shape[-1], old.dtype) != (*new.shape[:-2], new.shape[-1], new.dtype):
+            got, expected = f"{name} of shape {old.shape}, {old.dtype}", (*new.shape[:-2], "any", new.shape[-1])
+            raise ValueError(f"{op}: past has {got}, expected {expected}, {new.dtype}: fixed by x")
+    if positions is None:
+        positions = np.arange(past.length, past.length + x.shape[-2])
+    elif rotary is None:
+        raise ValueError(f"{op}: got positions without rotary, expected rotary, too: masks have their own positions")
+    q, _ = _turn(op, "positions", q, positions, rotary)  # (5)
+    k, _ = _turn(op, "positions", k, positions, rotary)  # (5)
+    past = past.appended(k, v)
+    forward, _ = IMPLEMENTATIONS[implementation]
+    options = {"bias": _computed("bias", bias, x.dtype, computing), "sink": _computed("sink", sink, x.dtype, computing)}
+    o, _ = forward(q, past.k, past.v, mask=mask, scale=scale, softcap=softcap, **options)  # (6)
+    out = project(merge_heads(o), params.w_o, params.b_o, computing)  # (7), (8)
+    return out.astype(x.dtype, copy=False), past
+
+
 __all__ = [
+    "KVCache",
     "MultiHeadCache",
     "MultiHeadGrads",
     "MultiHeadParams",
     "multi_head",
     "multi_head_backward",
+    "multi_head_decode",
     "multi_head_forward",
 ]

@@ -12,21 +12,18 @@ from npattn import convert
 from npattn.ops.allowed import swap
 from npattn.ops.attention import AttentionCache, attention_backward, attention_forward
 from npattn.ops.checks import Array
-from npattn.ops.multihead import MultiHeadParams, merge_heads, multi_head_backward, multi_head_forward, split_heads
+from npattn.ops.multihead import merge_heads, multi_head_backward, multi_head_forward, split_heads
 from npattn.verify.op import Op, Pair, Problem, Values
-from npattn.verify.ops import multi_head_space
+from npattn.verify.op import parts as of_nested
+from npattn.verify.ops import multi_head_parts as parts
 from npattn.verify.ops.attention.errors import predict
 from npattn.verify.ops.layers import (
-    MASKS,
     LayerCalls,
     Mistake,
-    Rng,
     Route,
     adjoint,
-    case,
     changes,
     exchanged,
-    normal,
     of_first_sequence,
     of_params,
     plain_outer,
@@ -35,120 +32,12 @@ from npattn.verify.ops.layers import (
     sum_of_first_sequence,
     times,
     to_value,
-    weight,
     zero,
 )  # fmt: skip
+from npattn.verify.ops.multi_head_space import CASES, OPTIONS, SPACE
 from npattn.verify.stages import by_noise, no_inner_rounding
 
 Change = Callable[[Any, Any], Any]
-
-
-def _heads(
-    rng: Rng, *, B: int = 2, L: int = 11, S: int = 11, M: int = 24, Mk: int = 0, Mv: int = 0, H: int = 4, G: int = 0,
-    D: int = 6, E: int = 0, out: int = 0, biases: str = "qkvo", inputs: float = 1.0, mask: str = "", twist: str = "",
-    options: tuple[str, ...] = (),
-) -> Problem:  # fmt: skip
-    """A problem of multi-head attention. A size of 0 is derived from the others, as in the paper: Mk = M, G = H, E = D."""
-    Mk, Mv, G, E, out = Mk or M, Mv or Mk or M, G or H, E or D, out or M
-    x = {"x_q": inputs * normal(rng, B, L, M), "x_k": inputs * normal(rng, B, S, Mk), "x_v": inputs * normal(rng, B, S, Mv)}
-    sizes = {"q": (M, H * D), "k": (Mk, G * D), "v": (Mv, G * E), "o": (H * E, out)}
-    params = {f"w_{n}": weight(rng, *shape) for n, shape in sizes.items()}
-    params |= {f"b_{n}": 0.5 * normal(rng, sizes[n][1]) for n in biases}
-    given: dict[str, Any] = {"num_heads": H} | ({"num_kv_heads": G} if G != H else {})
-    if mask:
-        given["mask"] = MASKS[mask](rng, (B, H, L, S))
-    for name in options:
-        given[name.split()[0]] = OPTIONS[name](rng, (B, H, L, S))
-    if twist:
-        TWISTS[twist](x)
-    return Problem(Op.known["multi_head"], {**x, "params": MultiHeadParams(**params)}, given, {"dout": normal(rng, B, L, out)})
-
-
-OPTIONS: dict[str, Callable[[Rng, tuple[int, ...]], Any]] = {
-    "bias": lambda rng, n: normal(rng, 1, *n[1:]),
-    "bias (L, S)": lambda rng, n: normal(rng, *n[2:]),
-    "scale": lambda rng, n: 0.3,
-    "softcap": lambda rng, n: 1.5,
-    "sink": lambda rng, n: normal(rng, n[1]),
-    "dropout_mask": lambda rng, n: (rng.random(n) >= 0.25) / 0.75,
-}
-
-
-def _nan_behind(x: dict[str, Array]) -> None:
-    S = x["x_k"].shape[1]
-    x["x_k"][:, S - S // 3 :] = np.nan
-    x["x_v"][:, S - S // 3 :] = np.inf
-
-
-def _nan_in_dead_query(x: dict[str, Array]) -> None:
-    x["x_q"][:, 1] = np.nan
-
-
-def _nan_later(x: dict[str, Array]) -> None:
-    x["x_k"][:, -1] = np.nan
-
-
-TWISTS: dict[str, Callable[[dict[str, Array]], None]] = {
-    "one array": lambda x: x.update(x_k=x["x_q"], x_v=x["x_q"]), "NaN behind the mask": _nan_behind,
-    "NaN in a dead query": _nan_in_dead_query, "NaN seen later": _nan_later,
-}  # fmt: skip
-
-
-_case = partial(case, "multi_head", _heads)
-CASES = [
-    _case("plain"),
-    _case("self-attention", "plain", twist="one array"),
-    _case("no biases", "biases", biases=""),
-    *(_case(f"{', '.join(f'b_{n}' for n in some)} alone", "biases", biases=some) for some in ("o", "qkv", "q", "v")),
-    _case("cross-attention", L=7, S=13),
-    _case("memory of another width", "input widths", S=13, Mk=17),
-    _case("x_v of another width", "input widths", S=13, Mk=17, Mv=20),
-    _case("M_out of another width", "output width", out=19),
-    _case("E != D", E=9),
-    _case("H D != M", "head widths", D=5),
-    _case("grouped heads", G=2),
-    _case("G = 1", "grouped heads", G=1),
-    _case("grouped heads, G > H / G", "grouped heads", H=6, G=3, D=4),
-    _case("grouped heads + mask + E != D", "grouped heads", G=2, E=9, mask="mask", S=13),
-    _case("mask", mask="mask"),
-    _case("mask (L, S)", "mask", mask="mask (L, S)", S=13),
-    _case("mask of each head", "mask", mask="mask of each head"),
-    _case("mask of keys", "mask", mask="mask of keys", L=7, S=13),
-    _case("causal", mask="causal"),
-    _case("causal, self-attention", "causal", mask="causal", twist="one array"),
-    _case("causal, L < S", "causal", mask="causal", L=7),
-    _case("causal, L > S", "dead rows", mask="causal", S=7),
-    _case("dead rows", mask="dead rows"),
-    _case("dead rows, no b_o", "dead rows", mask="dead rows", biases="qkv"),
-    _case("dead rows, grouped heads", "dead rows", mask="dead rows", G=2),
-    _case("every row dead", "dead rows", mask="every row dead"),
-    _case("NaN behind the mask", "NaN containment", mask="last third", twist="NaN behind the mask"),
-    _case("NaN in a dead query", "NaN containment", mask="dead query 1", twist="NaN in a dead query"),
-    _case("NaN seen later", "NaN containment", mask="causal", twist="NaN seen later"),
-    _case("bias", options=("bias",)),
-    _case("bias (L, S)", "bias", options=("bias (L, S)",), S=13),
-    _case("scale", options=("scale",)),
-    _case("softcap", options=("softcap",)),
-    _case("sink", options=("sink",)),
-    _case("dead rows + sink", "sink", options=("sink",), mask="dead rows"),
-    _case("dropout_mask", "dropout", options=("dropout_mask",)),
-    _case("everything", G=2, E=9, S=13, Mk=17, Mv=20, out=19, mask="mask",
-                     options=("bias", "scale", "softcap", "sink", "dropout_mask")),
-    _case("B = 1", "small sizes", B=1),
-    _case("H = 1", "small sizes", H=1, D=24),
-    _case("L = 1", "small sizes", L=1),
-    _case("S = 1", "small sizes", S=1),
-    _case("L = S = 1", "small sizes", L=1, S=1),
-    _case("D = 1", "small sizes", D=1, H=24),
-    _case("H = L = B", "small sizes", B=4, L=4, S=4),
-    _case("inputs x5", "hard inputs", inputs=5.0),
-    _case("inputs tiny", "hard inputs", inputs=1e-3),
-    _case("M = 96", "long", M=96, H=8, D=12, L=33, S=47),
-    _case("long", "long", L=130, S=150, B=1),
-    _case("float64", dtype="float64"),
-    _case("float64 mask + grouped heads", "float64", dtype="float64", mask="mask", G=2),
-    _case("float64 dead rows", "float64", dtype="float64", mask="dead rows"),
-]  # fmt: skip
 
 
 def reference(p: Problem) -> Values:
@@ -163,40 +52,42 @@ def _gradients(dout: Array, cache: Any) -> Values:
 
 
 def forward(x: Any) -> None:
-    """Equations (1) to (6) of `npattn.ops.multihead`. For (4) the key and value heads are repeated, one for each query head."""
+    """Equations (1) to (8) of `npattn.ops.multihead`. For (6) the key and value heads are repeated, one for each query head."""
     params, options = x.problem.inputs["params"], dict(x.options)
     x.H = H = options.pop("num_heads")
     x.G = G = options.pop("num_kv_heads", None) or H
     for name in ("x_q", "x_k", "x_v"):
         x.input(name, x.problem.inputs[name])
-    for name, p in params._asdict().items():
+    for _, name, p in of_nested({"params": params}):
         x.input(name, None if p is None else p.reshape((1,) * (3 - p.ndim) + p.shape))
     for name in ("w_q", "w_k", "w_v", "w_o"):
         x.keep(f"{name} as used", lambda: same)
     for n, heads in (("q", H), ("k", G), ("v", G)):
         y = x.linear(f"y_{n}", getattr(x, f"x_{n}"), _used(x, f"w_{n}"), getattr(x, f"b_{n}"))  # (1), (2), (3)
         split = x.keep(f"split_{n}", lambda heads=heads: partial(split_heads, heads=heads))
-        x.keep(n, lambda split=split, y=y: split(y))
+        z = x.keep(f"split {n}", lambda split=split, y=y: split(y))
+        x.keep(n, lambda n=n, z=z: z if n == "v" else parts.forward(x, n, z, options))  # (4), (5)
     x.keep("group", lambda: lambda a: np.take(a, np.arange(H) // (H // G), -3))
     x.keep("scale", lambda: options.pop("scale", None))
     x.keep("mask", lambda: options.pop("mask", None))
-    rest = {n: x.keep(n, lambda value=value: value) for n, value in options.items() if n not in ("scale", "mask")}
-    x.keep("o", lambda: _attend(x, rest | {"scale": x.scale, "mask": x.mask}), lambda _: _errors(x).out)  # (4)
+    others = {n: value for n, value in options.items() if n not in (*parts.OPTIONS, "scale", "mask")}
+    rest = {n: x.keep(n, lambda value=value: value) for n, value in others.items()}
+    x.keep("o", lambda: _attend(x, rest | {"scale": x.scale, "mask": x.mask}), lambda _: _errors(x).out)  # (6)
     x.keep("merge", lambda: merge_heads)
-    x.keep("c", lambda: x.merge(x.o))  # (5)
-    x.linear("out", x.c, _used(x, "w_o"), x.b_o)  # (6)
+    x.keep("c", lambda: x.merge(x.o))  # (7)
+    x.linear("out", x.c, _used(x, "w_o"), x.b_o)  # (8)
 
 
 def backward(x: Any) -> None:
-    """The backward, from (6) to (1)."""
+    """The backward, from (8) to (1)."""
     params, H, G = x.problem.inputs["params"], x.H, x.G
     x.input("dout", x.problem.cotangents["dout"])
-    x.product("dc", x.dout, swap(_used(x, "w_o")))  # (6)
+    x.product("dc", x.dout, swap(_used(x, "w_o")))  # (8)
     dw = x.outer("dw_o as used", x.c, x.dout, H, 0)
     x.keep("dw_o", lambda: adjoint(getattr(x, "w_o as used"), (len(dw), *params.w_o.shape), dw))
     x.total("db_o", x.dout, (-3, -2))
-    x.keep("do", lambda: adjoint(x.merge, x.o.shape, x.dc))  # (5)
-    grads = [attention_backward(x.do[i], cache) for i, cache in enumerate(x.caches)]  # (4)
+    x.keep("do", lambda: adjoint(x.merge, x.o.shape, x.dc))  # (7)
+    grads = [attention_backward(x.do[i], cache) for i, cache in enumerate(x.caches)]  # (6)
     errors = _errors(x, grads[0]) if x.rng is not None else None
     for n, stage in (("q", "dq"), ("k", "dkh"), ("v", "dvh"), ("bias", "dbias"), ("sink", "dsink")):
         if getattr(grads[0], n) is not None:
@@ -209,7 +100,9 @@ def backward(x: Any) -> None:
         x.keep(f"d{n}", lambda g=g, like=like: adjoint(x.group, (len(x.q), *like), g), rounding)
     for n in ("v", "k", "q"):
         w, inner, split = f"w_{n}", getattr(x, f"y_{n}").shape, getattr(x, f"split_{n}")
-        dy = x.keep(f"dy_{n}", lambda n=n, inner=inner, split=split: adjoint(split, inner, getattr(x, f"d{n}")))
+        dz = getattr(x, f"d{n}")
+        dz = dz if n == "v" else parts.backward(x, n, dz)  # (5), (4)
+        dy = x.keep(f"dy_{n}", lambda inner=inner, split=split, dz=dz: adjoint(split, inner, dz))
         x.product(f"dx_{n}", dy, swap(_used(x, w)))  # (3), (2), (1)
         dw = x.outer(f"d{w} as used", getattr(x, f"x_{n}"), dy, H if n == "q" else G)
         shape = (len(dw), *getattr(params, w).shape)
@@ -223,7 +116,7 @@ def _used(x: Any, name: str) -> Array:
 
 
 def _attend(x: Any, options: dict[str, Any]) -> Array:
-    """(4) for every sample of the noise."""
+    """(6) for every sample of the noise."""
     kh, vh = x.group(x.k), x.group(x.v)
     calls = [attention_forward(x.q[i], kh[i], vh[i], **options) for i in range(len(x.q))]
     x.caches = [cache for _, cache in calls]
@@ -232,7 +125,7 @@ def _attend(x: Any, options: dict[str, Any]) -> Array:
 
 
 def _errors(x: Any, grads: Any = None) -> Any:
-    """The predicted rounding errors within (4), from the sample without noise."""
+    """The predicted rounding errors within (6), from the sample without noise."""
     of_backward = () if grads is None else (x.do[0], None, grads)
     return predict(x.caches[0], x.first_o, *of_backward, dtype=x.precision.dtype)
 
@@ -457,6 +350,7 @@ _MISTAKES: dict[str, Mistake] = {
     **{f"by w_{n}, not its transpose": {f"dx_{n}": product(f"dy_{n}", f"w_{n}")} for n in "qkv"},
     "dq without the scale": {"dq": times(lambda x: x.q.shape[-1] ** 0.5)},
     "scale squared in dk": {"dkh": times(lambda x: x.q.shape[-1] ** -0.5)},
+    **parts.MISTAKES,
     "dk and dv exchanged": {"finish": lambda x, d: d | {"dx_k": d["dx_v"], "dx_v": d["dx_k"]}},
 }  # fmt: skip
 
@@ -477,7 +371,8 @@ def _candidate(implementation: str) -> Pair:
 MULTI_HEAD = Op(
     name="multi_head",
     outputs=("out",),
-    axes={"out": "BLM", "dx_q": "BLM", "dx_k": "BSM", "dx_v": "BSM", "dbias": "BHLS", "dsink": "H"},
+    axes={"out": "BLM", "dx_q": "BLM", "dx_k": "BSM", "dx_v": "BSM", "dbias": "BHLS", "dsink": "H",
+          "dq_norm_g": "D", "dk_norm_g": "D"},
     reference=reference,
     forward=forward,
     backward=backward,
@@ -488,11 +383,11 @@ MULTI_HEAD = Op(
     candidates={"multi-head-blockwise": partial(_candidate, "blockwise"), "multi-head": partial(_candidate, "dense")},
     calls=LayerCalls(
         "forward(x_q, x_k, x_v, params, *, num_heads, ...) and backward(dout, x_q, x_k, x_v, params, *, ...)",
-        ("num_heads", "num_kv_heads", "mask", *(name for name in OPTIONS if " " not in name)),
+        ("num_heads", "num_kv_heads", "mask", *parts.OPTIONS, *(name for name in OPTIONS if " " not in name)),
         to={"state_dict": lambda params: [convert.multi_head_to_torch(params)]},
         back={"state_dict": lambda found: convert.multi_head_from_torch(found.pop("state_dict"))},
     ),
     differentiable=("bias", "sink"),
     optional=("dbias", "dsink"),
-    space=multi_head_space.of(_heads),
+    space=SPACE,
 )
