@@ -1,4 +1,4 @@
-"""Softmax, log-sum-exp and cross-entropy, forwards and backwards, against explicit loops."""
+"""Softmax and log-sum-exp, forwards and backwards, against explicit loops."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers import assert_close, random
-from oracles import cross_entropy_loops, mask_loops, softmax_loops
+from oracles import mask_loops, softmax_loops
 
 import npattn
 from npattn import (
     causal,
-    cross_entropy_backward,
-    cross_entropy_forward,
     gradcheck,
     key_lengths,
     log_sum_exp_backward,
@@ -26,7 +24,6 @@ SHAPE = pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
 DTYPES = [np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)]
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 POISON = pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-REDUCTION = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 
 
 def computing(dtype):
@@ -274,151 +271,9 @@ def test_wide_dtypes_are_kept(dtype):
     )
 
 
-# --- cross-entropy ---------------------------------------------------------------------------------------------------
-
-
-def check_cross_entropy(logits, targets, mask=None, reduction="mean"):
-    wide = computing(logits.dtype)
-    dloss = np.asarray(random(targets.shape if reduction == "none" else (), 7, wide))
-    arrays = [a for a in (logits, targets, mask, dloss) if a is not None]
-    before = [a.tobytes() for a in arrays]
-    loss, cache = cross_entropy_forward(logits, targets, mask=mask, reduction=reduction)
-    grad = cross_entropy_backward(dloss, cache).logits
-    assert grad.tobytes() == cross_entropy_backward(dloss, cache).logits.tobytes()
-    assert [a.tobytes() for a in arrays] == before
-    assert np.array_equal(npattn.cross_entropy(logits, targets, mask=mask, reduction=reduction), loss, equal_nan=True)
-    assert np.asarray(loss).dtype == wide
-    assert np.shape(loss) == dloss.shape
-    assert grad.dtype == logits.dtype
-
-    exact = logits.astype(np.float64)
-    expected = cross_entropy_loops(exact, targets, mask, reduction, dloss)
-    counts = np.ones(targets.shape, bool) if mask is None else mask
-    rows = np.where(counts, 1 + 2 * finite(exact).max(-1, initial=0), 0)  # lse and the target's logit
-    share = 1 / max(counts.sum(), 1) if reduction == "mean" else 1
-    terms = rows if reduction == "none" else rows.sum() * share
-    assert_close(loss, expected["loss"], terms, name="loss", computing=wide)
-    terms = rows * (finite(dloss) if reduction == "none" else finite(dloss) * share)
-    assert_close(
-        grad, expected["logits"], np.broadcast_to(terms[..., None], logits.shape), name="dlogits", computing=wide
-    )
-    return loss, grad
-
-
-def ids(shape, classes=5, seed=4, dtype=np.int64):
-    return np.asarray(np.random.default_rng(seed).integers(0, classes, shape)).astype(dtype)
-
-
-@SHAPE
-@DTYPE
-@REDUCTION
-@pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
-def test_cross_entropy_against_loops(shape, dtype, reduction, masked):
-    mask = np.asarray(np.random.default_rng(1).random(shape[:-1]) < 0.6) if masked else None
-    loss, grad = check_cross_entropy(random(shape, 1, dtype), ids(shape[:-1]), mask, reduction)
-    assert np.asarray(loss).any() == (mask is None or mask.any())
-    if masked:
-        assert not grad[~mask].any()
-
-
-@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint64])
-def test_targets_of_any_integer_dtype(dtype):
-    check_cross_entropy(random((3, 4, 5), 1), ids((3, 4), dtype=dtype), ids((3, 4), 2) == 1)
-
-
-@REDUCTION
-def test_ignored_targets(reduction):
-    """-100, as padded labels come, and NaN in logits: where mask is False nothing is looked at."""
-    logits, targets = random((3, 4, 5), 1), ids((3, 4))
-    mask = np.random.default_rng(1).random((3, 4)) < 0.5
-    clean_loss, clean_grad = check_cross_entropy(logits, targets, mask, reduction)
-    targets, logits = np.where(mask, targets, -100), np.where(mask[..., None], logits, np.nan)
-    loss, grad = check_cross_entropy(logits, targets, mask, reduction)
-    assert np.array_equal(loss, clean_loss)
-    assert np.array_equal(grad, clean_grad)
-    if reduction == "none":
-        assert not loss[~mask].any()
-        _, cache = cross_entropy_forward(logits, targets, mask=mask, reduction=reduction)
-        dloss = random((3, 4), 8)
-        poisoned = np.where(mask, dloss, np.nan)
-        assert np.array_equal(
-            cross_entropy_backward(poisoned, cache).logits, cross_entropy_backward(dloss, cache).logits
-        )
-
-
-@REDUCTION
-def test_nothing_counts(reduction):
-    loss, grad = check_cross_entropy(random((3, 5), 1), np.full(3, -100), np.zeros(3, bool), reduction)
-    assert not np.any(loss)
-    assert not grad.any()
-
-
-@REDUCTION
-@pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5), (3, 1), (1,)])
-def test_cross_entropy_sizes(shape, reduction):
-    loss, grad = check_cross_entropy(random(shape, 1), ids(shape[:-1], shape[-1]), None, reduction)
-    assert not np.any(loss)  # nothing counts, or there is but one class
-    assert not grad.any()
-
-
-def test_mean_is_over_what_counts():
-    logits, targets = random((4, 5), 1), ids((4,))
-    mask = np.array([True, False, True, False])
-    each, _ = cross_entropy_forward(logits, targets, reduction="none")
-    mean, _ = cross_entropy_forward(logits, targets, mask=mask)
-    total, _ = cross_entropy_forward(logits, targets, mask=mask, reduction="sum")
-    assert_close(mean, np.array((each[0] + each[2]) / 2), each.sum())
-    assert_close(total, np.array(each[0] + each[2]), each.sum())
-
-
-@pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(np.float64)], ids=str)
-def test_confident_logits(dtype):
-    """A loss of thousands where the target is far below, an exact 0 where it is far above; never inf - inf."""
-    logits = np.array([[1e4, 0, 0], [0, 1e4, 0], [-1e4, -1e4, -1e4]], dtype)
-    loss, _ = check_cross_entropy(logits, np.array([0, 0, 1]), None, "none")
-    assert loss[0] == 0
-    assert loss[1] == 1e4
-    check_cross_entropy(logits, np.array([0, 0, 1]))
-
-
-def test_logits_of_minus_infinity():
-    """Classes that are ruled out have gradient 0; one that is the target costs infinity."""
-    logits = random((3, 4), 1)
-    logits[:2, 1] = -np.inf
-    loss, grad = check_cross_entropy(logits, np.array([0, 1, 2]), None, "none")
-    assert loss[1] == np.inf
-    assert np.isfinite(loss[[0, 2]]).all()
-    assert np.isfinite(grad).all()
-    assert grad[0, 1] == 0
-
-
-def test_nan_logits_stay_in_their_row():
-    logits = random((3, 4), 1)
-    logits[1, 2] = np.nan
-    loss, grad = check_cross_entropy(logits, np.array([0, 1, 2]), None, "none")
-    assert np.isnan(loss).tolist() == [False, True, False]
-    assert np.isnan(grad).all(-1).tolist() == [False, True, False]
-    assert np.isfinite(grad[[0, 2]]).all()
-
-
-@REDUCTION
-@pytest.mark.parametrize("method", ["complex", "central"])
-def test_gradcheck_cross_entropy(method, reduction):
-    targets, mask = ids((2, 3), 4), np.array([[True, False, True], [True, True, False]])
-
-    def forward(logits):
-        return cross_entropy_forward(logits, targets, mask=mask, reduction=reduction)
-
-    rows = gradcheck(
-        forward, lambda d, c: cross_entropy_backward(d, c), {"logits": random((2, 3, 4), 1)}, method=method
-    )
-    assert rows[0].derivatives == 25
-
-
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 X = np.zeros((4, 5))
-T = np.zeros(4, int)
 
 
 @pytest.mark.parametrize(
@@ -426,9 +281,6 @@ T = np.zeros(4, int)
     [
         (lambda: softmax_forward(X, mask=np.ones((4, 5))), TypeError, "softmax: mask has dtype float64, expected bool"),
         (lambda: softmax_backward(np.zeros((4, 1)), softmax_forward(X)[1]), ValueError, r"dweights has shape \(4, 1\)"),
-        (lambda: cross_entropy_forward(X, T, mask=np.ones(4)), TypeError, r"mask has dtype float64, expected bool"),
-        (lambda: cross_entropy_forward(X, T, mask=np.ones((4, 1), bool)), ValueError, r"mask has shape \(4, 1\)"),
-        (lambda: cross_entropy_backward(np.float32(1), cross_entropy_forward(X, T)[1]), TypeError, "dloss has dtype float32"),
     ],
 )
 def test_what_is_refused_beside_test_bad_input(call, error, message):

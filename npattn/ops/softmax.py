@@ -1,4 +1,4 @@
-"""Masked softmax, log-sum-exp and cross-entropy, each with its backward.
+"""Masked softmax and log-sum-exp, each with its backward.
 
     m = max_j s_j        e_j = exp(s_j - m)        z = sum_j e_j        p_j = e_j / z        lse = m + log z
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from npattn.ops.allowed import quiet, select
 from npattn.ops.calls import bind_mask
-from npattn.ops.checks import Array, Dims, check_array, check_class, check_cotangent, check_dtype, check_one_of
+from npattn.ops.checks import Array, check_array, check_class, check_cotangent, check_dtype
 from npattn.ops.edge import explain_keywords, without_cache
 
 
@@ -149,99 +149,10 @@ def log_sum_exp_backward(dlse: Array, cache: SoftmaxCache) -> LogSumExpGrads:
 log_sum_exp = without_cache(log_sum_exp_forward)
 
 
-class CrossEntropyCache(NamedTuple):
-    """What the backward of `cross_entropy` needs."""
-
-    weights: Array  # (..., V) softmax of the logits, in the computing dtype
-    targets: Array  # (...)
-    counts: Array | None  # (...) the positions that count
-    reduction: str
-    dtype: np.dtype[Any]
-
-
-class CrossEntropyGrads(NamedTuple):
-    """The gradient of `cross_entropy`."""
-
-    logits: Array  # (..., V)
-
-
-@explain_keywords
-@quiet
-def cross_entropy_forward(
-    logits: Array, targets: Array, *, mask: Array | None = None, reduction: str = "mean"
-) -> tuple[Array, CrossEntropyCache]:
-    """The cross-entropy of logits with one target class for each position, in nats.
-
-        loss = lse(logits) - logits[target]                                                         (1)
-        reduced: the mean or the sum over the positions that count                                  (2)
-
-    logits    : (..., V)
-    targets   : (...), integers 0 .. V - 1
-    mask      : (...), boolean, True = counts; other positions may hold anything (NaN, a target of -100)
-    reduction : "mean" (0 if no position counts), "sum" or "none" (the loss of each position, 0 where it does not count)
-    Returns the loss in the computing dtype, shape () or (...), and the cache; NaN if all logits of a position are -inf.
-    Raises TypeError, ValueError.
-    """
-    op = "cross_entropy"
-    check_one_of(op, "reduction", reduction, ("mean", "sum", "none"))
-    dims = Dims(op)
-    x, _ = _scores(op, "logits", logits, None)
-    dims.fit("logits", logits, "... V")
-    top = x.real.max(-1, keepdims=True, initial=-np.inf)
-    x = x - select(top != -np.inf, top)  # else lse - logits[target] of logits near 1e6 would lose all digits below 0.1
-    if dims.fit("targets", targets, "...").dtype.kind not in "iu":
-        raise TypeError(f"{op}: targets has dtype {targets.dtype}, expected integers")
-    if mask is not None and dims.fit("mask", mask, "...").dtype != np.bool_:
-        raise TypeError(f"{op}: mask has dtype {mask.dtype}, expected bool (True = counts)")
-    classes = targets if mask is None else np.where(mask, targets, 0)
-    if classes.size and not (classes.min() >= 0 and classes.max() < x.shape[-1]) and (mask is None or mask.any()):
-        raise ValueError(
-            f"{op}: targets reaches from {classes.min()} to {classes.max()}, expected 0 to V - 1 = {x.shape[-1] - 1}; "
-            f"positions that do not count are False in mask"
-        )
-    weights, lse = normalize(x)
-    hit = np.arange(x.shape[-1]) == classes[..., None]
-    loss = select(mask, lse - select(hit, x).sum(-1))  # (1)
-    cache = CrossEntropyCache(weights, classes, mask, reduction, logits.dtype)
-    if reduction != "none":
-        loss = loss.sum() / _divisor(cache)  # (2)
-    return loss, cache
-
-
-def _divisor(cache: CrossEntropyCache) -> int:
-    count = cache.targets.size if cache.counts is None else int(cache.counts.sum())
-    return max(count, 1) if cache.reduction == "mean" else 1
-
-
-@quiet
-def cross_entropy_backward(dloss: Array, cache: CrossEntropyCache) -> CrossEntropyGrads:
-    """dlogits = (p - onehot(target)) dloss; for the mean, divided by the number of positions that count.
-
-    dloss : as the loss, () or (...). Returns the gradient of the logits, (..., V). Raises TypeError, ValueError.
-    """
-    check_class("cross_entropy", "cache", cache, CrossEntropyCache, ", from cross_entropy_forward")
-    weights = cache.weights
-    shape = cache.targets.shape if cache.reduction == "none" else ()
-    dloss = check_cotangent("cross_entropy", "dloss", np.asarray(dloss), shape, weights.dtype, weights.dtype)
-    each = (dloss / _divisor(cache))[..., None]  # (2)
-    hit = np.arange(weights.shape[-1]) == cache.targets[..., None]
-    dlogits = np.where(hit, weights - 1, weights) * each  # (1)
-    counts = None if cache.counts is None else cache.counts[..., None]
-    return CrossEntropyGrads(select(counts, dlogits).astype(cache.dtype, copy=False))
-
-
-cross_entropy = without_cache(cross_entropy_forward)
-
-
 __all__ = [
-    "CrossEntropyCache",
-    "CrossEntropyGrads",
     "LogSumExpGrads",
     "SoftmaxCache",
     "SoftmaxGrads",
-    "cross_entropy",
-    "cross_entropy_backward",
-    "cross_entropy_forward",
     "log_sum_exp",
     "log_sum_exp_backward",
     "log_sum_exp_forward",
