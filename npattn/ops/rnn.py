@@ -13,9 +13,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npattn.ops.allowed import quiet, select, swap, weight_gradient
-from npattn.ops.checks import Array, Dims, check_class, check_cotangent, check_dtype, check_one_of, check_other_dtype, integers
+from npattn.ops.allowed import quiet, select, swap
+from npattn.ops.checks import Array, check_class, check_cotangent, check_one_of
 from npattn.ops.edge import explain_keywords, without_cache
+from npattn.ops.recurrent import (
+    all_steps,
+    bias_gradient,
+    by_step,
+    check_recurrent,
+    first_state,
+    input_gradient,
+    states_before,
+    swap_steps,
+    weight_gradients,
+)
 
 
 class RNNParams(NamedTuple):
@@ -58,14 +69,10 @@ def rnn_forward(
     Returns h (B, T, N), and the cache; ``cache.h_last`` (B, N) is the last valid state. Raises TypeError, ValueError.
     """
     check_one_of("rnn", "nonlinearity", nonlinearity, ("tanh", "relu"))
-    valid, computing = _check(x, h0, params, lengths)
-    (B, T, M), N = x.shape, params.w_h.shape[0]
-    w_x, w_h = (p.astype(computing, copy=False) for p in params[:2])
-    states = np.empty((T, B, N), computing)  # each step is contiguous
-    np.matmul(by_step(x, computing).reshape(T * B, M), w_x, out=states.reshape(T * B, N))  # (1)
-    if params.b is not None:
-        states += params.b.astype(computing, copy=False)  # (1)
-    h, z = np.zeros((B, N), computing) if h0 is None else h0.astype(computing), np.empty((B, N), computing)
+    valid, computing = check_recurrent("rnn", x, {"h0": h0}, params, RNNParams, 1, lengths)
+    B, N = len(x), params.w_h.shape[0]
+    states = all_steps(x, params.w_x, params.b, computing)  # (1)
+    w_h, h, z = params.w_h.astype(computing, copy=False), first_state(h0, B, N, computing), np.empty((B, N), computing)
     for t, h_t in enumerate(states):  # h_t holds a_t at first
         z = np.add(h_t, np.matmul(h, w_h, out=z), out=z)  # (2)
         new = np.tanh(z, out=h_t) if nonlinearity == "tanh" else select(~(z.real <= 0), z)  # (3); a NaN is passed on
@@ -86,13 +93,11 @@ def rnn_backward(dh: Array, cache: RNNCache, dh_last: Array | None = None) -> RN
     """
     check_class("rnn", "cache", cache, RNNCache, ", from rnn_forward")
     c, params, h, computing = cache, cache.params, cache.states, cache.states.dtype
-    dh = check_cotangent("rnn", "dh", dh, h.shape, c.x.dtype, computing)
-    B, T, N = h.shape
-    carry = np.zeros((B, N), computing)
+    dh, (B, T, N) = check_cotangent("rnn", "dh", dh, h.shape, c.x.dtype, computing), h.shape
     if dh_last is not None:
-        carry = check_cotangent("rnn", "dh_last", dh_last, (B, N), c.x.dtype, computing).copy()
-    w_x, w_h = (p.astype(computing, copy=False) for p in params[:2])
-    back_h = np.ascontiguousarray(swap(w_h))  # products with few rows read it faster
+        dh_last = check_cotangent("rnn", "dh_last", dh_last, (B, N), c.x.dtype, computing)
+    carry = first_state(dh_last, B, N, computing)
+    back_h = np.ascontiguousarray(swap(params.w_h.astype(computing, copy=False)))  # products with few rows read it faster
     h, dz, slope = by_step(h, computing), np.empty((T, B, N), computing), np.empty((B, N), computing)
     for t in reversed(range(T)):
         if c.nonlinearity == "tanh":
@@ -104,46 +109,12 @@ def rnn_backward(dh: Array, cache: RNNCache, dh_last: Array | None = None) -> RN
         d[...] = select(now, d)
         back = np.matmul(d, back_h, out=carry if now is None else None)  # (2)
         carry = back if now is None else np.where(now, back, carry)
-    first = weight_gradient(c.h0, dz[0]) if c.h0 is not None and T else computing.type(0)  # h_{t-1} of the first step
     grads = RNNParams(
-        weight_gradient(by_step(c.x, computing), dz).astype(params.w_x.dtype, copy=False),  # (1)
-        (first + weight_gradient(h[: max(T - 1, 0)], dz[1:])).astype(params.w_h.dtype, copy=False),  # (2)
-        None if params.b is None else dz.sum((0, 1)).astype(params.b.dtype, copy=False),  # (1)
+        weight_gradients(by_step(c.x, computing), dz, params.w_x),  # (1)
+        weight_gradients(states_before(c.h0, c.states), dz, params.w_h),  # (2)
+        bias_gradient(params.b, dz),  # (1)
     )
-    dx = np.matmul(dz.reshape(T * B, N), swap(w_x)).reshape(T, B, w_x.shape[0])  # (1), for all steps at once
-    dx = swap_steps(dx).astype(c.x.dtype, order="C")
-    return RNNGrads(dx, carry.astype(c.x.dtype), grads)
-
-
-def swap_steps(x: Array) -> Array:
-    """(B, T, N) -> (T, B, N) and back, as a view."""
-    result: Array = x.swapaxes(0, 1)
-    return result
-
-
-def by_step(x: Array, computing: np.dtype[Any]) -> Array:
-    """(B, T, N) -> (T, B, N), contiguous, since the steps are computed one by one."""
-    return np.ascontiguousarray(swap_steps(x), computing)
-
-
-def _check(x: Any, h0: Any, params: Any, lengths: Any) -> tuple[Array | None, np.dtype[Any]]:
-    op = "rnn"
-    check_class(op, "params", params, RNNParams)
-    computing, dims = check_dtype(op, x=x), Dims(op)
-    dims.fit("x", x, "B T M")
-    for name, spec in (("w_x", "M N"), ("w_h", "N N"), ("b", "N")):
-        p = getattr(params, name)
-        if p is not None or name != "b":
-            dims.fit(name, check_other_dtype(op, name, p, x.dtype, computing), spec)
-    if h0 is not None:
-        dims.fit("h0", h0, "B N")
-        check_dtype(op, x=x, h0=h0)
-    if lengths is None:
-        return None, computing
-    n = dims.fit("lengths", integers(op, "lengths", lengths), "B")
-    if n.size and not (n.min() >= 0 and n.max() <= dims["T"]):
-        raise ValueError(f"{op}: lengths reaches from {n.min()} to {n.max()}, expected 0 to T={dims['T']}: fixed by x")
-    return (np.arange(dims["T"]) < n[:, None])[..., None], computing
+    return RNNGrads(input_gradient(dz, params.w_x, c.x.dtype), carry.astype(c.x.dtype), grads)  # (1), for all steps at once
 
 
 rnn = without_cache(rnn_forward)
