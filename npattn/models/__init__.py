@@ -1,0 +1,1 @@
+"""Blocks and stacks of a Transformer, made of the ops: read config, then blocks, then transformer."""
