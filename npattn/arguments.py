@@ -209,8 +209,12 @@ def _space(given: argparse.Namespace, op: str) -> Space | None:
 
 def _options(text: str, op: str) -> tuple[str, ...]:
     names, known = tuple(n.strip() for n in text.split(",")), OPS[op].calls.keywords
-    if unknown := [n for n in names if n not in known and n != "none"]:
-        raise CandidateError(f"--options {unknown[0]}, expected some of {', '.join(known)}, or none")
+    if names == ("none",):
+        return ()
+    if unknown := [n for n in names if n not in known]:
+        raise CandidateError(f"--options {unknown[0]}, expected some of {', '.join(known)}, or none alone")
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise CandidateError(f"--options {text}: {twice[0]} is given twice")
     return names
 
 
@@ -230,7 +234,10 @@ def _cases(given: argparse.Namespace, op: str) -> list[Any]:
         named = [case for case in table if case.name == given.case]
         space = OPS[op].space
         if not named and space is not None and (drawn := space.named(given.case)) is not None:
-            return [drawn]
+            named = [drawn]
+        if named and given.dtype not in (None, *SMALL, named[0].dtype):
+            both = f"--dtype {given.dtype} and a --case of {named[0].dtype}"
+            raise CandidateError(f"{both} contradict each other: give one of them")
         if not named:
             meant = suggestion(given.case, [case.name for case in table])
             raise CandidateError(f"--case {given.case}: no such case{meant}; --list lists them")

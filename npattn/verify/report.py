@@ -10,9 +10,10 @@ from typing import Any
 
 import npattn
 from npattn.verify import text
-from npattn.verify.candidate import Candidate, library_of
+from npattn.verify.candidate import RANK_ALONE, Candidate, library_of
 from npattn.verify.conditions import CONDITIONS
 from npattn.verify.judge import Result
+from npattn.verify.ops import OPS
 from npattn.verify.request import TENSOR_FEATURES, check_features
 from npattn.verify.space import Coverage
 
@@ -133,7 +134,10 @@ class Report:
     @property
     def refused(self) -> dict[str, int]:
         """The messages of refused cases, and how many cases have each; the commonest first."""
-        messages = Counter(text for r in self.results for text in {c.text for c in r.checks if c.status == "refused"})
+        alone = RANK_ALONE.format(OPS[self.op].rank)
+        texts = [{c.text for c in r.checks if c.status == "refused"} for r in self.results]
+        first = next((text for some in texts for text in sorted(some) if text.startswith(alone)), "")
+        messages = Counter(text for some in texts for text in {first if text.startswith(alone) else text for text in some})
         return dict(messages.most_common())
 
     @property

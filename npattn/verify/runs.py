@@ -36,12 +36,15 @@ class Drawing:
         """
         yield from self._cases([self.drawer.space.plain])
         if not self.drawer.accepted.any():
-            self._learn(takes)
+            self._move(takes)
             yield from self._cases([self.drawer.space.plain])
             if not self.drawer.accepted.any():
                 return
-        rows = self.drawer.one_by_one()
-        yield from self._cases(rows)
+        rows = self.drawer.one_by_one(mixed=not until)
+        for few in [rows] if until else [rows[i : i + 8] for i in range(0, len(rows), 8)]:
+            yield from self._cases(few)
+            if not until:  # there may be no time for all pairs
+                yield from self._cases(self.drawer.some_at_once(8))
         if refused := self._refused(rows):
             sized = {name for name, _ in refused if any(x for c in self.drawer.space.dimensions[name].values() for x in c)}
             if sized - {"heads", "batch"} and not self.drawer.limits:
@@ -77,6 +80,16 @@ class Drawing:
         other = [(n, c) for row in rows for n, c in row.items() if c != plain[n]]
         return [pair for pair in other if self.drawer.drawn[number[pair]] and not self.drawer.accepted[number[pair]]]
 
+    def _move(self, takes: Any) -> None:
+        """Go on from another plain row, or from other sizes, since those of the space are refused."""
+        plain, cases = limits.near(self.drawer.space, takes), self.drawer.cases
+        if plain not in (None, self.drawer.space.plain):
+            self.drawer = Drawer(self.drawer.space._replace(plain=plain), self.seed)
+            self.drawer.cases = cases
+        space = self.drawer.space
+        if plain is not None and ((case := space.sized(plain, space.smallest(plain))) is None or not takes(case)):
+            self._learn(takes)
+
     def _learn(self, takes: Any) -> None:
         """Find out which sizes the candidate takes, and go on with those alone."""
         conditions = limits.found(self.drawer.space, takes)
@@ -85,6 +98,21 @@ class Drawing:
             cases = self.drawer.cases
             self.drawer = Drawer(space, self.seed)
             self.drawer.cases, self.drawer.limits = cases, [c.text for c in conditions]
+
+
+CHANCE = 1e-3  # that all wrong cases have a class which has nothing to do with it; there are some 200 classes
+
+
+def in_common(wrong: list[Row], right: list[Row], usual: Row) -> tuple[str, ...]:
+    """The classes that all wrong rows have and few right ones, the rarest first; or "not" and a class that none of them has."""
+    share: dict[str, float] = {}
+    for name, cls in wrong[0].items() if wrong else ():
+        if all(row[name] == cls for row in wrong):
+            share[f"{name} {cls}"] = sum(row[name] == cls for row in right) / max(len(right), 1)
+        elif all(row[name] != usual[name] for row in wrong):
+            share[f"{name} not {usual[name]}"] = sum(row[name] != usual[name] for row in right) / max(len(right), 1)
+    found = [t for t, part in share.items() if len(wrong) > 1 and right and part <= 0.5 and part ** len(wrong) <= CHANCE]
+    return tuple(sorted(found, key=lambda text: share[text])[:5])
 
 
 class Runs:
@@ -104,16 +132,20 @@ class Runs:
         self.spec, self.named, self.seeds, self.expected, self.stop = spec, cases, seeds, expected, stop
         self.until, self.seconds = until, seconds
         self.drawing = None if space is None else Drawing(space, seeds[0])
+        self.reported = not cases  # whether results of drawn cases are handed out
         count = min(processors(), MANY) if self.drawing else 1
         self.workers = [Worker(spec, timeout, one_thread=number > 0) for number in range(count)]
         self.free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         self.results_of_drawn: queue.SimpleQueue[Result | BaseException | None] = queue.SimpleQueue()
         self.drawn: dict[str, Drawn] = {}
-        self.count, self.end = 0, float("inf")  # results of drawn cases, and when no more is drawn
+        self.status: dict[str, str] = {}  # of their results, but of those that are expected to fail
+        self.found, self.end = 0, float("inf")  # results of drawn cases, and when no more is drawn
         self.over, self.stack = threading.Event(), contextlib.ExitStack()
 
     def __enter__(self) -> Runs:
         self.stack.enter_context(self.workers[0])
+        if self.drawing and not self.workers[0].facts.backward:
+            self.drawing = Drawing(self.drawing.drawer.space.of_forward(), self.drawing.seed)
         return self
 
     def __exit__(self, *what: object) -> None:
@@ -129,11 +161,22 @@ class Runs:
     def faults(self) -> list[str]:
         return [fault for worker in self.workers for fault in worker.faults]
 
+    @property
+    def count(self) -> int:
+        """How many results of drawn cases a complete report has."""
+        return self.found if self.reported else 0
+
     def case(self, name: str) -> Any:
         return self.drawn[name] if name in self.drawn else next(case for case in self.named if case.name == name)
 
     def coverage(self) -> Coverage | None:
-        return None if self.drawing is None or not self.drawn else self.drawing.drawer.coverage(self.until)
+        """What was met of the space; None if nothing was drawn, or no result of it is in the report."""
+        if self.drawing is None or not self.drawn or not self.reported:
+            return None
+        wrong = [self.drawn[name].row for name, status in self.status.items() if status == "wrong"]
+        right = [self.drawn[name].row for name, status in self.status.items() if status == "ok"]
+        common = in_common(wrong, right, self.drawing.drawer.space.usual)
+        return self.drawing.drawer.coverage(self.until)._replace(wrong=len(wrong), common=common)
 
     def results(self) -> Iterator[Result]:
         """First of the named cases, then of those that were drawn."""
@@ -153,6 +196,7 @@ class Runs:
                         return
             if wrong or thread is None:
                 return
+            self.reported = True
             if self.named:
                 self.free.put(self.workers[0])
             while (found := self.results_of_drawn.get()) is not None:
@@ -197,9 +241,11 @@ class Runs:
                         result = future.result()
                         if result is None:  # the time is over
                             continue
-                        self.drawn[case.name], self.count = case, self.count + 1
+                        self.drawn[case.name], self.found = case, self.found + 1
                         self.drawing.saw(case, result.status in TESTED)
                         result = self._expecting(result)
+                        if not result.expected:
+                            self.status[case.name] = result.status
                         self.results_of_drawn.put(result)
                         if not self.until and result.status == "wrong" and not result.expected:
                             self.end = 0.0
@@ -240,4 +286,4 @@ class Runs:
         return bool(self._with_worker(ask, False))
 
 
-__all__ = ["PAIRS", "TRIPLES", "Drawing", "Runs"]
+__all__ = ["PAIRS", "TRIPLES", "Drawing", "Runs", "in_common"]

@@ -3,8 +3,8 @@
 What is wrong only under a condition is found only where the condition is met: a class of one dimension (D = 72), or of two
 (a window and grouped heads). A row has one class of each dimension. First comes a plain row, then each class by itself, which
 shows what the candidate takes. Then come rows that together meet every pair of classes, or every triple: each begins with one
-that is not met yet, and gets, dimension after dimension, the class with which most new ones are met. On 20 dimensions with
-155 classes this gives 1.2 times as many rows as the two largest dimensions have pairs, which is the least there can be.
+that is not met yet, and gets, dimension after dimension, the class with which most new ones are met. On 22 dimensions with
+172 classes this gives 500 rows, and the two largest dimensions have 299 pairs, which is the least there can be.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Space(NamedTuple):
     cost: Callable[[Row, Sizes], float] = lambda row, sizes: 0.0
     triples: tuple[str, ...] = ()
     allows: Callable[[Sizes], bool] = lambda sizes: True  # what was asked of the sizes together
+    of_backward: Mapping[str, tuple[str, ...]] = {}  # by dimension the classes that the backward alone can tell apart
 
     @property
     def letters(self) -> list[str]:
@@ -55,14 +56,39 @@ class Space(NamedTuple):
         choices = (x for some in self.dimensions.values() for choices in some.values() for x in choices)
         return list(dict.fromkeys(letter for x in choices for letter in x))
 
+    @property
+    def usual(self) -> Row:
+        """The plain row of the whole space: names of cases leave its classes out, whatever this space was made to be."""
+        whole = Op.known[self.op].space
+        return self.plain if whole is None else whole.plain
+
     def only(self, name: str, cls: str) -> Space:
         """The space with this class alone in one dimension."""
         dimensions = {**self.dimensions, name: {cls: self.dimensions[name][cls]}}
         return self._replace(dimensions=dimensions, plain={**self.plain, name: cls})
 
+    def of_forward(self) -> Space:
+        """The space without the classes that only a backward can tell apart from the others."""
+
+        def left(name: str) -> Mapping[str, tuple[Choice, ...]]:
+            return {c: x for c, x in self.dimensions[name].items() if c not in self.of_backward.get(name, ())}
+
+        return self._replace(dimensions={name: left(name) for name in self.dimensions})
+
     def affordable(self, row: Row) -> bool:
         """Whether such a call is possible, and its smallest sizes do not cost too much."""
         return self.possible(row) and self.cost(row, self.smallest(row)) <= MOST
+
+    def fitting(self, row: Row, name: str = "") -> Row:
+        """The row, or the first whose smallest sizes are allowed of those with other sizes in up to two dimensions but this."""
+        others = [n for n in self.dimensions if n != name and has_sizes(self, n)]
+        for count in (0, 1, 2):
+            for names in itertools.combinations(others[::-1], count):
+                for some in itertools.product(*(self.dimensions[n] for n in names)):
+                    found = {**row, **dict(zip(names, some, strict=True))}
+                    if self.allows(self.smallest(found)) and self.affordable(found):
+                        return found
+        return row
 
     def smallest(self, row: Row) -> Sizes:
         """The smallest sizes of the row's classes."""
@@ -84,7 +110,8 @@ class Space(NamedTuple):
     def sized(self, row: Row, sizes: Sizes) -> Drawn | None:
         """The case with these classes and sizes, whatever the order in which they are given; None if none can be drawn."""
         row, sizes = {n: row[n] for n in self.dimensions}, {letter: sizes[letter] for letter in self.letters if letter in sizes}
-        some = "; ".join(f"{name}={cls}" for name, cls in row.items() if not _is_size(self, name) and cls != self.plain[name])
+        usual = self.usual
+        some = "; ".join(f"{name}={cls}" for name, cls in row.items() if not has_sizes(self, name) and cls != usual[name])
         name = f"drawn: {' '.join(f'{letter}={size}' for letter, size in sizes.items())}" + (f"; {some}" if some else "")
         found = Drawn(self, name, row, sizes)
         try:
@@ -97,14 +124,30 @@ class Space(NamedTuple):
         """The case of that name, which holds all that it needs; None if it is none of this space."""
         sizes, _, some = name.removeprefix("drawn: ").partition("; ")
         try:
-            row = self.plain | dict(part.split("=", 1) for part in some.split("; ") if part)
-            found = self.sized(row, {letter: int(n) for letter, n in (part.split("=") for part in sizes.split())})
+            row = self.usual | dict(part.split("=", 1) for part in some.split("; ") if part)
+            of = {letter: int(n) for letter, n in (part.split("=") for part in sizes.split())}
+            row = self.classes_of(row, of)
+            found = self.sized(row, of)
         except (ValueError, KeyError):
             return None
-        return found if found is not None and found.name == name and row.keys() == self.plain.keys() else None
+        known = row.keys() == self.plain.keys() and all(cls in self.dimensions[n] for n, cls in row.items())
+        good = known and min(of.values()) >= 1 and self.possible(row)
+        return found if good and found is not None and found.name == name else None
+
+    def classes_of(self, row: Row, sizes: Sizes) -> Row:
+        """The row with the classes of these sizes; where there is none, with one that does not say that two are equal."""
+        row = dict(row)
+        for name, some in self.dimensions.items():
+            if has_sizes(self, name):
+                fits = [cls for cls, choices in some.items() for x in choices
+                        if _resolved({**sizes, **x}).items() >= {n: sizes[n] for n in x}.items()]  # fmt: skip
+                free = [cls for cls, choices in some.items() if not any(isinstance(n, str) for n in choices[0].values())]
+                row[name] = next(iter([*fits, *free, row[name]]))
+        return row
 
 
-def _is_size(space: Space, name: str) -> bool:
+def has_sizes(space: Space, name: str) -> bool:
+    """Whether the classes of a dimension are classes of sizes."""
     return any(choice for choices in space.dimensions[name].values() for choice in choices)
 
 
@@ -163,16 +206,22 @@ class Drawn:
         return ALIASES[self.row.get("alias", "none")](problem)
 
     def smaller(self) -> list[Drawn]:
-        """The case with each letter in turn halved, then each lowered by one; letters of one size also together."""
+        """The case with the usual class in place of another one, or a batch of 1; with each letter in turn halved, then each
+        lowered by one; letters of one size also together. Each is named as what it is, so that it can be run again."""
+        space, usual, tried = self.space, self.space.usual, list[tuple[Row, Sizes]]()
+        for name, cls in self.row.items():
+            smaller = ["1"] if name == "batch" else [usual[name]]
+            if not has_sizes(space, name) and cls not in smaller:
+                tried += [({**self.row, name: other}, self.sizes) for other in smaller if other in space.dimensions[name]]
         groups = [g for n in (3, 2, 1) for g in itertools.combinations(self.sizes, n) if len({self.sizes[x] for x in g}) == 1]
-        found = []
         for halve in (True, False):
             for letters in groups:
                 n = self.sizes[letters[0]]
                 new = {**self.sizes, **dict.fromkeys(letters, max(1, n // 2) if halve else n - 1)}
                 if new != self.sizes and min(new.values()) >= 1:
-                    found.append(Drawn(self.space, self.name, self.row, new))
-        return found
+                    tried.append((space.classes_of(self.row, new), new))
+        cases = (space.sized(row, sizes) for row, sizes in tried if space.possible(row))
+        return [case for case in cases if case is not None]
 
 
 def _again(op: str, name: str, row: Row, sizes: Sizes) -> Drawn:
@@ -189,7 +238,7 @@ def _read_only(x: Array) -> Array:
 
 def _of_arrays(change: Callable[[Array], Array]) -> Callable[[Any], Any]:
     """Of arrays of numbers with two axes or more; anything else stays as it is."""
-    return lambda x: change(x) if isinstance(x, np.ndarray) and x.ndim > 1 and x.dtype.kind == "f" else x
+    return lambda x: change(x) if isinstance(x, np.ndarray) and x.ndim > 1 and x.dtype.kind in "fiu" else x
 
 
 LAYOUTS: dict[str, Callable[[Any], Any]] = {
@@ -258,6 +307,8 @@ class Coverage(NamedTuple):
     refused: dict[str, list[str]]  # classes that were never taken, by dimension
     limits: list[str]  # what of the sizes it was found to take
     left_out: list[str]  # pairs that cost too much
+    wrong: int = 0  # cases that are wrong, and not expected to be
+    common: tuple[str, ...] = ()  # classes that all of these have, and few right ones
 
     @property
     def too_little(self) -> bool:
@@ -291,17 +342,39 @@ class Drawer:
         self.refused = np.zeros((n, n), int)  # how often a pair was in a row that was not taken
         self.met, self.met3 = np.zeros((n, n), bool), np.zeros((0, 0, 0), bool)
         self.drawn, self.accepted, self.cases = np.zeros(n, int), np.zeros(n, int), 0
+        self.alone = np.zeros(n, bool)  # classes that were refused in the plain row
         self.limits: list[str] = []
         self.possible3 = self.met3
 
     # -- rounds
 
-    def one_by_one(self) -> list[Row]:
-        """The plain row with each other class in turn."""
+    def one_by_one(self, mixed: bool = False) -> list[Row]:
+        """The plain row with each other class in turn; mixed : the first of each dimension before the second of any"""
         plain = self.space.plain
         others = [(name, cls) for name, cls in self.classes if cls != plain[name] and self.number[name, cls] in self.open[name]]
-        rows = [{**plain, name: cls} for name, cls in others]
+        if mixed:
+            others.sort(key=lambda pair: self.of[pair[0]].index(self.number[pair]))
+        rows = [self.space.fitting({**plain, name: cls}, name) for name, cls in others]
         return [row for row in rows if self.space.affordable(row)]
+
+    def some_at_once(self, count: int) -> list[Row]:
+        """Rows with two to six classes that are not plain; in every second row of sizes and options.
+
+        The classes are those that were taken, and of dimensions of which nothing was refused by itself those not yet drawn.
+        """
+        rows, others = list[Row](), dict[str, list[int]]()
+        for name, some in self.of.items():
+            plain = self.number[name, self.space.plain[name]]
+            others[name] = [i for i in some if i != plain and (self.accepted[i] or not self.alone[some].any())]
+        for i in range(20 * count):
+            names = [n for n, some in others.items() if some and (i % 2 == 0 or n in self.space.triples)]
+            chosen = self.rng.permutation(names)[: self.rng.integers(2, 7)]
+            row = self.space.plain | {str(n): self.classes[self.rng.choice(others[n])][1] for n in chosen}
+            if self.space.affordable(row) and self.space.allows(self.space.smallest(row)):
+                rows.append(row)
+            if len(rows) == count:
+                break
+        return rows
 
     def pairs(self, attempts: int = 6) -> Iterator[list[Row]]:
         """Rows that meet every pair that is open. Those that were refused are drawn again with other classes.
@@ -344,6 +417,9 @@ class Drawer:
         at = np.array([self.number[pair] for pair in row.items()])
         self.drawn[at] += 1
         self.cases += 1
+        other = [self.number[name, cls] for name, cls in row.items() if cls != self.space.plain[name]]
+        if len(other) == 1 and not tested:
+            self.alone[other] = True
         if tested:
             self.accepted[at] += 1
             self.met[np.ix_(at, at)] = True
@@ -385,6 +461,7 @@ class Drawer:
         row = dict(self.classes[i] for i in first)
         most = max(usual, self.space.cost(row, self.space.smallest(row)))
         goes = self.possible & (self.met | (self.refused < 3))
+        with_sizes = {name for name in self.of if has_sizes(self.space, name)}
         for name in self.rng.permutation([n for n in self.of if n not in row]):
             at = np.array([self.number[pair] for pair in row.items()], int)
             some = self.rng.permutation(self.open[name])
@@ -392,7 +469,9 @@ class Drawer:
             new = left[np.ix_(*[at] * (left.ndim - 1), some)].reshape(-1, len(some)).sum(0) if len(some) else np.zeros(0)
             for i in some[np.argsort(-new, kind="stable")]:
                 more = {**row, str(name): self.classes[i][1]}
-                if self.space.possible(more) and self.space.cost(more, self.space.smallest(more)) <= most:
+                sizes = self.space.smallest(more)
+                fits = not with_sizes <= more.keys() or self.space.allows(sizes)  # a size may follow one not chosen yet
+                if fits and self.space.possible(more) and self.space.cost(more, sizes) <= most:
                     row[str(name)] = self.classes[i][1]
                     break
             else:
@@ -403,16 +482,30 @@ class Drawer:
 
     def coverage(self, until: str) -> Coverage:
         taken = self.accepted > 0
+        for some in self.of.values():  # a dimension of one class is none: all that is taken meets it
+            taken[some] &= len(some) > 1
         every = self.possible & taken[:, None] & taken
         three = None
         if self.met3.size:
             every3 = self.possible3 & taken[:, None, None] & taken[:, None] & taken
             three = int((every3 & self.met3).sum()) // 6, int(every3.sum()) // 6
-        refused = {n: [self.classes[i][1] for i in some if self.drawn[i] and not taken[i]] for n, some in self.of.items()}
+        never = (self.drawn > 0) & (self.accepted == 0)
+        refused = {n: [self.classes[i][1] for i in some if never[i]] for n, some in self.of.items()}
         costly = [" with ".join(f"{name} {cls}" for name, cls in pair) for pair in self.costly]
         return Coverage(until, self.cases, int((every & self.met).sum()) // 2, int(every.sum()) // 2, three,
-                        {n: some for n, some in refused.items() if some}, self.limits, costly)  # fmt: skip
+                        {n: some for n, some in refused.items() if some}, [*self._always(), *self.limits], costly)  # fmt: skip
+
+    def _always(self) -> list[str]:
+        """The classes without which nothing is taken: where the usual class of a dimension was refused, and it was drawn."""
+        found = []
+        for name, cls in self.space.usual.items():
+            number = self.number.get((name, cls))
+            letters = {letter for choices in self.space.dimensions[name].values() for x in choices for letter in x}
+            if number is not None and self.drawn[number] and not self.accepted[number] and len(letters) != 1:
+                taken = [self.classes[i][1] for i in self.of[name] if self.accepted[i]]
+                found += [f"{name} {', '.join(taken)}" if len(taken) < 4 else f"{name} other than {cls}"] if taken else []
+        return found
 
 
 __all__ = ["CALLS", "EVERYWHERE", "LAYOUTS", "Choice", "Coverage", "Drawer", "Drawn", "Row", "Sizes", "Space", "classes",
-           "refers", "sizes_of"]  # fmt: skip
+           "has_sizes", "refers", "sizes_of"]  # fmt: skip

@@ -37,7 +37,7 @@ def verdict(report: Report, require: Iterable[str] = ()) -> str:
     sentences = {
         "right": f"{who} holds in all that was tested, {tested}{known}",
         "wrong": f"{who} falls short in {len(report.wrong)} of {len(report.results)} cases{known}: "
-                 f"{_first(4, _cases(report.wrong))}",
+                 f"{_short(4, _cases(report.wrong))}",
         "unexpected": f"{', '.join(_cases(report.unexpected))} holds, and was expected to fail: take it off the list",
         "interrupted": f"{who} holds in what was tested before that, {tested}" if report.tested else f"{who} was not tested",
         "nothing tested": f"{who} supports none of these cases",
@@ -72,7 +72,7 @@ def summary(report: Report, verbose: bool) -> Iterator[str]:
     if report.diagnosis:
         yield f"\n{'it looks like':58} cases"
         for name, cases in list(report.diagnosis.items())[: None if verbose else 8]:
-            yield f"  {name:56} {len(cases):5}  {_first(3, cases)}"
+            yield f"  {name:56} {len(cases):5}  {_short(3, cases)}"
     yield from rules(report)
     if not verbose and report.wrong:
         yield ""
@@ -92,6 +92,8 @@ def space(report: Report) -> Iterator[str]:
         return
     three = "" if found.triples is None else ", and of the triples of options and sizes {} of {}".format(*found.triples)
     yield f"{found.cases} cases drawn: of the pairs of classes that it takes, {found.met} of {found.pairs} were met{three}"
+    if found.common:
+        yield f"  common to all {found.wrong} wrong: {', '.join(found.common)}"
     if found.limits:
         yield f"  it takes only {'; '.join(found.limits)}"
     for name, classes in found.refused.items():
@@ -302,6 +304,13 @@ def _wrong(result: Result) -> list[Check]:
 def _cases(results: Iterable[Result]) -> list[str]:
     """The names of the cases, each once: there is a result for every seed."""
     return list(dict.fromkeys(r.case for r in results))
+
+
+def _short(most: int, names: Sequence[str]) -> str:
+    """The first names; of drawn cases, whose names are long, how many there are."""
+    named = [name for name in names if not name.startswith("drawn: ")]
+    drawn = f"{len(names) - len(named)} drawn" if len(named) < len(names) else ""
+    return ", ".join(text for text in (_first(most, named), drawn) if text)
 
 
 def _first(most: int, names: Sequence[str]) -> str:

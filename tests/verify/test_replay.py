@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +20,12 @@ from npattn import attention_backward, attention_forward
 from npattn.tolerances import TERMS_EPS
 from npattn.verify import CASES_OF, PRECISIONS, Candidate, Case, Convention, Settings, examine, load
 from npattn.verify.explain import Diagnostician
+from npattn.verify.ops import OPS
 from npattn.verify.ops.attention.cases import BY_NAME
 from npattn.verify.ops.attention.draw import SMALL
 from npattn.verify.precision import round_to
-from npattn.verify.replay import fails, save, shapes, shrink
+from npattn.verify.replay import code, fails, save, shapes, shrink
+from npattn.verify.worker import Spec
 
 PAGE = (Path(__file__).parents[2] / "docs/verifying.md").read_text()
 
@@ -113,6 +117,52 @@ def test_a_failure_within_the_level_is_none():
 def test_cases_of_other_layers_stay_as_they_are():
     case = CASES_OF["softmax"][0]
     assert shrink(Candidate("mine", lambda scores: scores, op="softmax"), case, 0, Settings()) is case
+
+
+# --- as a program ---------------------------------------------------------------------------------------------------------
+
+KERNEL = """
+import numpy as np
+from npattn import attention_backward, attention_forward
+
+def forward(q, k, v, *, softcap=None):
+    note("forward", q, k, v)
+    return attention_forward(q, k, v, softcap=softcap, return_lse=True)[0]
+
+def backward(dout, q, k, v, *, softcap=None, out, lse, dlse=None):
+    note("backward", dout, q, k, v)
+    assert out.shape == dout.shape and lse.shape == q.shape[:-1]
+    g = attention_backward(dout, attention_forward(q, k, v, softcap=softcap)[1], dlse)
+    return {"dv": g.v, "dk": 2 * g.k, "dq": g.q}
+
+def note(*what):
+    print(*what[:1], *((x.strides, x.flags.writeable, [x is y for y in what[1:]]) for x in what[1:]))
+"""
+
+
+@pytest.mark.parametrize("file", ["mine.py", "my-kernel.py", "class.py"])
+@pytest.mark.parametrize(
+    "row", [{}, {"k in memory": "Fortran", "v in memory": "read-only"}, {"alias": "k is q", "q in memory": "backwards"},
+            {"dout in memory": "axes swapped", "k in memory": "every second row", "v in memory": "strides of 0"},
+            {"alias": "dout is q", "softcap": "softcap", "batch": "rank 2"}, {"cotangents": "dlse", "batch": "3 x 2"}],
+    ids=str,
+)  # fmt: skip
+def test_the_program_makes_the_call_that_was_wrong(tmp_path, file, row, capfd):
+    """With the same layouts, with out, lse and dlse, and it reads the gradient by its name."""
+    (tmp_path / file).write_text(KERNEL)
+    space = OPS["attention"].space
+    case = space.sized({**space.plain, **row}, {"H": 1, "G": 1, "L": 3, "S": 3, "D": 2, "E": 2})
+    spec = Spec(f"{tmp_path}/{file}:forward", "backward", Convention(), None, Settings(), diagnose=False)
+    candidate = load(spec.name, spec.backward)
+    result = examine(candidate, case, 0, Settings(power=False))
+    assert [c.tensor for c in result.checks if c.status == "wrong"] == ["dk"]
+    told = [line for line in capfd.readouterr().out.splitlines() if line.startswith("backward")]
+    program = code(candidate, spec, case, result, Settings())
+    capfd.readouterr()
+    done = subprocess.run([sys.executable, "-c", "\n".join(program)], capture_output=True, text=True, check=True)
+    *called, off = done.stdout.splitlines()
+    assert called == told[-1:]
+    assert float(off) > 1e-3
 
 
 # --- saved ----------------------------------------------------------------------------------------------------------------

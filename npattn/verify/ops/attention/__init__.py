@@ -68,6 +68,7 @@ ATTENTION = Op(
     canonical=canonical,
     eager=eager,
     bounded=True,
+    rank=4,
     relatives=AttentionRelatives(),
     conditioned=("plain", "causal top_left", "mask array", "key_lengths", "G < H", "bias BHLS", "sink", "dead rows", "dlse"),
     hypotheses=HYPOTHESES,
