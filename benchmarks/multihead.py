@@ -59,14 +59,15 @@ def draw(layer: Layer) -> tuple[Array, Array, na.MultiHeadParams]:
         x: Array = rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)
         return x
 
-    weights = [normal(M, M, scale=M**-0.5) for _ in range(4)]
-    biases = [normal(M, scale=0.1) for _ in range(4)]
+    weights: list[Any] = [normal(M, M, scale=M**-0.5) for _ in range(4)]
+    biases: list[Any] = [normal(M, scale=0.1) for _ in range(4)]
     return normal(layer.B, layer.L, M), normal(layer.B, layer.L, M), na.MultiHeadParams(*weights, *biases)
 
 
 def truth(layer: Layer, x: Array, dout: Array, params: na.MultiHeadParams) -> dict[str, Array]:
     """out and dx of the first sequence, in float64."""
-    wide = na.MultiHeadParams(*(p.astype(np.float64) for p in params if p is not None))  # none of them is
+    arrays: Any = params[:8]  # without norms of q and k
+    wide = na.MultiHeadParams(*(p.astype(np.float64) for p in arrays))
     x, dout = x[:1].astype(np.float64), dout[:1].astype(np.float64)
     out, cache = na.multi_head_forward(x, x, x, wide, layer.H, mask=na.causal() if layer.causal else None)
     if not layer.backward:

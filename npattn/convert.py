@@ -1,4 +1,5 @@
-"""Parameters from and to other layouts: torch nn.MultiheadAttention and nn.RNN, ONNX RNN.
+"""Parameters from and to other layouts: torch nn.Linear, nn.MultiheadAttention, nn.RNN, nn.GRU and nn.LSTM, the MLP of Llama,
+ONNX RNN, GRU and LSTM.
 
 Tensors are arrays, or anything that NumPy can read (a CPU tensor is detached first). torch and ONNX hold weights as (out, in)
 and apply x W^T. npattn holds (in, out) and applies x @ w. Gradients are converted as parameters are, with one exception: torch
@@ -13,6 +14,10 @@ from typing import Any
 import numpy as np
 
 from npattn.ops.checks import Array, check_class, check_integer, kind
+from npattn.ops.feed_forward import FeedForwardParams
+from npattn.ops.gru import GRUParams
+from npattn.ops.linear import LinearParams
+from npattn.ops.lstm import LSTMParams
 from npattn.ops.multihead import MultiHeadParams
 from npattn.ops.rnn import RNNParams
 
@@ -32,6 +37,56 @@ def _array(op: str, state: Mapping[str, Any], name: str, shape: tuple[int | None
 
 def _has(state: Mapping[str, Any], name: str) -> bool:
     return isinstance(state, Mapping) and state.get(name) is not None
+
+
+def linear_from_torch(state: Mapping[str, Any], *, prefix: str = "") -> LinearParams:
+    """The ``state_dict()`` of a torch.nn.Linear. prefix : what stands before its names, such as "lm_head." """
+    op = "linear_from_torch"
+    w = _array(op, state, f"{prefix}weight", (None, None))
+    return LinearParams(w.T, _array(op, state, f"{prefix}bias", w.shape[:1]) if _has(state, f"{prefix}bias") else None)
+
+
+def linear_to_torch(params: LinearParams, *, prefix: str = "") -> dict[str, Array]:
+    """The state dict of a torch.nn.Linear with these parameters (or their gradients)."""
+    check_class("linear_to_torch", "params", params, LinearParams)
+    state = {f"{prefix}weight": params.w.T}
+    return state if params.b is None else {**state, f"{prefix}bias": params.b}
+
+
+def feed_forward_from_llama(state: Mapping[str, Any], *, prefix: str = "") -> FeedForwardParams:
+    """The gated MLP of Llama in transformers: gate_proj, up_proj and down_proj, or packed as Phi-3's gate_up_proj, gate first.
+
+    Its activation is "silu". prefix : what stands before the names, such as "model.layers.0.mlp."
+    """
+    op = "feed_forward_from_llama"
+    out = linear_from_torch(state, prefix=f"{prefix}down_proj.")
+    F = out.w.shape[0]
+    if _has(state, f"{prefix}gate_up_proj.weight"):
+        w = _array(op, state, f"{prefix}gate_up_proj.weight", (2 * F, None))
+        b = _array(op, state, f"{prefix}gate_up_proj.bias", (2 * F,)) if _has(state, f"{prefix}gate_up_proj.bias") else None
+        gate, up = (LinearParams(w[part].T, None if b is None else b[part]) for part in (slice(F), slice(F, None)))
+    else:
+        _array(op, state, f"{prefix}gate_proj.weight", (F, None))
+        _array(op, state, f"{prefix}up_proj.weight", (F, None))
+        gate, up = (linear_from_torch(state, prefix=f"{prefix}{name}_proj.") for name in ("gate", "up"))
+    return FeedForwardParams(up.w, out.w, up.b, out.b, gate.w, gate.b)
+
+
+def feed_forward_to_llama(params: FeedForwardParams, *, packed: bool = False, prefix: str = "") -> dict[str, Array]:
+    """The state dict of Llama's MLP with these parameters (or their gradients). packed : gate_up_proj, gate first"""
+    op, p = "feed_forward_to_llama", params
+    check_class(op, "params", params, FeedForwardParams)
+    if p.w_gate is None:
+        raise ValueError(f"{op}: w_gate is None, expected the weight of a gate")
+    up, gate = LinearParams(p.w_in, p.b_in), LinearParams(p.w_gate, p.b_gate)
+    parts = {"gate": gate, "up": up}
+    if packed:
+        if (p.b_in is None) != (p.b_gate is None):
+            raise ValueError(f"{op}: got one of b_in and b_gate, expected both or none: gate_up_proj has one bias")
+        b = None if p.b_in is None or p.b_gate is None else np.concatenate([p.b_gate, p.b_in])
+        parts = {"gate_up": LinearParams(np.concatenate([p.w_gate, p.w_in], 1), b)}
+    parts["down"] = LinearParams(p.w_out, p.b_out)
+    return {n: x for name, part in parts.items() for n, x in linear_to_torch(part, prefix=f"{prefix}{name}_proj.").items()}
 
 
 def multi_head_from_torch(state: Mapping[str, Any]) -> MultiHeadParams:
@@ -95,28 +150,86 @@ def _suffix(op: str, layer: int, reverse: bool) -> str:
     return f"_l{check_integer(op, 'layer', layer, least=0)}{'_reverse' if reverse else ''}"
 
 
+def _cell_from_torch(op: str, state: Mapping[str, Any], layer: int, reverse: bool, gates: int) -> tuple[Any, ...]:
+    """w_x, w_h and both biases of one layer and direction, (in, out); the biases are None where there are none."""
+    end = _suffix(op, layer, reverse)
+    w_x = _array(op, state, f"weight_ih{end}", (None, None))
+    N, rest = divmod(w_x.shape[0], gates)
+    if rest:
+        raise ValueError(f"{op}: weight_ih{end} has shape {w_x.shape}, expected ({gates} N, any)")
+    w_h, biases = _array(op, state, f"weight_hh{end}", (gates * N, N)), list[Any]([None, None])
+    if _has(state, f"bias_ih{end}"):
+        biases = [_array(op, state, f"bias_{n}{end}", (gates * N,)) for n in ("ih", "hh")]
+    return w_x.T, w_h.T, *biases
+
+
+def _cell_to_torch(op: str, w_x: Array, w_h: Array, b_x: Any, b_h: Any, layer: int, reverse: bool) -> dict[str, Array]:
+    end = _suffix(op, layer, reverse)
+    biases = {} if b_x is None else {f"bias_ih{end}": b_x, f"bias_hh{end}": b_h}
+    return {f"weight_ih{end}": w_x.T, f"weight_hh{end}": w_h.T, **biases}
+
+
+def _cell_from_onnx(op: str, W: Any, R: Any, B: Any, direction: int, order: str, onnx: str) -> tuple[Any, ...]:
+    """w_x, w_h and both biases of one direction, (in, out); order, onnx : the gates in npattn's order and in that of ONNX"""
+    state, gates = {"W": W, "R": R, "B": B}, len(order)
+    w_x = _array(op, state, "W", (None, None, None))
+    directions, (N, rest) = w_x.shape[0], divmod(w_x.shape[1], gates)
+    if rest:
+        raise ValueError(f"{op}: W has shape {w_x.shape}, expected (any, {gates} N, any)")
+    if check_integer(op, "direction", direction, least=0) >= directions:
+        raise ValueError(f"{op}: direction is {direction}, expected less than {directions}: fixed by W")
+    w_h, biases = _array(op, state, "R", (directions, gates * N, N)), list[Any]([None, None])
+    if B is not None:
+        biases = np.split(_array(op, state, "B", (directions, 2 * gates * N))[direction], 2)
+    w = (_reordered(a, onnx, order) for a in (w_x[direction], w_h[direction]))
+    return *(a.T for a in w), *(None if b is None else _reordered(b, onnx, order) for b in biases)
+
+
+def _cell_to_onnx(w_x: Array, w_h: Array, b_x: Any, b_h: Any, order: str, onnx: str) -> dict[str, Array]:
+    state = {"W": _reordered(w_x.T, order, onnx)[None], "R": _reordered(w_h.T, order, onnx)[None]}
+    if b_x is not None:
+        state["B"] = np.concatenate([_reordered(b, order, onnx) for b in (b_x, b_h)])[None]
+    return state
+
+
+def _reordered(a: Array, order: str, new: str) -> Array:
+    """The blocks of rows of a in another order; the array itself where the order stays."""
+    parts = np.split(a, len(order))
+    return a if order == new else np.concatenate([parts[order.index(gate)] for gate in new])
+
+
+def _sum(b_x: Any, b_h: Any) -> Any:
+    return None if b_x is None else b_x + b_h
+
+
+def _two(b: Array | None, gradients: bool) -> tuple[Any, Any]:
+    """One bias as two: the second is 0; as gradients both are the same."""
+    return (None, None) if b is None else (b, b if gradients else np.zeros_like(b))
+
+
+def _both(params: GRUParams) -> tuple[Any, Any]:
+    """Both biases, or none: one that is None is 0."""
+    b_x, b_h = params.b_x, params.b_h
+    if b_x is None and b_h is not None:
+        b_x = np.zeros_like(b_h)
+    if b_h is None and b_x is not None:
+        b_h = np.zeros_like(b_x)
+    return b_x, b_h
+
+
 def rnn_from_torch(state: Mapping[str, Any], *, layer: int = 0, reverse: bool = False) -> RNNParams:
     """One layer and direction of the ``state_dict()`` of a torch.nn.RNN; b is the sum of its two biases."""
-    op, end = "rnn_from_torch", _suffix("rnn_from_torch", layer, reverse)
-    w_x = _array(op, state, f"weight_ih{end}", (None, None))
-    N = w_x.shape[0]
-    w_h = _array(op, state, f"weight_hh{end}", (N, N))
-    b = None
-    if _has(state, f"bias_ih{end}"):
-        b = _array(op, state, f"bias_ih{end}", (N,)) + _array(op, state, f"bias_hh{end}", (N,))
-    return RNNParams(w_x.T, w_h.T, b)
+    w_x, w_h, *b = _cell_from_torch("rnn_from_torch", state, layer, reverse, 1)
+    return RNNParams(w_x, w_h, _sum(*b))
 
 
 def rnn_to_torch(
     params: RNNParams, *, layer: int = 0, reverse: bool = False, gradients: bool = False
 ) -> dict[str, Array]:
     """One layer and direction of a torch.nn.RNN's state dict. bias_hh is 0; for gradients it equals bias_ih."""
-    check_class("rnn_to_torch", "params", params, RNNParams)
-    end = _suffix("rnn_to_torch", layer, reverse)
-    state = {f"weight_ih{end}": params.w_x.T, f"weight_hh{end}": params.w_h.T}
-    if params.b is not None:
-        state |= {f"bias_ih{end}": params.b, f"bias_hh{end}": params.b if gradients else np.zeros_like(params.b)}
-    return state
+    op = "rnn_to_torch"
+    check_class(op, "params", params, RNNParams)
+    return _cell_to_torch(op, params.w_x, params.w_h, *_two(params.b, gradients), layer, reverse)
 
 
 def rnn_from_onnx(W: Any, R: Any, B: Any = None, *, direction: int = 0) -> RNNParams:
@@ -124,27 +237,85 @@ def rnn_from_onnx(W: Any, R: Any, B: Any = None, *, direction: int = 0) -> RNNPa
 
     The second direction of a bidirectional node runs backwards in time: flip x before the call, and h after it.
     """
-    op, state = "rnn_from_onnx", {"W": W, "R": R, "B": B}
-    w_x = _array(op, state, "W", (None, None, None))
-    directions, N = w_x.shape[:2]
-    if check_integer(op, "direction", direction, least=0) >= directions:
-        raise ValueError(f"{op}: direction is {direction}, expected less than {directions}: fixed by W")
-    w_h, b = _array(op, state, "R", (directions, N, N)), None
-    if B is not None:
-        b = _array(op, state, "B", (directions, 2 * N))[direction].reshape(2, N).sum(0)
-    return RNNParams(w_x[direction].T, w_h[direction].T, b)
+    w_x, w_h, *b = _cell_from_onnx("rnn_from_onnx", W, R, B, direction, "h", "h")
+    return RNNParams(w_x, w_h, _sum(*b))
 
 
 def rnn_to_onnx(params: RNNParams, *, gradients: bool = False) -> dict[str, Array]:
     """W, R and B of an ONNX RNN of one direction. Rb is 0; for gradients it equals Wb. There is no B without biases."""
     check_class("rnn_to_onnx", "params", params, RNNParams)
-    state = {"W": params.w_x.T[None], "R": params.w_h.T[None]}
-    if params.b is not None:
-        state["B"] = np.concatenate([params.b, params.b if gradients else np.zeros_like(params.b)])[None]
-    return state
+    return _cell_to_onnx(params.w_x, params.w_h, *_two(params.b, gradients), "h", "h")
+
+
+def gru_from_torch(state: Mapping[str, Any], *, layer: int = 0, reverse: bool = False) -> GRUParams:
+    """One layer and direction of the ``state_dict()`` of a torch.nn.GRU, which is ``reset_after=True``."""
+    return GRUParams(*_cell_from_torch("gru_from_torch", state, layer, reverse, 3))
+
+
+def gru_to_torch(params: GRUParams, *, layer: int = 0, reverse: bool = False) -> dict[str, Array]:
+    """One layer and direction of a torch.nn.GRU's state dict, or its gradients. If one bias is None, it is 0 there."""
+    op = "gru_to_torch"
+    check_class(op, "params", params, GRUParams)
+    return _cell_to_torch(op, params.w_x, params.w_h, *_both(params), layer, reverse)
+
+
+def gru_from_onnx(W: Any, R: Any, B: Any = None, *, direction: int = 0) -> GRUParams:
+    """One direction of an ONNX GRU: W (directions, 3 N, M), R (directions, 3 N, N), B (directions, 6 N) = [Wb, Rb].
+
+    Its gates stand in the order z, r, h. ``linear_before_reset=1`` is ``reset_after=True``; 0, the default of ONNX, is False.
+    """
+    return GRUParams(*_cell_from_onnx("gru_from_onnx", W, R, B, direction, "rzh", "zrh"))
+
+
+def gru_to_onnx(params: GRUParams) -> dict[str, Array]:
+    """W, R and B of an ONNX GRU of one direction, or their gradients. There is no B without biases."""
+    check_class("gru_to_onnx", "params", params, GRUParams)
+    return _cell_to_onnx(params.w_x, params.w_h, *_both(params), "rzh", "zrh")
+
+
+def lstm_from_torch(state: Mapping[str, Any], *, layer: int = 0, reverse: bool = False) -> LSTMParams:
+    """One layer and direction of the ``state_dict()`` of a torch.nn.LSTM without proj_size; b is the sum of its two biases."""
+    w_x, w_h, *b = _cell_from_torch("lstm_from_torch", state, layer, reverse, 4)
+    return LSTMParams(w_x, w_h, _sum(*b))
+
+
+def lstm_to_torch(
+    params: LSTMParams, *, layer: int = 0, reverse: bool = False, gradients: bool = False
+) -> dict[str, Array]:
+    """One layer and direction of a torch.nn.LSTM's state dict. bias_hh is 0; for gradients it equals bias_ih."""
+    op = "lstm_to_torch"
+    check_class(op, "params", params, LSTMParams)
+    return _cell_to_torch(op, params.w_x, params.w_h, *_two(params.b, gradients), layer, reverse)
+
+
+def lstm_from_onnx(W: Any, R: Any, B: Any = None, *, direction: int = 0) -> LSTMParams:
+    """One direction of an ONNX LSTM without peepholes: W (directions, 4 N, M), R (directions, 4 N, N), B (directions, 8 N).
+
+    Its gates stand in the order i, o, f, c; B is [Wb, Rb], and b is their sum.
+    """
+    w_x, w_h, *b = _cell_from_onnx("lstm_from_onnx", W, R, B, direction, "ifco", "iofc")
+    return LSTMParams(w_x, w_h, _sum(*b))
+
+
+def lstm_to_onnx(params: LSTMParams, *, gradients: bool = False) -> dict[str, Array]:
+    """W, R and B of an ONNX LSTM of one direction. Rb is 0; for gradients it equals Wb. There is no B without biases."""
+    check_class("lstm_to_onnx", "params", params, LSTMParams)
+    return _cell_to_onnx(params.w_x, params.w_h, *_two(params.b, gradients), "ifco", "iofc")
 
 
 __all__ = [
+    "feed_forward_from_llama",
+    "feed_forward_to_llama",
+    "gru_from_onnx",
+    "gru_from_torch",
+    "gru_to_onnx",
+    "gru_to_torch",
+    "linear_from_torch",
+    "linear_to_torch",
+    "lstm_from_onnx",
+    "lstm_from_torch",
+    "lstm_to_onnx",
+    "lstm_to_torch",
     "multi_head_from_torch",
     "multi_head_to_torch",
     "rnn_from_onnx",

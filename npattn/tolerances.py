@@ -40,8 +40,16 @@ EXP_ULPS = 3.0
 # As for exp: tanh of the libraries was seen to be wrong by up to 2 units in the last place.
 TANH_ULPS = 2.0
 
+# An angle p f: the exponent 2i / R and the power round f a few times, the product once. An error of the exponent is multiplied
+# by the log of f, up to 14 for a base of 1e6: 4 units together are seldom exceeded.
+ANGLE_ROUNDINGS = 4.0
+
 # Three more roundings: dp - mean, + dlse, and the product with p.
 DELTA_ROUNDING = 3.0
+
+# Gradients of a whole model in float64, in units of the largest: 4,500 eps. Terms of a token pass through a hundred sums in a
+# row, and a norm or a softmax multiplies their errors by a few.
+MODEL_GRADIENT = 1e-12
 
 # --- npattn verify -------------------------------------------------------------------------------------------------------
 # An implementation is good if the root mean square of error / sigma over a tensor, and the largest, are at most these. Every
@@ -63,3 +71,8 @@ PLANTED = 1e-3
 # than GOOD_RMS and GOOD_MAX. If it is much worse conditioned, the candidate must be nearer by a far larger factor (ROUGH).
 MATCH_RMS, MATCH_MAX, MATCH_NEARER = 6.0, 60.0, 3.0
 ROUGH_RMS, ROUGH_MAX, ROUGH_NEARER = 100.0, 2000.0, 1000.0
+
+# --- the generator of npattn.ops.dropout -----------------------------------------------------------------------------------
+# With this probability a statistic of true random bits is beyond its bound. The generator is a fixed function: a test that
+# holds holds always. So the bound may be far out: a weak hash is beyond it by orders of magnitude, not by a little.
+BEYOND = 1e-9

@@ -251,3 +251,41 @@ def check_attention(implementation, x, *, allowed=None, values=None, **options):
         assert result.dtype == dtypes.get(name, dtype), f"{name} has dtype {result.dtype}"
         assert_close(result, expected[name], terms[name], name=name, computing=computing)
     return results | {"grads": grads, "cache": cache, "expected": expected}
+
+
+# --- models --------------------------------------------------------------------------------------------------------------
+
+
+def leaves(tree):
+    """The arrays of nested NamedTuples, tuples and mappings."""
+    if isinstance(tree, np.ndarray):
+        yield tree
+    elif hasattr(tree, "parameter"):
+        yield tree.parameter
+    elif tree is not None:
+        for x in tree.values() if isinstance(tree, dict) else tree:
+            yield from leaves(x)
+
+
+class EveryName(dict):
+    """The same number for every name."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __contains__(self, name):
+        return True
+
+    def __getitem__(self, name):
+        return self.value
+
+
+ELEMENTS = {"complex": 2, "central": 1}  # of each array, beside one direction of all of it
+
+
+def check_model(forward, backward, inputs, zero=(), method="complex"):
+    """gradcheck, with rounding errors relative to the largest gradient of the model: they come from all of it."""
+    out, cache = forward(**inputs)
+    top = max(float(np.abs(x).max()) for x in leaves(backward(np.ones_like(out), cache)))
+    given = {"zero": zero, "method": method, "elements": ELEMENTS[method], "terms": EveryName(top)}
+    assert len(npattn.gradcheck(forward, backward, inputs, **given)) == len(list(leaves(inputs)))

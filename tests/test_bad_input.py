@@ -19,6 +19,8 @@ import npattn
 from npattn import (
     Alibi,
     GradcheckError,
+    GRUParams,
+    LSTMParams,
     Mask,
     MultiHeadParams,
     RelativeTable,
@@ -861,6 +863,62 @@ row("rnn_backward, dh_last of float64", TypeError, ["rnn: dh_last has dtype floa
     dh=f32(B, T, N), cache=steps, dh_last=f64(B, N))
 
 # --- parameter layouts ------------------------------------------------------------------------------------------------
+
+
+# --- gru, lstm --------------------------------------------------------------------------------------------------------
+
+GRU = GRUParams(f32(M, 3 * N), f32(N, 3 * N), f32(3 * N), f32(3 * N))
+LSTM = LSTMParams(f32(M, 4 * N), f32(N, 4 * N), f32(4 * N))
+
+
+def gru(id: str, error: type[Exception], fragments: list[str], **change: Any) -> None:
+    row(f"gru: {id}", error, fragments, npattn.gru_forward, **{"x": f32(B, T, M), "h0": None, "params": GRU} | change)
+
+
+def lstm(id: str, error: type[Exception], fragments: list[str], **change: Any) -> None:
+    given = {"x": f32(B, T, M), "h0": None, "c0": None, "params": LSTM} | change
+    row(f"lstm: {id}", error, fragments, npattn.lstm_forward, **given)
+
+
+gru("x of rank 2", ValueError, ["gru: x has shape (4, 10)", "expected (B, T, M)"], x=f32(T, M))
+gru("params of lstm", TypeError, ["gru: params is a npattn.ops.lstm.LSTMParams", "expected npattn.GRUParams"], params=LSTM)
+gru("reset_after", TypeError, ["gru: reset_after is an int", "expected True or False"], reset_after=1)
+gru("blocks of w_x", ValueError, ["gru: w_x has shape (10, 25)", "expected (M=10, 3N)"], params=GRU._replace(w_x=f32(M, 25)))
+gru("w_h of torch's layout", ValueError, ["gru: w_h has shape (24, 8)", "expected (N=8, 3N=24)", "fixed by w_x"],
+    params=GRU._replace(w_h=f32(3 * N, N)))
+gru("b_h", ValueError, ["gru: b_h has shape (8,)", "expected (3N=24,)", "fixed by w_x"], params=GRU._replace(b_h=f32(N)))
+gru("b_x of float64", TypeError, ["gru: b_x has dtype float64", "expected float32"], params=GRU._replace(b_x=f64(3 * N)))
+gru("N of h0", ValueError, ["gru: h0 has shape (2, 9)", "expected (B=2, N=8)"], h0=f32(B, 9))
+gru("lengths beyond T", ValueError, ["gru: lengths reaches from 1 to 5", "expected 0 to T=4"], lengths=np.array([1, 5]))
+lstm("c0 of rank 3", ValueError, ["lstm: c0 has shape (1, 2, 8)", "expected (B=2, N=8)"], c0=f32(1, B, N))
+lstm("c0 of float64", TypeError, ["lstm: c0 has dtype float64", "expected float32", "fixed by x"], c0=f64(B, N))
+lstm("blocks of w_x", ValueError, ["lstm: w_x has shape (10, 30)", "expected (M=10, 4N)"], params=LSTM._replace(w_x=f32(M, 30)))
+lstm("both biases of torch", ValueError, ["lstm: b has shape (2, 32)", "expected (4N=32,)"],
+    params=LSTM._replace(b=f32(2, 4 * N)))
+lstm("w_h is None", TypeError, ["lstm: w_h is a NoneType", ARRAY], params=LSTM._replace(w_h=None))
+_, steps_of_gru = npattn.gru_forward(f32(B, T, M), None, GRU)
+_, steps_of_lstm = npattn.lstm_forward(f32(B, T, M), None, None, LSTM)
+row("gru_backward, dh", ValueError, ["gru: dh has shape (2, 3, 8)", "expected (2, 4, 8)", FORWARD], npattn.gru_backward,
+    dh=f32(B, 3, N), cache=steps_of_gru)
+row("gru_backward, a cache of lstm", TypeError, ["gru: cache is a npattn.ops.lstm.LSTMCache", "expected npattn.GRUCache"],
+    npattn.gru_backward, dh=f32(B, T, N), cache=steps_of_lstm)
+row("gru_backward, dh_last", ValueError, ["gru: dh_last has shape (1, 2, 8)", "expected (2, 8)"], npattn.gru_backward,
+    dh=f32(B, T, N), cache=steps_of_gru, dh_last=f32(1, B, N))
+row("lstm_backward, dc_last", ValueError, ["lstm: dc_last has shape (2, 9)", "expected (2, 8)"], npattn.lstm_backward,
+    dh=f32(B, T, N), cache=steps_of_lstm, dc_last=f32(B, 9))
+row("lstm_backward, dh of float64", TypeError, ["lstm: dh has dtype float64", "expected float32"], npattn.lstm_backward,
+    dh=f64(B, T, N), cache=steps_of_lstm)
+row("gru_from_torch: an LSTM", ValueError, ["gru_from_torch: weight_ih_l0 has shape (32, 10)", "expected (3 N, any)"],
+    convert.gru_from_torch, state={"weight_ih_l0": f32(32, M), "weight_hh_l0": f32(32, N)})
+row("lstm_from_torch: proj_size", ValueError, ["lstm_from_torch: weight_hh_l0 has shape (32, 5)", "expected (32, 8)"],
+    convert.lstm_from_torch, state={"weight_ih_l0": f32(32, M), "weight_hh_l0": f32(32, 5)})
+row("gru_from_onnx: B", ValueError, ["gru_from_onnx: B has shape (1, 24)", "expected (1, 48)"], convert.gru_from_onnx,
+    W=f32(1, 24, M), R=f32(1, 24, N), B=f32(1, 24))
+row("lstm_from_onnx: W", ValueError, ["lstm_from_onnx: W has shape (1, 30, 10)", "expected (any, 4 N, any)"],
+    convert.lstm_from_onnx, W=f32(1, 30, M), R=f32(1, 32, N))
+row("lstm_to_onnx: a tuple", TypeError, ["lstm_to_onnx: params is a", "expected npattn.LSTMParams"], convert.lstm_to_onnx,
+    params=tuple(LSTM))
+row("gru_to_torch: layer", ValueError, ["gru_to_torch: layer is -1", "at least 0"], convert.gru_to_torch, params=GRU, layer=-1)
 
 TORCH = {"in_proj_weight": f32(24, 8), "in_proj_bias": f32(24), "out_proj.weight": f32(8, 8), "out_proj.bias": f32(8)}
 CELL = {"weight_ih_l0": f32(N, M), "weight_hh_l0": f32(N, N), "bias_ih_l0": f32(N), "bias_hh_l0": f32(N)}

@@ -126,7 +126,7 @@ def attention_forward(
     bias         : is added to the scores; an array of a shape as for mask, or an object of `npattn.ops.biases`
     scale        : a Python float, D ** -0.5 unless given; softcap : a positive float
     sink         : (H,), one more logit for every query of a head
-    dropout_mask : 0 or 1/(1-p) for each pair, drawn by the caller
+    dropout_mask : 0 or 1/(1-p) for each pair, drawn by the caller; or a `Dropout`, of which no array is made
     Returns out (..., H, L, E), or (out, lse) with lse (..., H, L) in nats, and the cache.
 
     A query that may see no key has output 0 and lse -inf (with a sink: the sink). Raises TypeError, ValueError.

@@ -26,6 +26,7 @@ from npattn.ops.checks import (
     conversion_hint,
     kind,
 )
+from npattn.ops.dropout import Dropout, check_dropout_mask
 from npattn.ops.edge import explain_layout
 from npattn.ops.masks import as_mask, bound_mask
 from npattn.ops.pairs import ALL, Bindable, DenseBound, Index, Part, is_bias, is_bindable
@@ -124,18 +125,17 @@ def bind_dropout(op: str, mask: object, shape: Shape, dtype: np.dtype[Any], comp
     """The dropout mask, checked against scores of this shape (None stays None)."""
     if mask is None:
         return None
+    real = np.empty(0, computing).real.dtype
+    if isinstance(mask, Dropout):
+        return mask.bind(shape, real)
     if isinstance(mask, Bindable) and is_bindable(mask) and not (is_bias(mask) or hasattr(mask, "__invert__")):
         return mask.bind(shape)
-    expected = "expected an array that the caller drew, 0 or 1/(1-p) for each pair"
+    drawn = "an array that the caller drew, 0 or 1/(1-p) for each pair"
     if not isinstance(mask, np.ndarray):
         way = conversion_hint("dropout_mask", mask) or ": (rng.random(shape) >= p) / (1 - p)"
-        raise TypeError(f"{op}: dropout_mask is {kind(mask)}, {expected}{way}")
-    real = np.empty(0, computing).real.dtype
-    mask = check_other_dtype(op, "dropout_mask", mask, real if dtype.kind == "c" else dtype, real)
-    view = broadcast_pairs(op, "dropout_mask", mask, shape)
-    if mask.size and not (mask.min() >= 0 and mask.max() < np.inf):  # not so for NaN
-        raise ValueError(f"{op}: dropout_mask reaches from {mask.min()} to {mask.max()}, {expected}")
-    return DenseBound(view)
+        raise TypeError(f"{op}: dropout_mask is {kind(mask)}, expected {drawn}{way}, or npattn.Dropout(p, seed)")
+    return DenseBound(broadcast_pairs(op, "dropout_mask", check_dropout_mask(op, "dropout_mask", mask, dtype, computing, drawn),
+                                      shape))  # fmt: skip
 
 
 def check_cotangents(op: str, own: str, cache: AttentionCache, dout: Any, dlse: Any) -> None:

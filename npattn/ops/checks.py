@@ -152,6 +152,18 @@ def check_number(op: str, name: str, x: object, computing: np.dtype[Any], *, pos
     return float(number) if real else complex(number)
 
 
+def check_from_0(op: str, name: str, x: object, *, most: float = math.inf, below: float = math.inf) -> float:
+    """Check that x is a finite number from 0 to ``most``, and less than ``below``."""
+    if isinstance(x, (bool, np.bool_)) or not isinstance(x, numbers.Real):
+        raise TypeError(f"{op}: {name} is {kind(x)}, expected a Python float")
+    number = float(x)
+    if not (0 <= number <= most and number < below):  # not so for NaN
+        expected = "a finite number of at least 0" if most == math.inf else f"a number from 0 to {most:g}"
+        expected = expected if below == math.inf else f"at least 0 and less than {below:g}"
+        raise ValueError(f"{op}: {name} is {x}, expected {expected}")
+    return number
+
+
 def check_integer(op: str, name: str, x: object, *, least: int) -> int:
     if isinstance(x, (bool, np.bool_)) or not isinstance(x, (int, np.integer)):
         raise TypeError(f"{op}: {name} is {kind(x)}, expected an integer")

@@ -33,7 +33,7 @@ def without_cache(forward: Callable[P, tuple[R, Any]]) -> Callable[P, R]:
 CAUSAL = 'mask=npattn.causal(), with align="top_left" or "bottom_right" where L and S differ'
 MASK = "mask= for booleans (True = may attend), bias= for what is added to the scores"
 PADDING = "mask=npattn.keys(allowed), with allowed True where a key counts (torch's mask is the inverse)"
-DROPOUT = "dropout_mask=(rng.random((B, H, L, S)) >= p) / (1 - p), drawn by you"
+DROPOUT = "dropout_mask=(rng.random((B, H, L, S)) >= p) / (1 - p), drawn by you, or npattn.Dropout(p, seed, step, layer)"
 WINDOW = "mask=npattn.window(left, right), both ends included"
 LENGTHS = "mask=npattn.key_lengths(n)"
 PACKED = "mask=npattn.packed(cu_seqlens_q, cu_seqlens_k)"
@@ -60,6 +60,7 @@ INSTEAD: dict[str, tuple[str, str]] = {
     "num_key_value_heads": ("num_kv_heads", "num_kv_heads="),
     "hx": ("h0", "h0, the second argument"),
     **dict.fromkeys(("axis", "dim"), ("scores", "the axis last: np.moveaxis(scores, axis, -1)")),
+    "padding_idx": ("ids", "nothing: set the row of the gradient to 0 yourself"),
     "ignore_index": ("targets", "mask=targets != ignore_index (True = counts)"),
 }
 

@@ -13,13 +13,13 @@ import numpy as np
 from npattn.ops.checks import Array, Shape, check_one_of, integers
 
 
-def per_token(op: str, name: str, x: Array, shape: Shape, letter: str) -> Array:
+def per_token(op: str, name: str, x: Array, shape: Shape, letter: str, fixed_by: str = "q and k") -> Array:
     """x of shape (L,), or with one row for each sequence, as a view of shape (..., H, L); likewise for S."""
     n = shape[-2] if letter == "L" else shape[-1]
     rows = (*shape[:-3], n)
     if x.shape not in ((n,), rows):
         each = f" or one row a sequence, {rows}" if len(rows) > 1 else ""
-        raise ValueError(f"{op}: {name} has shape {x.shape}, expected ({letter}={n},){each}: fixed by q and k")
+        raise ValueError(f"{op}: {name} has shape {x.shape}, expected ({letter}={n},){each}: fixed by {fixed_by}")
     heads = x[..., None, :] if x.ndim > 1 else x
     return np.broadcast_to(heads, (*shape[:-2], n))
 

@@ -1,21 +1,26 @@
-"""transformers: the eager attention of models, called as their layers call it; a mask is finfo.min, added to the scores.
+"""transformers: activations, and the eager attention of models, called as their layers call it.
 
-That of Gemma 2 is Llama's with a softcap; that of gpt-oss has a sink.
+A mask is finfo.min, added to the scores. The attention of Gemma 2 is Llama's with a softcap; that of gpt-oss has a sink.
+And the MLP of Llama, and rotary positions: Llama's turn pairs (i, i + D / 2), GLM's (2i, 2i + 1).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from transformers.activations import ACT2FN
 from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.glm import modeling_glm
 from transformers.models.gpt_oss import modeling_gpt_oss
+from transformers.models.llama import modeling_llama
 
 from npattn.peers import Function, Pair, rank_4
 from npattn.peers.findings import Finding
-from npattn.peers.pytorch import pair
+from npattn.peers.pytorch import elementwise, pair
 
 
 def _eager(model: Any, q: Any, k: Any, v: Any, mask: Any, bias: Any, scale: Any, *, sink: Any = None, **options: Any) -> Any:
@@ -51,7 +56,45 @@ def _with_a_sink_as_good_as_none(q: Any, *inputs: Any, **options: Any) -> Any:
     return _with_sink(q, *inputs, sink=torch.full((q.shape[1],), -1e4, dtype=q.dtype), **options)
 
 
-ADAPTERS: dict[str, Pair] = {"transformers-eager": pair(_with_softcap), "transformers-sink": pair(_with_sink)}
+def _gelu(x: Any, *, approximate: str = "none") -> Any:
+    """"gelu" and "gelu_new" of a model's hidden_act."""
+    return ACT2FN["gelu_new" if approximate == "tanh" else "gelu"](x)
+
+
+ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh", "squared_relu": "relu2"}  # other names are the same
+
+
+def _mlp(x: Any, state_dict: Mapping[str, Any], *, activation: str) -> Any:
+    """The MLP of Llama."""
+    (F, M), biases = state_dict["gate_proj.weight"].shape, [name for name in state_dict if name.endswith("bias")]
+    if len(biases) not in (0, 3) or state_dict["down_proj.weight"].shape[0] != M:
+        raise NotImplementedError("the MLP of Llama has all biases or none, and one width M")
+    activation = ACTIVATIONS.get(activation, activation)
+    config = SimpleNamespace(hidden_size=M, intermediate_size=F, mlp_bias=bool(biases), hidden_act=activation)
+    return torch.func.functional_call(modeling_llama.LlamaMLP(config), state_dict, (x,), strict=True)
+
+
+def _rotary(x: Any, positions: Any, *, layout: str, width: int | None = None, base: float = 10000.0) -> Any:
+    """The turn is theirs, in the inputs' dtype. Cosines and sines are given to it: theirs are those of float32 angles."""
+    rank_4(x, "apply_rotary_pos_emb")
+    R = width or x.shape[-1]
+    if layout == "half" and x.shape[-1] != R:
+        raise NotImplementedError("Llama turns all columns")
+    f = base ** (-torch.arange(0, R, 2, dtype=torch.float64) / R)
+    t = (positions if positions.ndim == 2 else positions[None])[..., None] * f
+    angles = torch.cat((t, t), -1)
+    model = modeling_llama if layout == "half" else modeling_glm
+    return model.apply_rotary_pos_emb(x, x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))[0]
+
+
+ADAPTERS: dict[str, Pair] = {
+    "transformers-eager": pair(_with_softcap),
+    "transformers-sink": pair(_with_sink),
+    "transformers-gelu": pair(_gelu),
+    "transformers-mlp": pair(_mlp),
+    "transformers-rotary": pair(_rotary),
+    "transformers-relu2": elementwise(ACT2FN["relu2"]),
+}
 OWN_WORDS: dict[str, Pair] = {
     "transformers-eager": pair(partial(_in_its_words, _with_softcap)),
     "transformers-sink": pair(partial(_in_its_words, _with_a_sink_as_good_as_none)),

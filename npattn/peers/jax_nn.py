@@ -1,4 +1,7 @@
-"""jax: jax.nn.dot_product_attention, compiled for each shape, and jax.nn.softmax. Its layout is (B, L, H, D), lse (B, L, H)."""
+"""jax: jax.nn.dot_product_attention, compiled for each shape, jax.nn.softmax, activations and take.
+
+The layout of its attention is (B, L, H, D), that of lse (B, L, H).
+"""
 
 from __future__ import annotations
 
@@ -66,9 +69,38 @@ def _softmax_backward(dweights: Array, scores: Array, *, mask: Any = None) -> di
         return {"dscores": np.array(back(dweights)[0])}
 
 
+def _elementwise(function: Function) -> Pair:
+    def forward(x: Array, **options: Any) -> Array:
+        with jax.enable_x64(bool(x.dtype == np.float64)):
+            return np.array(function(x, **options))
+
+    def backward(dy: Array, x: Array, **options: Any) -> dict[str, Array]:
+        with jax.enable_x64(bool(x.dtype == np.float64)):
+            return {"dx": np.array(jax.vjp(partial(function, **options), x)[1](dy)[0])}
+
+    return forward, backward
+
+
+def _gelu(x: Any, *, approximate: str = "none") -> Any:
+    return jax.nn.gelu(x, approximate=approximate == "tanh")
+def _embedding(ids: Array, table: Array) -> Array:
+    with jax.enable_x64(bool(table.dtype == np.float64)):
+        return np.array(jax.numpy.take(table, ids, axis=0))
+
+
+def _embedding_backward(dy: Array, ids: Array, table: Array) -> dict[str, Array]:
+    with jax.enable_x64(bool(table.dtype == np.float64)):
+        _, back = jax.vjp(lambda t: jax.numpy.take(t, ids, axis=0), table)
+        return {"dtable": np.array(back(dy)[0])}
+
+
 ADAPTERS: dict[str, Pair] = {
     "jax": (partial(_attention, _attend), partial(_attention, _pull)),
     "jax-softmax": (_softmax, _softmax_backward),
+    "jax-silu": _elementwise(jax.nn.silu),
+    "jax-gelu": _elementwise(_gelu),
+    "jax-relu": _elementwise(jax.nn.relu),
+    "jax-embedding": (_embedding, _embedding_backward),
 }
 OWN_WORDS: dict[str, Pair] = {"jax": (partial(_in_its_words, _attend), partial(_in_its_words, _pull))}
 
@@ -102,6 +134,13 @@ FINDINGS = [
     Finding("lse has no gradient", """
         print(jax.grad(lambda q: attend(q, x, x, return_residual=True)[1].sum())(x).ravel().tolist())
         """, r"\[0.0, 0.0\]", "edge"),
+    Finding("`jax.nn.gelu` is the approximation by tanh unless `approximate=False` is given; torch's is the exact one", """
+        print(*("%.5f" % jax.nn.gelu(np.float32(-1), **o) for o in ({}, {"approximate": True}, {"approximate": False})))
+        """, "-0.15881 -0.15881 -0.15866", "edge"),
+    Finding("GELU and SiLU of -inf are NaN, and their gradients at inf and -inf; the limits are 0, 1 and 0", """
+        for f in jax.nn.gelu, jax.nn.silu:
+            print(*(f(z).item() for z in (np.float32(np.inf), np.float32(-np.inf))), jax.grad(f)(np.float32(np.inf)))
+        """, r"inf nan nan\ninf nan nan", "edge"),
     Finding("NaN in a value that is masked reaches the output, as 0 times NaN", """
         v, mask = np.float32([[[[1]], [[np.nan]]]]), np.array([True, False]).reshape(1, 1, 1, 2)
         print(attend(x, x, v, mask=mask).ravel().tolist())

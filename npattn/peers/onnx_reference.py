@@ -1,4 +1,7 @@
-"""onnx: the operators Attention and RNN by its reference evaluator. What builds models of one node serves onnxruntime, too."""
+"""onnx: the operators Attention, RNN, GRU, LSTM and Gelu by its reference evaluator.
+
+What builds models of one node serves onnxruntime, too.
+"""
 
 from __future__ import annotations
 
@@ -74,27 +77,50 @@ def in_its_words(
     return _attend(engine, opset, q, k, v, one_of(mask, bias), scale, softcap, causal, window)
 
 
-def rnn(
-    engine: Function, x: Array, h0: Any, W: Array, R: Array, B: Any = None, *, lengths: Any = None, nonlinearity: str = "tanh"
-) -> tuple[Array, Array]:
-    """The RNN of ONNX, one direction; its layout is (T, B, M)."""
-    if engine is evaluator and nonlinearity != "tanh":
-        raise NotImplementedError(f"the reference of onnx has no {nonlinearity}")
+def _recurrent(
+    engine: Function, op: str, x: Array, states: dict[str, Any], W: Array, R: Array, B: Any, lengths: Any, **attributes: Any
+) -> Any:
+    """One direction of RNN, GRU or LSTM, whose layout is (T, B, M): h, and the last states."""
     if not x.size:
-        raise NotImplementedError("RNN takes no empty batch or sequence")
+        raise NotImplementedError(f"{op} takes no empty batch or sequence")
     slots = {
         "X": x.swapaxes(0, 1), "W": W, "R": R, "B": B,
         "sequence_lens": None if lengths is None else np.asarray(lengths, np.int32),
-        "initial_h": None if h0 is None else h0[None],
+        **{f"initial_{name}": None if s is None else s[None] for name, s in states.items()},
     }  # fmt: skip
-    attributes = {"hidden_size": R.shape[-1], "activations": (nonlinearity.capitalize(),)}
-    h, last = run(engine, "RNN", slots, ("Y", "Y_h"), attributes, 22)
-    return np.ascontiguousarray(h[:, 0].swapaxes(0, 1)), np.array(last[0])
+    outputs = ("Y", *(f"Y_{name}" for name in states))
+    h, *last = run(engine, op, slots, outputs, {"hidden_size": R.shape[-1], **attributes}, 22)
+    return np.ascontiguousarray(h[:, 0].swapaxes(0, 1)), *(np.array(y[0]) for y in last)
+
+
+def rnn(
+    engine: Function, x: Array, h0: Any, W: Array, R: Array, B: Any = None, *, lengths: Any = None, nonlinearity: str = "tanh"
+) -> Any:
+    if engine is evaluator and nonlinearity != "tanh":
+        raise NotImplementedError(f"the reference of onnx has no {nonlinearity}")
+    return _recurrent(engine, "RNN", x, {"h": h0}, W, R, B, lengths, activations=(nonlinearity.capitalize(),))
+
+
+def gru(
+    engine: Function, x: Array, h0: Any, W: Array, R: Array, B: Any = None, *, lengths: Any = None, reset_after: bool = True
+) -> Any:
+    return _recurrent(engine, "GRU", x, {"h": h0}, W, R, B, lengths, linear_before_reset=int(reset_after))
+
+
+def lstm(engine: Function, x: Array, h0: Any, c0: Any, W: Array, R: Array, B: Any = None, *, lengths: Any = None) -> Any:
+    return _recurrent(engine, "LSTM", x, {"h": h0, "c": c0}, W, R, B, lengths)
+
+
+def gelu(engine: Function, x: Array, *, approximate: str | None = None) -> Array:
+    return np.array(run(engine, "Gelu", {"X": x}, ("Y",), {"approximate": approximate}, 20)[0])
 
 
 ADAPTERS: dict[str, Pair] = {
     "onnx": (partial(attention, evaluator, onnx_opset_version()), None),
     "onnx-rnn": (partial(rnn, evaluator), None),
+    "onnx-gelu": (partial(gelu, evaluator), None),
+    "onnx-gru": (partial(gru, evaluator), None),
+    "onnx-lstm": (partial(lstm, evaluator), None),
 }
 OWN_WORDS: dict[str, Pair] = {"onnx": (partial(in_its_words, evaluator, 25), None)}
 
@@ -130,6 +156,10 @@ FINDINGS = [
         h, last = run("RNN", ["Y", "Y_h"], 22, {"hidden_size": 1}, **inputs)
         print("%.3f %.3f %.3f" % tuple(h.ravel()), "and %.3f" % last.item())
         """, r"0.762 0.943 0.960 and 0.960"),
+    Finding("Gelu of float64 has its constants in float32", """
+        from math import erf
+        print("%.0e" % abs(run("Gelu", ["Y"], 20, X=np.float64([1.0]))[0][0] - (1 + erf(0.5**0.5)) / 2))
+        """, r"\de-0[89]"),
     Finding("A mask (1, 1, L, 1) is not broadcast but filled up, as specified: all queries see key 0 alone", """
         print(run("Attention", ["Y"], 25, Q=x, K=x, V=x, attn_mask=np.ones((1, 1, 2, 1), bool))[0].ravel().tolist())
         """, r"\[1.0, 1.0\]", "edge"),

@@ -1,8 +1,9 @@
-"""onnxruntime: the operators Attention and RNN on the CPU."""
+"""onnxruntime: the operators Attention, RNN, GRU, LSTM and Gelu on the CPU."""
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache, partial, wraps
+from inspect import signature
 from typing import Any
 
 import onnxruntime
@@ -10,7 +11,7 @@ import onnxruntime
 from npattn.ops.checks import Array
 from npattn.peers import Function, Pair
 from npattn.peers.findings import Finding
-from npattn.peers.onnx_reference import RUN, X, attention, in_its_words, node, rnn
+from npattn.peers.onnx_reference import RUN, X, attention, gelu, gru, in_its_words, lstm, node, rnn
 
 
 @cache
@@ -23,6 +24,19 @@ def _session(*described: Any) -> Any:
         if "NOT_IMPLEMENTED" not in str(error):
             raise
         raise NotImplementedError(f"onnxruntime has no kernel for {described[0]} of {described[1][0][1]}") from error
+
+
+def _in_float32(op: Function) -> Pair:
+    """GRU and LSTM: a session of float64 can be made, but raises when it runs."""
+
+    @wraps(op)
+    def forward(x: Array, *inputs: Any, **options: Any) -> Any:
+        if x.dtype != "float32":
+            raise NotImplementedError(f"onnxruntime has no {op.__name__} of {x.dtype}")
+        return op(_session, x, *inputs, **options)
+
+    vars(forward)["__signature__"] = signature(partial(op, _session))
+    return forward, None
 
 
 def _attention(
@@ -41,6 +55,9 @@ def _attention(
 ADAPTERS: dict[str, Pair] = {
     "onnxruntime": (partial(_attention, attention), None),
     "onnxruntime-rnn": (partial(rnn, _session), None),
+    "onnxruntime-gelu": (partial(gelu, _session), None),
+    "onnxruntime-gru": _in_float32(gru),
+    "onnxruntime-lstm": _in_float32(lstm),
 }
 OWN_WORDS: dict[str, Pair] = {"onnxruntime": (partial(_attention, in_its_words), None)}
 

@@ -1,4 +1,4 @@
-"""torch: scaled_dot_product_attention, flex_attention, multi-head attention, nn.RNN, softmax and norms.
+"""torch: scaled_dot_product_attention, flex_attention, multi-head attention, recurrent layers, and what stands around them.
 
 Everything here is a function of tensors; `on_arrays` and `pair` make of it what takes arrays and returns them.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
-from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, multi_head_attention_forward, scaled_dot_product_attention
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from npattn.ops.checks import Array
@@ -34,7 +34,8 @@ def tensor(x: Any, gradients: bool = False) -> Any:
         return {name: tensor(y, gradients) for name, y in x.items()}
     if not isinstance(x, np.ndarray):
         return x
-    return torch.tensor(np.ascontiguousarray(x), requires_grad=gradients and x.dtype.kind == "f")
+    own = np.array(x, order="C")  # torch refuses strides below 0, even those of an axis of one element
+    return torch.from_numpy(own).requires_grad_(gradients and x.dtype.kind == "f")
 
 
 def _array(x: Any) -> Any:
@@ -205,38 +206,78 @@ def _mha_fast(x_q: Any, x_k: Any, x_v: Any, state_dict: Mapping[str, Any], *, nu
         return layer.eval()(x_q, x_q, x_q, need_weights=False, attn_mask=_dropped(mask, B, num_heads, L, L))[0]
 
 
+# --- recurrent layers, and layers of one function -------------------------------------------------------------------------
+# --- linear, embedding ----------------------------------------------------------------------------------------------------
+
+
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _embedding(ids: Any, table: Any) -> Any:
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise NotImplementedError("ids are int32 or int64")
+    return torch.nn.functional.embedding(ids, table)
+
+
+def _tied_head(x: Any, table: Any) -> Any:
+    return torch.nn.functional.linear(x, table)
+
+
 # --- recurrent networks, softmax ------------------------------------------------------------------------------------------
 
 
-def _rnn(x: Any, h0: Any, state_dict: Mapping[str, Any], *, lengths: Any = None, nonlinearity: str = "tanh") -> Any:
-    """torch.nn.RNN, one layer forwards; lengths by a PackedSequence."""
+def _recurrent(make: Function, x: Any, firsts: tuple[Any, ...], state_dict: Mapping[str, Any], lengths: Any) -> Any:
+    """One layer of torch, forwards; lengths by a PackedSequence. firsts : h0, and c0 where there is one"""
     B, T, M = x.shape
     if not B or not T:
-        raise NotImplementedError("nn.RNN takes no empty batch or sequence")
+        raise NotImplementedError("torch takes no empty batch or sequence")
     if lengths is not None and not (lengths > 0).all():
         raise NotImplementedError("a PackedSequence has no sequence of length 0")
     if any("_l0" not in name or "reverse" in name for name in state_dict):
         raise NotImplementedError("the adapter takes one layer, forwards")
-    bias, N = "bias_ih_l0" in state_dict, state_dict["weight_hh_l0"].shape[0]
-    layer = torch.nn.RNN(M, N, nonlinearity=nonlinearity, bias=bias, batch_first=True, dtype=x.dtype)
-    given = x
+    N = state_dict["weight_hh_l0"].shape[1]
+    layer = make(M, N, bias="bias_ih_l0" in state_dict, batch_first=True, dtype=x.dtype)
+    given, start = x, None
     if lengths is not None:
         given = pack_padded_sequence(x, lengths.to(torch.int64), batch_first=True, enforce_sorted=False)
-    h, last = torch.func.functional_call(layer, state_dict, (given, None if h0 is None else h0[None]), strict=True)
+    if any(s is not None for s in firsts):  # torch takes all of them or none
+        start = tuple(x.new_zeros(1, B, N) if s is None else s[None] for s in firsts)
+        start = start if len(start) > 1 else start[0]
+    h, last = torch.func.functional_call(layer, state_dict, (given, start), strict=True)
+    lasts = last if isinstance(last, tuple) else (last,)
     if lengths is not None:
         h, _ = pad_packed_sequence(h, batch_first=True, total_length=T)
-    return h, last[0].clone()  # it is a view of h where there is one step
+    return h, *(y[0].clone() for y in lasts)  # it is a view of h where there is one step
 
 
-def _rnn_backward(
-    dh: Array, x: Array, h0: Any, state_dict: Mapping[str, Any], *, dh_last: Any = None, lengths: Any = None,
-    nonlinearity: str = "tanh",
-) -> dict[str, Any]:  # fmt: skip
-    leaves = tensor({"x": x, "h0": h0, "state_dict": state_dict}, gradients=True)
-    outputs = _rnn(**leaves, lengths=tensor(lengths), nonlinearity=nonlinearity)
-    given = [(y, tensor(dy)) for y, dy in zip(outputs, (dh, dh_last), strict=True) if dy is not None]
-    torch.autograd.backward(*zip(*given, strict=True))
-    return gradients(leaves)
+def _rnn(x: Any, h0: Any, state_dict: Mapping[str, Any], *, lengths: Any = None, nonlinearity: str = "tanh") -> Any:
+    return _recurrent(partial(torch.nn.RNN, nonlinearity=nonlinearity), x, (h0,), state_dict, lengths)
+
+
+def _gru(x: Any, h0: Any, state_dict: Mapping[str, Any], *, lengths: Any = None) -> Any:
+    return _recurrent(torch.nn.GRU, x, (h0,), state_dict, lengths)
+
+
+def _lstm(x: Any, h0: Any, c0: Any, state_dict: Mapping[str, Any], *, lengths: Any = None) -> Any:
+    return _recurrent(torch.nn.LSTM, x, (h0, c0), state_dict, lengths)
+
+
+def _with_last_states(run: Function, *lasts: str) -> Pair:
+    """on_arrays, and its backward, which also takes the gradients of the last states: dh_last ..."""
+    own = inspect.signature(run).parameters
+
+    def backward(dh: Array, *inputs: Any, **options: Any) -> dict[str, Any]:
+        given = [dh, *(options.pop(name, None) for name in lasts)]
+        leaves = tensor(dict(zip(own, inputs, strict=False)), gradients=True)
+        outputs = [(y, tensor(dy)) for y, dy in zip(run(**leaves, **tensor(options)), given, strict=True) if dy is not None]
+        torch.autograd.backward(*zip(*outputs, strict=True))
+        return gradients(leaves)
+
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in lasts]
+    first = inspect.Parameter("dh", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    vars(backward)["__signature__"] = inspect.Signature([first, *own.values(), *more])
+    return on_arrays(run), backward
 
 
 def _softmax(scores: Any, *, mask: Any = None) -> Any:
@@ -254,6 +295,27 @@ def _rms_norm(x: Any, weight: Any = None, bias: Any = None, *, eps: float = 1e-6
     return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
 
 
+def _gelu(x: Any, *, approximate: str = "none") -> Any:
+    return torch.nn.functional.gelu(x, approximate=approximate)
+
+
+def elementwise(function: Function) -> Pair:
+    def run(x: Any) -> Any:
+        return function(x)
+
+    return pair(run)
+
+
+def _cross_entropy(
+    logits: Any, targets: Any, *, mask: Any = None, reduction: str = "mean", label_smoothing: float = 0.0
+) -> Any:
+    """torch.nn.functional.cross_entropy, which has one axis of positions; a mask is a target of its ignore_index."""
+    targets = targets if mask is None else targets.masked_fill(~mask, -100)
+    V = logits.shape[-1]
+    loss = cross_entropy(logits.reshape(-1, V), targets.reshape(-1), reduction=reduction, label_smoothing=label_smoothing)
+    return loss.reshape(targets.shape) if reduction == "none" else loss
+
+
 ADAPTERS: dict[str, Pair] = {
     "torch": pair(partial(_sdpa, None)),
     "torch-math": pair(partial(_sdpa, "MATH")),
@@ -262,10 +324,19 @@ ADAPTERS: dict[str, Pair] = {
     "torch-mha": pair(partial(_mha, False)),
     "torch-mha-weights": pair(partial(_mha, True)),
     "torch-mha-fast": (on_arrays(_mha_fast), None),
-    "torch-rnn": (on_arrays(_rnn), _rnn_backward),
+    "torch-rnn": _with_last_states(_rnn, "dh_last"),
+    "torch-gru": _with_last_states(_gru, "dh_last"),
+    "torch-lstm": _with_last_states(_lstm, "dh_last", "dc_last"),
     "torch-softmax": pair(_softmax),
     "torch-layer-norm": pair(_layer_norm),
     "torch-rms-norm": pair(_rms_norm),
+    "torch-silu": elementwise(torch.nn.functional.silu),
+    "torch-gelu": pair(_gelu),
+    "torch-relu": elementwise(torch.relu),
+    "torch-cross-entropy": pair(_cross_entropy),
+    "torch-linear": pair(_linear),
+    "torch-embedding": pair(_embedding),
+    "torch-tied-head": pair(_tied_head),
 }
 OWN_WORDS: dict[str, Pair] = {
     "torch": pair(partial(_sdpa_in_its_words, None)),
@@ -307,4 +378,16 @@ FINDINGS = [
         v = torch.tensor([[[[1.0], [torch.nan]]]])
         print(flex_attention(x, x, v, score_mod=lambda s, b, h, i, j: torch.where(j == 0, s, -torch.inf)).flatten().tolist())
         """, r"\[nan, nan\]", "edge"),
+    Finding("GELU of inf and of -inf is NaN, SiLU of -inf, and so are all their gradients; the limits are inf, 0, 1 and 0", """
+        for f in (torch.nn.functional.gelu, torch.nn.functional.silu):
+            z = torch.tensor([torch.inf, -torch.inf], requires_grad=True); f(z).sum().backward()
+            print(f(z).tolist(), z.grad.tolist())
+        """, r"\[nan, nan\] \[nan, nan\]\n\[inf, nan\] \[nan, nan\]", "edge"),
+    Finding("The gradient of ReLU where x is NaN is dy; jax gives 0", """
+        z = torch.tensor([torch.nan], requires_grad=True); torch.relu(z).backward()
+        print(z.grad.item())
+        """, "1.0", "edge"),
+    Finding("GELU far below 0 has no correct digit: it is computed as x (1 + erf(x / sqrt 2)) / 2", """
+        print("%.3g" % torch.nn.functional.gelu(torch.tensor([-6.0])).item(), "and not -5.92e-09")
+        """, r"\S+ and not -5.92e-09", "edge"),
 ]  # fmt: skip

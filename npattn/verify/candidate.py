@@ -27,6 +27,7 @@ from npattn.verify.ops import OPS
 from npattn.verify.precision import PRECISIONS, Precision
 
 OWN = Convention()  # npattn's
+RANK_ALONE = "takes arrays of rank {} alone"  # what is said of an exception at another rank than that of the docs
 REFUSALS = ("NotImplementedError", "any")
 """What of a candidate's exceptions is a refusal: this one, or any."""
 
@@ -205,6 +206,9 @@ def _called(who: str, call: Callable[[], Any], refusals: str, problem: Any, *giv
     except BaseException as error:  # a candidate may raise SystemExit or GeneratorExit, too
         if refusals == "any" and isinstance(error, Exception):
             return Outcome(status="refused", text=f"{who}raises {type(error).__name__}: {message_of(error)}")
+        rank = problem.op.rank
+        if rank and np.ndim(next(iter(problem.inputs.values()))) != rank and isinstance(error, Exception):
+            return Outcome(status="refused", text=f"{RANK_ALONE.format(rank)}: {type(error).__name__}: {message_of(error)}")
         return Outcome(status="wrong", text=f"{who}raises {_described(error)}")
     if changed := _changed_arrays(before, _snapshot(problem, *given)):
         what = "the backward modifies an input" if who else "an input was modified"

@@ -48,7 +48,7 @@ FIELDS: dict[str, Values] = {
     "alibi": Values("C11", "recorded", "the distance that ALiBi multiplies", {
         "abs_bottom_right": "-|i + S - L - j|", "abs_top_left": "-|i - j|", "signed": "j - i", "key": "j"}),
     "heads": Values("C12", "expected", "which key head query head h reads", {"repeat": "h // (H // G)", "tile": "h % G"}),
-    "rope": Values("C13", "recorded", "the pairs that a rotary embedding turns", {
+    "rope": Values("C13", "given", "the pairs that `rotary` turns, if it has no layout=", {
         "half": "d and d + D / 2", "interleaved": "2 d and 2 d + 1"}),
     "scale": Values("C14", "expected", "the scale where none is given", {"rsqrt": "1 / sqrt(D)", "none": "1"}),
     "scale_on": Values("C14", "undefined", "what is multiplied by it", {

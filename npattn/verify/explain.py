@@ -189,7 +189,8 @@ class Diagnostician(Memory):
             return []
         started, op = time.thread_time(), problem.op
         s = Search(self, problem, given, sigma, got, wrong, list(base), op.more_changes(self.earlier, given))
-        own = (op.hypotheses or HYPOTHESES) if s.variants is not None else ()  # they need the equations, which may be of rank 4
+        own = (*(op.hypotheses or HYPOTHESES), *op.more_hypotheses)
+        own = own if s.variants is not None else ()  # they need the equations, which may be of rank 4
         for hypothesis in (*own, *OF_EVERY_OP):
             more = hypothesis.test(s)  # `no_evidence` replaces s.found
             s.found = [*s.found, *more]
@@ -231,7 +232,8 @@ def _unknown(tensors: Iterable[str], searched: bool = True) -> Explanation:
 def places(letters: str, words: dict[str, str], off: Array) -> str:
     """Where in a tensor the wrong elements lie: which rows, columns and heads, and whether a tile begins there."""
     parts = [f"{off.sum()} of {off.size} elements"]
-    for axis, letter in enumerate(letters[-off.ndim :]):
+    named = letters[max(len(letters) - off.ndim, 0) :]
+    for axis, letter in enumerate(named, off.ndim - len(named)):  # a case of rank 5 has another axis in front
         hit = np.flatnonzero(off.any(tuple(a for a in range(off.ndim) if a != axis)))
         n = off.shape[axis]
         if 0 < len(hit) < n and letter in words:

@@ -115,7 +115,7 @@ def compare(
     enough = ("tight", "good", "bounded")
     if reached in enough[: enough.index(level) + 1]:
         return Check(tensor, "ok", "", rms, worst, index, reached)
-    where = f"[{', '.join(map(str, index))}]"
+    where = f"[{', '.join(map(str, index))}]" if index else ""
     most, mean = (LEVELS["good"] if level == "bounded" else LEVELS[level])[::-1]
     bad = np.isinf(off) if np.isinf(worst) else off > (most if worst > most else mean)
     if np.isinf(worst):
@@ -130,7 +130,8 @@ def compare(
     )
 
 
-AXIS_WORDS = {"B": "batch", "H": "heads", "G": "key heads", "L": "queries", "S": "keys", "T": "steps"}
+AXIS_WORDS = {"B": "batch", "H": "heads", "G": "key heads", "L": "queries", "S": "keys", "T": "steps", "D": "columns",
+              "E": "columns"}  # fmt: skip
 
 
 # --- one case -------------------------------------------------------------------------------------------------------------

@@ -62,10 +62,30 @@ class Truth:
 
 
 def parts(values: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """(name, part, x) for every value. A NamedTuple or mapping gives each of its parts, anything else itself as part ""."""
+    """(name, part, x) for every value. A NamedTuple or mapping gives each of its parts, anything else itself as part "".
+
+    A part that has parts itself gives them by both names: those of the norm of q in ``params`` are q_norm_g and q_norm_b.
+    """
     for name, x in values.items():
         inner = x._asdict() if hasattr(x, "_asdict") else x if isinstance(x, Mapping) else {"": x}
-        yield from ((name, part, y) for part, y in inner.items())
+        yield from ((name, f"{part}_{more}" if more else part, y) for part, more, y in _parts_of(inner))
+
+
+def _parts_of(inner: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """The parts of a value; those of an array or number are itself."""
+    for part, x in inner.items():
+        nested = hasattr(x, "_asdict") or isinstance(x, Mapping)
+        yield from parts({part: x}) if nested else ((part, "", x),)
+
+
+def holds_integers(x: Any) -> bool:
+    """Whether x is an array of integers, such as ids: it has no gradient, and says nothing about precision."""
+    return isinstance(x, np.ndarray) and x.dtype.kind in "iu"
+
+
+def first_of_numbers(inputs: Mapping[str, Any]) -> str:
+    """The name of the first input that does not hold integers."""
+    return next(name for name, x in inputs.items() if not holds_integers(x))
 
 
 def map_parts(f: Callable[[Any], Any], x: Any) -> Any:
@@ -119,7 +139,7 @@ class Problem:
     def differentiable_arrays(self) -> dict[str, Any]:
         """Every array that has a gradient, by its own name: inputs, each parameter, and differentiable options."""
         options = {name: self.options[name] for name in self.op.differentiable if name in self.options}
-        return {part or name: x for name, part, x in parts(self.inputs | options) if x is not None}
+        return {part or name: x for name, part, x in parts(self.inputs | options) if x is not None and not holds_integers(x)}
 
     @property
     def gradients(self) -> tuple[str, ...]:
@@ -128,7 +148,7 @@ class Problem:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        first: Array = next(iter(self.inputs.values()))
+        first: Array = self.inputs[first_of_numbers(self.inputs)]
         return first.dtype
 
     @property
@@ -275,9 +295,9 @@ class Relatives:
 
 
 def negated(problem: Problem) -> Problem:
-    """The same with other numbers: the first input has the other sign."""
-    (name, x), *_ = problem.inputs.items()
-    return dataclasses.replace(problem, inputs={**problem.inputs, name: -x})
+    """The same with other numbers: the first input that does not hold integers has the other sign."""
+    name = first_of_numbers(problem.inputs)
+    return dataclasses.replace(problem, inputs={**problem.inputs, name: -problem.inputs[name]})
 
 
 @dataclass(frozen=True, eq=False)
@@ -307,9 +327,11 @@ class Op:
     canonical: Callable[[Problem], Problem] = lambda p: p  # the form in which candidates get a problem
     eager: Callable[[Problem, Precision], Values] | None = None  # what the rules of other suites compare with
     bounded: bool = False  # whether there is a rigorous bound
+    rank: int = 0  # of the first input as the docs have it: an exception at another rank is a refusal; 0: any
     relatives: Relatives = field(default_factory=Relatives)  # for the exact conditions, which need no tolerance
     conditioned: tuple[str, ...] = ()  # the cases on which they are examined
     hypotheses: tuple[Any, ...] = ()  # see `npattn.verify.search`; empty: those for every op
+    more_hypotheses: tuple[Any, ...] = ()  # beside them
     more_changes: Callable[[list[dict[str, Any]], dict[str, Any]], list[Change]] = lambda earlier, given: []  # of earlier calls
     another_call: Callable[[Problem], Problem] = negated  # another call of the same shapes, to be made in between
     evidence: tuple[str, ...] = ()  # cases to run before NaN everywhere is explained

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from npattn.ops.allowed import quiet
 from npattn.ops.checks import Array
 from npattn.tolerances import GOOD_RMS, MATCH_MAX, MATCH_NEARER, MATCH_RMS, ROUGH_MAX, ROUGH_NEARER, ROUGH_RMS
 from npattn.verify.op import Change, Problem, Values, facts
@@ -75,6 +76,7 @@ class Measure:
             self.least = np.maximum(np.where(np.isfinite(sigma), sigma, 0), median(sigma, got.dtype))
             self.unit = float(np.finfo(got.dtype).eps) if got.dtype.kind == "f" else 2.0**-23
 
+    @quiet  # where sigma is 0, a difference may have a square above every float
     def of(self, value: Array) -> tuple[float, float]:
         """rms and maximum of the difference in sigma; inf if shapes differ, or the places of NaN or inf do."""
         if self.got is None or self.got.shape != value.shape:

@@ -24,7 +24,7 @@ from npattn.verify.conditions import examine_conditions
 from npattn.verify.conventions import Convention
 from npattn.verify.explain import Diagnostician, Listener
 from npattn.verify.judge import Result, Settings, examine
-from npattn.verify.op import Change, Op, Problem, Values, facts
+from npattn.verify.op import Change, Op, Problem, Values, facts, holds_integers
 from npattn.verify.ops import OPS
 from npattn.verify.precision import of_dtype
 from npattn.verify.search import distance
@@ -115,7 +115,7 @@ def _changing_each_array(change: Callable[[Any], Any]) -> Callable[[Callable[...
 def _writes(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapped(*inputs: Any, **given: Any) -> Any:
-        inputs[0][..., 0] += 1
+        next(x for x in inputs if isinstance(x, np.ndarray) and not holds_integers(x))[..., 0] += 1
         return function(*inputs, **given)
 
     return wrapped

@@ -330,7 +330,8 @@ def by_noise(problem: Problem, precision: Precision, clean: Callable[[Any], Any]
 
 def _spread(samples: Array, want: Array, precision: Precision) -> Array:
     """sigma: the rms of the samples' differences to the first, which has no noise, and the rounding of the result."""
-    error = np.asarray(samples[1:] - samples[:1], np.float64)
+    noisy = samples[1:] if len(samples) > 1 else samples  # one sample alone: nothing was rounded, as in a gather
+    error = np.asarray(noisy - samples[:1], np.float64)
     top = np.maximum(np.abs(error).max(0), 1e-300)  # squares of numbers below 1e-154 would underflow
     rms = top * np.sqrt(np.square(error / top).mean(0))
     size = np.where(np.isfinite(want), np.abs(want), 0).astype(np.float64)

@@ -15,9 +15,18 @@ from onnx.backend.test.case import node as onnx_cases
 
 import npattn as na
 from npattn.convert import rnn_from_onnx
+from npattn.ops.positions import turned
 
 # The file of an operator registers its cases when it is imported; collecting those of all operators takes 13 s.
-FILES = {"Attention": "attention", "RNN": "rnn", "Softmax": "softmax", "SoftmaxCrossEntropyLoss": "softmax_cross_entropy_loss"}
+FILES = {"Attention": "attention", "RNN": "rnn", "RotaryEmbedding": "rotaryembedding", "Softmax": "softmax",
+         "SoftmaxCrossEntropyLoss": "softmax_cross_entropy_loss"}  # fmt: skip
+from npattn.convert import gru_from_onnx, lstm_from_onnx
+
+# The file of an operator registers its cases when it is imported; collecting those of all operators takes 13 s.
+FILES = {
+    "Attention": "attention", "RNN": "rnn", "GRU": "gru", "LSTM": "lstm", "Softmax": "softmax",
+    "SoftmaxCrossEntropyLoss": "softmax_cross_entropy_loss",
+}  # fmt: skip
 for file in FILES.values():
     importlib.import_module(f"{onnx_cases.__name__}.{file}")
 CASES = {
@@ -29,6 +38,7 @@ CASES = {
 
 NOT_EXPRESSED = {  # a pattern of names -> the reason
     r"test_sce_(?!.*no_weight).*weight.*": "class weights: multiply cross_entropy(reduction='none') by them",
+    r"test_lstm_with_peepholes": "peepholes: gates that read the cell",
 }
 
 
@@ -134,27 +144,64 @@ def test_attention(name):
         check(name, results, expected)
 
 
-# --- RNN ------------------------------------------------------------------------------------------------------------
+# --- RNN, GRU and LSTM ----------------------------------------------------------------------------------------------
+
+
+def check_recurrent(name, from_onnx, forward, states, attributes_known=(), **options):
+    """A node of one or two directions, in either layout. states : those that it may be given, and returns the last of"""
+    arrays, attributes, expected = open_case(name)
+    assert not arrays.keys() - {"X", "W", "R", "B", "sequence_lens", *(f"initial_{s}" for s in states)}
+    assert not attributes.keys() - {"hidden_size", "direction", "layout", *attributes_known}
+    layout = attributes.get("layout", 0)
+    x = arrays["X"] if layout == 1 else arrays["X"].swapaxes(0, 1)  # (B, T, M)
+    n = arrays.get("sequence_lens")
+    n = None if n is None else n.astype(np.int64)
+    backwards = {b"forward": [False], b"reverse": [True], b"bidirectional": [False, True]}
+    hs, lasts = [], []
+    for direction, flip in enumerate(backwards[attributes.get("direction", b"forward")]):
+        params = from_onnx(arrays["W"], arrays["R"], arrays.get("B"), direction=direction)
+        firsts = [arrays.get(f"initial_{s}") for s in states]
+        firsts = [s if s is None else (s[:, direction] if layout == 1 else s[direction]) for s in firsts]
+        h, cache = forward(na.reversed_steps(x, n) if flip else x, *firsts, params, lengths=n, **options)
+        hs.append(na.reversed_steps(h, n) if flip else h)
+        lasts.append([getattr(cache, f"{s}_last") for s in states])
+    y = np.stack(hs, 2)  # (B, T, directions, N), as layout 1 has it
+    results = {f"Y_{s}": np.stack([last[k] for last in lasts], 1 if layout else 0) for k, s in enumerate(states)}
+    check(name, {"Y": y if layout else y.transpose(1, 2, 0, 3), **results}, expected)
 
 
 @of("RNN")
 def test_rnn(name):
+    check_recurrent(name, rnn_from_onnx, na.rnn_forward, "h")
+
+
+@of("GRU")
+def test_gru(name):
+    reset_after = bool(open_case(name)[1].get("linear_before_reset", 0))
+    check_recurrent(name, gru_from_onnx, na.gru_forward, "h", {"linear_before_reset"}, reset_after=reset_after)
+
+
+@of("LSTM")
+def test_lstm(name):
+    check_recurrent(name, lstm_from_onnx, na.lstm_forward, "hc")
+
+
+# --- rotary positions -----------------------------------------------------------------------------------------------
+
+
+@of("RotaryEmbedding")
+def test_rotary(name):
+    """The cosines and sines are inputs, drawn at random: what is tested is how pairs are turned by them."""
     arrays, attributes, expected = open_case(name)
-    assert not arrays.keys() - {"X", "W", "R", "B"}
-    assert not attributes.keys() - {"hidden_size", "direction", "layout"}
-    layout = attributes.get("layout", 0)
-    x = arrays["X"] if layout == 1 else arrays["X"].swapaxes(0, 1)  # (B, T, M)
-    backwards = {b"forward": [False], b"reverse": [True], b"bidirectional": [False, True]}
-    h, last = [], []
-    for direction, flip in enumerate(backwards[attributes.get("direction", b"forward")]):
-        params = rnn_from_onnx(arrays["W"], arrays["R"], arrays.get("B"), direction=direction)
-        states, cache = na.rnn_forward(x[:, ::-1] if flip else x, None, params)
-        h.append(states[:, ::-1] if flip else states)
-        last.append(cache.h_last)
-    y, y_h = np.stack(h, 2), np.stack(last, 1)  # (B, T, directions, N) and (B, directions, N), as layout 1 has them
-    if layout == 0:
-        y, y_h = y.transpose(1, 2, 0, 3), y_h.swapaxes(0, 1)
-    check(name, {"Y": y, "Y_h": y_h}, expected)
+    x, cos, sin = (arrays[n] for n in ("X", "cos_cache", "sin_cache"))
+    if x.ndim == 3:  # (B, L, H D)
+        x = x.reshape(*x.shape[:2], attributes["num_heads"], -1).swapaxes(1, 2)
+    if "position_ids" in arrays:
+        cos, sin = cos[arrays["position_ids"]], sin[arrays["position_ids"]]
+    width = attributes.get("rotary_embedding_dim", 0) or x.shape[-1]
+    assert cos.shape[-1] == width // 2
+    y = turned(x, cos[:, None], sin[:, None], "interleaved" if attributes.get("interleaved") else "half", x.dtype)
+    check(name, {"Y": y if arrays["X"].ndim == 4 else y.swapaxes(1, 2).reshape(arrays["X"].shape)}, expected)
 
 
 # --- Softmax and cross-entropy --------------------------------------------------------------------------------------
@@ -182,7 +229,11 @@ def test_cross_entropy(name):
 
 
 def test_every_case_is_tested_or_listed():
-    tests = {test_attention: 93, test_rnn: 6, test_softmax: 7, test_cross_entropy: 18}  # in onnx 1.23; more are welcome
+    # in onnx 1.23; more are welcome
+    tests = {test_attention: 93, test_rnn: 6, test_rotary: 8, test_softmax: 7, test_cross_entropy: 18}
+    tests = {  # in onnx 1.23; more are welcome
+        test_attention: 93, test_rnn: 6, test_gru: 6, test_lstm: 5, test_softmax: 7, test_cross_entropy: 18,
+    }  # fmt: skip
     tested = [name for test in tests for name in test.pytestmark[0].args[1]]
     assert sorted([*tested, *filter(listed, CASES)]) == sorted(CASES)
     assert all(len(test.pytestmark[0].args[1]) >= least for test, least in tests.items())
@@ -190,7 +241,8 @@ def test_every_case_is_tested_or_listed():
         assert any(re.fullmatch(pattern, name) for name in CASES), f"{pattern} lists nothing"
 
 
-def test_only_cases_with_class_weights_are_listed():
-    assert {name for name in CASES if listed(name)} == {
-        name for name, case in CASES.items() if len(case.model.graph.node[0].input) == 3 and name.startswith("test_sce")
-    }
+def test_only_cases_with_class_weights_and_peepholes_are_listed():
+    inputs = {name: case.model.graph.node[0].input for name, case in CASES.items()}
+    weighted = {name for name, given in inputs.items() if len(given) == 3 and name.startswith("test_sce")}
+    peepholes = {name for name, given in inputs.items() if len(given) == 8 and given[7] and name.startswith("test_lstm")}
+    assert {name for name in CASES if listed(name)} == weighted | peepholes

@@ -10,8 +10,18 @@ torch = pytest.importorskip("torch", reason="needs the peers extra: pip install 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import npattn as na
-from npattn.convert import multi_head_from_torch, multi_head_to_torch, rnn_from_torch, rnn_to_torch
+from npattn.convert import (
+    gru_from_torch,
+    gru_to_torch,
+    lstm_from_torch,
+    lstm_to_torch,
+    multi_head_from_torch,
+    multi_head_to_torch,
+    rnn_from_torch,
+    rnn_to_torch,
+)
 from npattn.ops.multihead import IMPLEMENTATIONS as PAIRS
+from npattn.tolerances import GRADCHECK_EPS
 from peers.agree import agree, attention_terms, multi_head_terms, rnn_terms, summed_to
 
 B, H, G, L, S, D, E = 2, 6, 3, 5, 7, 4, 3
@@ -340,7 +350,7 @@ def test_multihead_attention(name, need_weights, pair):
             agree(f"d{key}", getattr(grads, key), leaves[key].grad, terms[key])
     if bias is not None:
         agree("dbias", grads.bias, torch_bias.grad, summed_to(terms["scores"], bias.shape))
-    got, bounds = multi_head_to_torch(grads.params), {key: terms[key] for key in na.MultiHeadParams._fields}
+    got, bounds = multi_head_to_torch(grads.params), {key: terms[key] for key in na.MultiHeadParams._fields if key in terms}
     if "no_biases" in has:
         bounds = {key: None if key.startswith("b_") else x for key, x in bounds.items()}
     bounds = multi_head_to_torch(na.MultiHeadParams(**bounds))
@@ -500,3 +510,75 @@ def test_rnn_parameters_come_back():
     back = rnn_from_torch(rnn_to_torch(params, layer=1, reverse=True), layer=1, reverse=True)
     for x, y in zip(params, back, strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+# --- nn.GRU and nn.LSTM ---------------------------------------------------------------------------------------------
+
+GATED = {
+    "gru": (torch.nn.GRU, gru_from_torch, gru_to_torch, na.gru_forward, na.gru_backward, 1),
+    "lstm": (torch.nn.LSTM, lstm_from_torch, lstm_to_torch, na.lstm_forward, na.lstm_backward, 2),
+}
+
+
+def in_both_directions(op, x, firsts, state, layer, lengths):
+    """One layer of a bidirectional nn.GRU or nn.LSTM. firsts : h0, or h0 and c0, each (directions, B, N)"""
+    _, from_torch, _, forward, *_ = GATED[op]
+    hs, caches = [], []
+    for reverse in (False, True):
+        given = na.reversed_steps(x, lengths) if reverse else x
+        params = from_torch(state, layer=layer, reverse=reverse)
+        h, cache = forward(given, *(s[int(reverse)] for s in firsts), params, lengths=lengths)
+        hs.append(na.reversed_steps(h, lengths) if reverse else h)
+        caches.append(cache)
+    return np.concatenate(hs, -1), caches
+
+
+def in_both_directions_backward(op, dh, lasts, caches, layer, lengths):
+    """dx, the gradients of the first states, and the state dict of gradients."""
+    _, _, to_torch, _, backward, _ = GATED[op]
+    dx, firsts, state, halves = 0.0, [], {}, np.split(dh, 2, -1)
+    for reverse, (d, cache) in enumerate(zip(halves, caches, strict=True)):
+        g = backward(na.reversed_steps(d, lengths) if reverse else d, cache, *(s[reverse] for s in lasts))
+        dx = dx + (na.reversed_steps(g.x, lengths) if reverse else g.x)
+        firsts.append([getattr(g, name) for name in ("h0", "c0")[: len(lasts)]])
+        options = {"gradients": True} if op == "lstm" else {}
+        state |= to_torch(g.params, layer=layer, reverse=bool(reverse), **options)
+    return dx, [np.stack(s) for s in zip(*firsts, strict=True)], state
+
+
+@pytest.mark.parametrize("lengths", [np.array([T, T, T]), LENGTHS], ids=["full", "lengths"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("op", GATED)
+def test_two_layers_in_both_directions(op, bias, lengths):
+    make, *_, states = GATED[op]
+    rng = np.random.default_rng(5)
+    torch.manual_seed(3)
+    layers = make(M, N, num_layers=2, bidirectional=True, bias=bias, batch_first=True, dtype=torch.float64)
+    x, dh = normal(rng, 3, T, M), normal(rng, 3, T, 2 * N)
+    firsts, lasts = ([normal(rng, 4, 3, N) for _ in range(states)] for _ in range(2))  # (layers directions, B, N)
+    leaves = [leaf(s) for s in firsts]
+    start = leaves[0] if states == 1 else tuple(leaves)
+    torch_x, pack, unpack = leaf(x), torch.nn.utils.rnn.pack_padded_sequence, torch.nn.utils.rnn.pad_packed_sequence
+    h, last = layers(pack(torch_x, torch.tensor(lengths), batch_first=True, enforce_sorted=False), start)
+    h, _ = unpack(h, batch_first=True, total_length=T)
+    last = (last,) if states == 1 else last
+    ((h * torch.tensor(dh)).sum() + sum((y * torch.tensor(d)).sum() for y, d in zip(last, lasts, strict=True))).backward()
+
+    state = layers.state_dict()
+    x[np.arange(T) >= lengths[:, None]] = np.nan  # what lies behind the end reaches nothing
+    h1, caches1 = in_both_directions(op, x, [s[:2] for s in firsts], state, 0, lengths)
+    h2, caches2 = in_both_directions(op, h1, [s[2:] for s in firsts], state, 1, lengths)
+    dh1, firsts2, grads = in_both_directions_backward(op, dh, [s[2:] for s in lasts], caches2, 1, lengths)
+    dx, firsts1, more = in_both_directions_backward(op, dh1, [s[:2] for s in lasts], caches1, 0, lengths)
+    grads |= more
+    want = {"h": h, "dx": torch_x.grad, **{name: p.grad for name, p in layers.named_parameters()}}
+    got = {"h": h2, "dx": dx, **grads}
+    for n, name in enumerate(("h", "c")[:states]):
+        want |= {f"{name}_last": last[n], f"d{name}0": leaves[n].grad}
+        got[f"{name}_last"] = np.stack([getattr(c, f"{name}_last") for c in (*caches1, *caches2)])
+        got[f"d{name}0"] = np.concatenate([firsts1[n], firsts2[n]])
+    assert got.keys() == want.keys()
+    for name, y in got.items():
+        expected = want[name].detach().numpy()
+        # gradcheck's rule for recurrences: relative to the largest element
+        assert np.abs(y - expected).max() <= GRADCHECK_EPS * np.finfo(float).eps * np.abs(expected).max(), name

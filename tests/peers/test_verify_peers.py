@@ -133,18 +133,33 @@ DEFECTS = {
         lambda p, c: c.tensor[0] == "d" and c.level == "bounded"),
     "torch: NaN that is masked": Defect(
         ("torch-mha", "torch-mha-weights"), "0 * NaN in a plain product with the values", masked_nan),
+    "torch: cross-entropy where nothing counts": Defect(
+        ("torch-cross-entropy",), "the mean is 0 / 0",
+        lambda p, c: not np.any(p.options.get("mask", p.inputs["targets"].size > 0)) and is_nan(p, c)),
+    "torch: NaN in logits that do not count": Defect(
+        ("torch-cross-entropy",), "the gradient is p times a sum that is 0, and p is NaN",
+        lambda p, c: masked_nan(p, c) and c.tensor == "dlogits"),
+    "NaN in a token whose gradient is 0": Defect(
+        ("torch-linear", "torch-tied-head", "transformers-mlp"), "0 * NaN in a plain product of all tokens", masked_nan),
     "torch: dead rows with weights": Defect(
         ("torch-mha-weights",), "a softmax of a row of -inf is NaN", lambda p, c: has_dead_rows(p) and is_nan(p, c)),
     "softmax: rows of -inf": Defect(
         ("scipy-softmax", "torch-softmax", "jax-softmax"), "-inf - (-inf) is NaN; jax's `where` gives 0 where it masks alone",
         lambda p, c: has_dead_rows(p) and is_nan(p, c)),
-    "onnx: lengths": Defect(("onnx-rnn",), "its reference does not read sequence_lens", lambda p, c: "lengths" in p.options),
+    "onnx: lengths": Defect(
+        ("onnx-rnn", "onnx-gru", "onnx-lstm"), "its reference does not read sequence_lens",
+        lambda p, c: "lengths" in p.options),
     "onnxruntime: tanh": Defect(
-        ("onnxruntime-rnn",), "the tanh of its RNN is good to 1e-7, not to 1e-7 of its value",
+        ("onnxruntime-rnn", "onnxruntime-gru"), "the tanh of its RNN and GRU is good to 1e-7, not to 1e-7 of its value",
         lambda p, c: "nonlinearity" not in p.options and c.worst < 1e3),
+    "activations at inf": Defect(
+        ("torch-silu", "jax-silu", "torch-gelu", "jax-gelu", "onnx-gelu", "onnxruntime-gelu", "transformers-gelu"),
+        "inf times 0 is NaN", lambda p, c: np.isinf(p.inputs["x"]).any() and is_nan(p, c)),
+    "onnx: Gelu of float64": Defect(
+        ("onnx-gelu", "onnxruntime-gelu"), "the constants of its expansion are float32", lambda p, c: p.dtype == np.float64),
     "onnxruntime: the last state of an empty sequence": Defect(
-        ("onnxruntime-rnn",), "Y_h is 0 and not initial_h",
-        lambda p, c: c.tensor == "h_last" and 0 in p.options.get("lengths", ())),
+        ("onnxruntime-rnn", "onnxruntime-gru", "onnxruntime-lstm"), "Y_h is 0 and not initial_h, Y_c likewise",
+        lambda p, c: c.tensor in ("h_last", "c_last") and 0 in p.options.get("lengths", ())),
 }  # fmt: skip
 
 

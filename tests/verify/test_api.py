@@ -40,7 +40,7 @@ def of_uncapped(**options):
         ({"precision": "float12"}, "precision 'float12', expected one of float64, float32, tf32, "),
         ({"convention": "causal=left"}, "causal=left, expected one of top_left, bottom_right"),
         ({"convention": "flash9"}, "flash9"),
-        ({"op": "lstm"}, "op 'lstm', expected one of attention, multi_head, rnn, softmax"),
+        ({"op": "conv"}, "op 'conv', expected one of attention, multi_head, rnn, gru, lstm, softmax"),
         ({"expected_failures": {"softcup": "issue 12"}}, "expected failure 'softcup': no such case"),
         ({"expected_failures": {"softcup*": "issue 12"}}, "expected failure 'softcup*': no such case"),
         ({"expected_failures": {"softcap": ""}}, "expected failure 'softcap' has no reason"),

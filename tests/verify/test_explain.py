@@ -416,6 +416,7 @@ def test_a_buffer_that_is_not_cleared_is_named():
         (np.s_[:, :, 1::4], "queries 1, 5, ... every 4th"),
         (np.s_[:, :, [1, 2, 7, 9]], "queries 1, 2, 7, 9"),
         (np.s_[:, :, -1], "queries 79 (the last)"),
+        (np.s_[..., 4], "columns 4 (the last)"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -434,6 +435,7 @@ def test_places_of_several_axes_and_of_all():
     bad = np.zeros((2, 3, 4, 5), bool)
     bad[:, 1, 2] = True
     assert places("BGSE", AXIS_WORDS, bad) == "in 10 of 120 elements; key heads 1; keys 2"
+    assert places("BGSD", AXIS_WORDS, bad[None]) == "in 10 of 120 elements; key heads 1; keys 2"  # a batch of two axes
 
 
 def test_what_has_no_name_is_localised():

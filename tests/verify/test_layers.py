@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+from functools import partial
 
 import numpy as np
 import pytest
 from helpers import first
-from oracles import multi_head_loops, norm_loops, rnn_loops, silu_loops, softmax_loops
+from oracles import (
+    cross_entropy_loops,
+    dropout_loops,
+    embedding_loops,
+    feed_forward_loops,
+    gelu_loops,
+    gru_loops,
+    linear_layer_loops,
+    lstm_loops,
+    multi_head_loops,
+    norm_loops,
+    relu_loops,
+    rnn_loops,
+    rotary_loops,
+    silu_loops,
+    softmax_loops,
+)
 
 import npattn
 from npattn import MultiHeadParams, RNNParams, convert
 from npattn.tolerances import GOOD_MAX, GOOD_RMS
 from npattn.verify import Candidate
 from npattn.verify.candidate import call_backward, call_forward
-from npattn.verify.op import Problem, better_dtype
+from npattn.verify.op import Problem, better_dtype, first_of_numbers, parts
 from npattn.verify.ops import OPS
 from npattn.verify.precision import PRECISIONS, of_dtype
 from npattn.verify.stages import attempt, run
@@ -26,7 +42,10 @@ CASES = {name: op.cases for name, op in LAYERS.items()}
 ALL = [case for cases in CASES.values() for case in cases]
 LARGE = {"long", "M = 96", "N = 96", "long + lengths", "long, dh_last alone", "S = 1025", "S = 16384"}
 SMALL = [case for case in ALL if case.name not in LARGE]
-THIRD_FIRST = first(len(ALL) // 3, sorted(ALL, key=lambda case: ALL.index(case) % 3))
+SIXTH_FIRST = first(len(ALL) // 6, sorted(ALL, key=lambda case: ALL.index(case) % 6))
+
+
+LARGEST = ("multi_head", "gru", "lstm", "encoder_block", "decoder_block")
 
 
 def name_of(case):
@@ -80,8 +99,7 @@ def accepted(got, truth):
 
 def named(grads):
     """NamedTuples of gradients as a mapping, params one by one."""
-    parts = {**grads._asdict(), **(grads.params._asdict() if hasattr(grads, "params") else {})}
-    return {f"d{name}": x for name, x in parts.items() if isinstance(x, np.ndarray)}
+    return {f"d{part or name}": x for name, part, x in parts(grads._asdict()) if isinstance(x, np.ndarray)}
 
 
 def package(problem, **more):
@@ -105,14 +123,14 @@ def test_names_are_unique_and_every_op_has_float64():
         assert {case.dtype for case in cases} == {"float32", "float64"}
 
 
-@pytest.mark.parametrize("case", THIRD_FIRST, ids=name_of)
+@pytest.mark.parametrize("case", SIXTH_FIRST, ids=name_of)
 def test_a_problem_follows_the_protocol(case):
     problem, again, other = case.problem(3), case.problem(3), case.problem(4)
-    first = next(iter(problem.inputs))
+    first = first_of_numbers(problem.inputs)
     assert problem.inputs[first].dtype == case.dtype
     assert np.array_equal(problem.inputs[first], again.inputs[first], equal_nan=True)
     alike = np.array_equal(problem.inputs[first], other.inputs[first], equal_nan=True)
-    assert not alike or case.name in ("constant rows", "no rows")
+    assert not alike or case.name == "constant rows" or not problem.inputs[first].size
     truth = problem.truth(of_dtype(problem.dtype))
     assert list(truth.values) == [*problem.outputs, *problem.gradients]
     for name, want in truth.values.items():
@@ -156,7 +174,7 @@ def moved(problem, step, by):
 
 def along(values, problem, step):
     """The derivative along the step, by the gradients; and the sum of |terms|."""
-    step = {**step, **(step["params"]._asdict() if "params" in step else {})}
+    step = {part or name: x for name, part, x in parts(step)}
     terms = [values[name] * step[name[1:]] for name in problem.gradients if name in values]
     return sum(t.sum() for t in terms), sum(np.abs(t).sum() for t in terms)
 
@@ -171,14 +189,53 @@ def softmax_of_loops(inputs, options, given):
     return {"weights": found["weights"], "dscores": found["scores"]}
 
 
-def silu_of_loops(inputs, options, given):
-    found = silu_loops(inputs["x"], given["dy"])
+def elementwise(loops, **fixed):
+    def of_loops(inputs, options, given):
+        found = loops(inputs["x"], given["dy"], **options, **fixed)
+        return {"y": found["y"], "dx": found["x"]}
+
+    return of_loops
+
+
+def feed_forward_of_loops(inputs, options, given):
+    found = feed_forward_loops(inputs["x"], *inputs["params"], given["dy"], **options)
+    return {name if name == "y" else f"d{name}": x for name, x in found.items()}
+
+
+def embedding_of_loops(inputs, options, given):
+    found = embedding_loops(**inputs, dy=given["dy"])
+    return {"y": found["y"], "dtable": found["table"]}
+
+
+def tied_head_of_loops(inputs, options, given):
+    found = linear_layer_loops(inputs["x"], inputs["table"].T, None, given["dy"])
+    return {"y": found["y"], "dx": found["x"], "dtable": found["w"].T}
+
+
+def linear_of_loops(inputs, options, given):
+    found = linear_layer_loops(inputs["x"], *inputs["params"], given["dy"])
+    return {name if name == "y" else f"d{name}": x for name, x in found.items()}
+
+
+def rotary_of_loops(inputs, options, given):
+    found = rotary_loops(inputs["x"], inputs["positions"], given["dy"], **options)
     return {"y": found["y"], "dx": found["x"]}
 
 
-def rnn_of_loops(inputs, options, given):
-    found = rnn_loops(inputs["x"], inputs["h0"], **inputs["params"]._asdict(), **options, **given)
-    return {name if name in ("h", "h_last") else f"d{name}": x for name, x in found.items()}
+def cross_entropy_of_loops(inputs, options, given):
+    found = cross_entropy_loops(**inputs, **options, dloss=given["dloss"])
+    return {"loss": found["loss"], "dlogits": found["logits"]}
+
+
+def dropout_of_loops(inputs, options, given):
+    found = dropout_loops(**inputs, **options, **given)
+    return {"y": found["y"], "dx": found["x"]}
+
+
+def recurrent_of_loops(function, inputs, options, given):
+    *inputs, params = inputs.values()
+    found = function(*inputs, **params._asdict(), **options, **given)
+    return {name if name in ("h", "h_last", "c_last") else f"d{name}": x for name, x in found.items()}
 
 
 def multi_head_of_loops(inputs, options, given):
@@ -186,6 +243,7 @@ def multi_head_of_loops(inputs, options, given):
     for old, new in (("mask", "allowed"), ("bias", "bias"), ("dropout_mask", "dropout_mask")):
         if old in options:
             options[new] = np.broadcast_to(options.pop(old), full)
+    options |= {"rotary": vars(options["rotary"])} if "rotary" in options else {}
     return multi_head_loops(*(inputs[name] for name in ("x_q", "x_k", "x_v")), **inputs["params"]._asdict(), **options)
 
 
@@ -196,12 +254,25 @@ def norm_of_loops(inputs, options, given, centred):
 
 
 LOOPS = {  # the outputs by the loops of the oracles, and of all but multi_head the gradients
+    "embedding": embedding_of_loops,
+    "feed_forward": feed_forward_of_loops,
+    "gated_feed_forward": feed_forward_of_loops,
+    "linear": linear_of_loops,
+    "cross_entropy": cross_entropy_of_loops,
+    "dropout": dropout_of_loops,
+    "rotary": rotary_of_loops,
+    "gru": partial(recurrent_of_loops, gru_loops),
+    "lstm": partial(recurrent_of_loops, lstm_loops),
     "multi_head": multi_head_of_loops,
-    "rnn": rnn_of_loops,
-    "silu": silu_of_loops,
-    "layer_norm": functools.partial(norm_of_loops, centred=True),
-    "rms_norm": functools.partial(norm_of_loops, centred=False),
+    "rnn": partial(recurrent_of_loops, rnn_loops),
+    "layer_norm": partial(norm_of_loops, centred=True),
+    "rms_norm": partial(norm_of_loops, centred=False),
+    "silu": elementwise(silu_loops),
+    "gelu": elementwise(gelu_loops),
+    "relu": elementwise(relu_loops),
+    "squared_relu": elementwise(relu_loops, power=2),
     "softmax": softmax_of_loops,
+    "tied_head": tied_head_of_loops,
 }
 
 
@@ -209,17 +280,32 @@ def loops(problem):
     return LOOPS[problem.op.name](problem.inputs, problem.options, problem.cotangents)
 
 
-@pytest.mark.parametrize("case", [c for c in SMALL if c.op != "multi_head"], ids=name_of)
+def sigma_in_float64(problem, truth):
+    """What float32 is predicted to have, times eps over eps. Angles are in float64 always: with these, what float64 has."""
+    if problem.op.name == "rotary":
+        return problem.truth(PRECISIONS["float64"]).sigma
+    return {name: sigma * 2.0**-29 for name, sigma in truth.sigma.items()}
+
+
+BLOCKS = ("encoder_block", "decoder_block")  # tests/models has their loops and derivatives
+LOOPED_WHOLE = [c for c in SMALL if c.op not in ("multi_head", *BLOCKS)]
+LOOPED_WHOLE.sort(key=lambda c: SMALL.index(c) % 4)
+
+
+@pytest.mark.parametrize("case", first(len(LOOPED_WHOLE) // 4, LOOPED_WHOLE), ids=name_of)
 def test_truth_is_that_of_loops(case):
     problem = case.problem().astype(np.float64)
     truth, found = problem.truth(PRECISIONS["float32"]), loops(problem)
+    sigma = sigma_in_float64(problem, truth)
     for name, want in truth.values.items():
-        # Both are float64: what float32 is predicted to have, times eps over eps, and a little room.
-        off = units(found[name], want, truth.sigma[name] * 2.0**-29)
+        off = units(found[name], want, sigma[name])  # both are float64
         assert off.max(initial=0) < GOOD_MAX, name
 
 
-LOOPED = ["cross-attention", "grouped heads + mask + E != D", "dead rows", "NaN behind the mask", "everything", "b_q alone"]
+LOOPED = [
+    "cross-attention", "grouped heads + mask + E != D", "dead rows", "NaN behind the mask", "everything", "b_q alone",
+    "rotary, positions of each sequence", "norms + rotary + grouped heads + causal",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LOOPED)
@@ -239,7 +325,7 @@ def test_truth_of_multi_head_is_that_of_loops(name):
 
 
 @pytest.mark.parametrize("seeds", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("op", CASES)
+@pytest.mark.parametrize("op", first(len(CASES) - 5, sorted(CASES, key=LARGEST.__contains__)))
 def test_sigma_is_calibrated(op, seeds):
     """npattn in the candidate's own precision: never far off, and over all cases about as far as predicted."""
     squares: dict[str, list[float]] = {}
@@ -257,8 +343,10 @@ def test_sigma_is_calibrated(op, seeds):
                     if off.any() and case.name not in LARGE:
                         squares.setdefault(name, []).append(float(np.square(off).mean()))
     for name, found in squares.items():
-        # db_k is 0 but for what is common to a row, for which sigma takes the worse of two ways to sum_j p_j dp_j.
-        assert (0.2 if name == "db_k" else 0.4) < np.sqrt(np.mean(found)) < 1.1, name
+        # db_k is 0 but for what is common to a row, for which sigma takes the worse of two ways to sum_j p_j dp_j. In a block
+        # that noise also reaches the parameters before it.
+        least = 0.2 if name.endswith("b_k") else 0.3 if op in BLOCKS else 0.4
+        assert least < np.sqrt(np.mean(found)) < 1.1, name
 
 
 def test_a_sequential_sum_is_within_sigma_too():
@@ -280,7 +368,7 @@ def test_where_the_result_is_exact_sigma_is_nothing():
     assert problem.truth(PRECISIONS["float32"]).sigma["h"][after].max() == 0
 
 
-@pytest.mark.parametrize("op", first(3, sorted(CASES, key="multi_head".__eq__)))
+@pytest.mark.parametrize("op", first(len(CASES) - 5, sorted(CASES, key=LARGEST.__contains__)))
 def test_outputs_in_half_precision(op):
     """M1: inputs that float16 holds, float32 inside, one rounding at the end: npattn's own float16."""
     precision, squares = PRECISIONS["float16-M1"], []
@@ -288,11 +376,14 @@ def test_outputs_in_half_precision(op):
         if case.dtype == "float32" and not {"hard inputs", "long"} & set(case.features):
             problem = case.problem().stored(precision)
             assert problem.dtype == np.float16
+            if problem.op.undefined(problem, precision.declared()):
+                assert op in BLOCKS
+                return
             truth, got = problem.truth(precision.declared()), package(problem)
             off = {name: units(got[name], want, truth.sigma[name]) for name, want in truth.values.items()}
             assert max(o.max(initial=0) for o in off.values()) < 8, case.name
             squares += [np.square(o).mean() for o in off.values() if o.any()]
-    assert 0.4 < np.sqrt(np.mean(squares)) < 1.2
+    assert 0.4 < np.sqrt(np.mean(squares)) < 1.2 if squares else op == "relu"  # of relu nothing is rounded
 
 
 def test_inputs_that_are_rounded():
@@ -316,7 +407,7 @@ def test_other_classes_are_refused(name):
 # --- planted errors ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", first(len(SMALL) // 3, sorted(SMALL, key=lambda case: SMALL.index(case) % 3)), ids=name_of)
+@pytest.mark.parametrize("case", first(len(SMALL) // 6, sorted(SMALL, key=lambda case: SMALL.index(case) % 6)), ids=name_of)
 def test_planted_errors_are_rejected(case):
     problem = case.problem()
     truth, got = problem.truth(of_dtype(problem.dtype)), package(problem)
@@ -354,13 +445,14 @@ def test_what_a_case_is_there_for():
 # --- the stages, and mistakes in them ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", THIRD_FIRST, ids=name_of)
+@pytest.mark.parametrize("case", SIXTH_FIRST, ids=name_of)
 def test_stages_without_a_change_are_the_reference(case):
     wide = case.problem(1).astype(np.float64)
     truth, found = wide.truth(PRECISIONS["float32"]), run(wide)
     assert list(found) == list(truth.values)
+    sigma = sigma_in_float64(wide, truth)
     for name, want in truth.values.items():
-        off = units(found[name], want, truth.sigma[name] * 2.0**-29)
+        off = units(found[name], want, sigma[name])
         assert off.max(initial=0) < GOOD_MAX, name
 
 
@@ -402,16 +494,32 @@ def square_problem():
 # No derivative of what they return exists, or it is not what is returned with it.
 NOT_DERIVED = {
     "h_last of the first step", "a dead query gives NaN", "not normalised", "log of the weights",
+    "divided by the largest |x|", "divided by the mean of |x|",
     *(name for name in OPS["softmax"].changes if "beside the sum" in name),
 }  # fmt: skip
 
 
 DRAWN = [rnn_problem, square_problem, multi_head_problem, options_problem, everything_problem]
 NAMED = [  # cases in which the mistakes of the forward show
+    ("embedding", "V = M"),
+    ("feed_forward", "plain"),
+    ("gated_feed_forward", "all biases"),
+    ("linear", "B = L = M = N"),
+    ("cross_entropy", "everything"),
+    ("dropout", "p = 0.5"),
+    *((op, name) for op in ("gru", "lstm") for name in ("dh_last + lengths 0 and T", "M = N")),
+    ("gru", "reset before + lengths + dh_last"),
     ("silu", "x5"),
     ("layer_norm", "eps 0.1"),
     ("rms_norm", "eps 0.1, b"),
+    ("gelu", "x3"),
+    ("gelu", "tanh x3"),
+    ("relu", "around 6"),
+    ("squared_relu", "plain"),
+    ("rotary", "everything, half"),
+    ("multi_head", "norms + rotary, H = L"),
     ("softmax", "mask (L, S), L = S"),
+    ("tied_head", "V = M"),
 ]
 
 
@@ -422,16 +530,18 @@ def test_gradients_of_a_mistaken_forward_are_its_own(drawn):
     honest, step, h, tested = run(problem), direction(problem, np.random.default_rng(1)), 1e-5, 0
     for name in problem.op.changes:
         found = mistaken(problem, name)
-        if not found or name in NOT_DERIVED or all(np.allclose(found[n], honest[n]) for n in problem.outputs):
+        if not found or name in NOT_DERIVED or "float16" in name:
+            continue
+        if all(np.allclose(found[n], honest[n], equal_nan=True) or not np.isfinite(found[n]).all() for n in problem.outputs):
             continue
         ends = [objective(mistaken(moved(problem, step, by), name), problem) for by in (h, -h)]
         value, terms = along(found, problem, step)
-        assert abs((ends[0] - ends[1]) / (2 * h) - value) < 1e-6 * terms, name
+        assert abs((ends[0] - ends[1]) / (2 * h) - value) <= 1e-6 * terms, name
         tested += 1
     assert tested >= 3
 
 
-@pytest.mark.parametrize("op", first(3, sorted(CASES, key="multi_head".__eq__)))
+@pytest.mark.parametrize("op", first(len(CASES) - 5, sorted(CASES, key=LARGEST.__contains__)))
 def test_every_mistake_is_seen_in_some_case(op):
     unseen = set(OPS[op].changes)
     for case in CASES[op]:

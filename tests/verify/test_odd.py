@@ -57,6 +57,41 @@ def test_an_output_of_another_kind_is_wrong_and_no_fault_of_ours(name, tensor):
         assert not any(tensor in e.tensors for e in result.explanations)
 
 
+RANKS = [Case(" + ".join(o), o) for o in (("rank 2",), ("rank 5",), ("rank 2", "mask array"), ("rank 5", "mask array"))]
+
+
+@pytest.mark.parametrize("raises", ["forward", "backward"])
+def test_an_exception_at_another_rank_is_a_refusal(raises):
+    def forward(q, k, v, *, mask=None):
+        if raises == "forward":
+            _b, _h, _l, _d = q.shape
+        return attention(q, k, v, mask=mask)
+
+    def backward(dout, q, k, v, *, mask=None):
+        _b, _h, _l, _d = q.shape
+        g = npattn.attention_backward(dout, npattn.attention_forward(q, k, v, mask=mask)[1])
+        return g.q, g.k, g.v
+
+    report = verify(forward, backward, cases=[BY_NAME["plain"], BY_NAME["causal top_left"], *RANKS])
+    assert report.verdict() == "right"
+    (text,) = report.refused
+    assert text.startswith("takes arrays of rank 4 alone: ValueError: ")
+    refused = [r for r in report.results if any(c.text.startswith("takes arrays of rank 4 alone") for c in r.checks)]
+    assert report.refused[text] == len(refused) > 1
+    assert {r.case for r in refused} <= {case.name for case in RANKS}
+
+
+def test_a_wrong_result_at_another_rank_is_wrong_and_so_is_an_exception_at_the_usual_one():
+    def other(q, k, v):
+        return attention(q, k, v) * q.dtype.type(1 if q.ndim == 4 else 2)
+
+    def raising(q, k, v):
+        raise ValueError("no")
+
+    assert {r.status for r in verify(other, cases=RANKS).results} >= {"wrong"}
+    assert verify(raising, cases=[BY_NAME["plain"]]).verdict() == "wrong"
+
+
 def test_an_array_of_a_subclass_is_taken_as_what_it_is_beneath():
     class Loud(np.ndarray):
         def __array_ufunc__(self, *what, **more):

@@ -110,7 +110,7 @@ def test_its_cases_are_those_of_the_op():
     ("given", "text"),
     [
         ({"expected_failures": {"softcup": "issue 12"}}, "no such case"),
-        ({"expected_failures": {"softcap": ""}}, "has no reason"), ({"op": "lstm"}, "op 'lstm'"),
+        ({"expected_failures": {"softcap": ""}}, "has no reason"), ({"op": "conv"}, "op 'conv'"),
     ],
 )  # fmt: skip
 def test_a_name_that_is_not_known_is_an_error_when_it_decorates(given, text):

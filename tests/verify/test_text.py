@@ -14,6 +14,7 @@ from npattn import attention
 from npattn.verify import CASES_OF, Check, Result, check, text, verify
 from npattn.verify.ops.attention.cases import BY_NAME
 from npattn.verify.search import Explanation
+from npattn.verify.space import Coverage
 
 # --- the verdict ----------------------------------------------------------------------------------------------------------
 
@@ -204,6 +205,24 @@ def test_without_v_three_cases_that_are_wrong_are_shown():
     assert [line[9:10] for line in lines if line.startswith("  WRONG  ")] == ["a", "b", "c"]
     assert lines[-1] == "  and 2 more cases; -v shows all"
     assert list(text.summary(reported(*bad[:3]), False))[-1] == "  -v shows all"
+
+
+def test_names_of_drawn_cases_are_counted_and_written_once():
+    name = "drawn: H=2 G=2 L=9 S=7 D=5 E=5; mask=one hole"
+    found = [explained(case, (("Delta is missing",), ("dq",), 0.5)) for case in ("plain", f"{name}; softcap=softcap", name)]
+    report = reported(*found[1:], *found[:1])
+    assert text.verdict(report) == "WRONG: mine falls short in 3 of 3 cases: plain, 2 drawn"
+    lines = list(text.summary(report, False))
+    assert any(re.fullmatch(r"  Delta is missing +3  plain, 2 drawn", line) for line in lines)
+    assert sum(f"{name} " in line for line in lines) == 1
+
+
+def test_what_was_met_of_the_space_and_what_wrong_cases_have_in_common():
+    found = Coverage("pairs", 9, 7, 8, None, {"order": ["none"]}, ["order causal top_left", "D=64"], [], 7, ("heads 3 / 1",))
+    assert list(text.space(reported("bad", coverage=found))) == [
+        "9 cases drawn: of the pairs of classes that it takes, 7 of 8 were met", "  common to all 7 wrong: heads 3 / 1",
+        "  it takes only order causal top_left; D=64", "  never tested: order none",
+    ]  # fmt: skip
 
 
 def test_what_the_rules_of_other_suites_say_is_summed_up():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from npattn.ops.checks import Array
-from npattn.verify.op import Calls, Case, Change, Problem, Values
+from npattn.verify.op import Calls, Case, Change, Problem, Values, parts
 from npattn.verify.space import EVERYWHERE, LAYOUTS, Choice, Row, Sizes, Space, classes
 
 Rng = np.random.Generator
@@ -30,6 +31,12 @@ def adjoint(route: Route, shape: tuple[int, ...], g: Array) -> Array:
     return total.reshape(shape)
 
 
+def by_sequence(x: Array) -> Array:
+    """(..., M) as (B, L, M); one sequence if there is no axis of a batch."""
+    B = x.shape[0] if x.ndim > 2 else 1
+    return x.reshape(B, math.prod(x.shape[:-1]) // max(B, 1), x.shape[-1])
+
+
 class LayerCalls(Calls):
     """Inputs and parameters in the order of the forward; gradients as a mapping, or a tuple in the order of the inputs.
 
@@ -37,13 +44,15 @@ class LayerCalls(Calls):
     layout of another library. to : name -> parameters to arguments; back : name -> their gradients to npattn's parameters
     """
 
+    conventions: tuple[str, ...] = ("masked_nan", "float64")
+
     def __init__(
         self, text: str, keywords: tuple[str, ...], cotangents: tuple[str, ...] = (), *,
         to: Mapping[str, Callable[[Any], list[Any]]] | None = None,
         back: Mapping[str, Callable[[dict[str, Any]], Any]] | None = None,
     ) -> None:  # fmt: skip
         self.text, self.keywords, self.assumed, self.cotangents = text, keywords, keywords, cotangents
-        self.to, self.back, self.conventions = to or {}, back or {}, ("masked_nan", "float64")
+        self.to, self.back = to or {}, back or {}
 
     def arguments(
         self, candidate: Any, problem: Problem, takes: frozenset[str], backward: bool
@@ -76,13 +85,13 @@ class LayerCalls(Calls):
         if params is not None and not isinstance(params, Mapping):
             kind, expected = type(params).__name__, type(problem.inputs["params"]).__name__
             return f"the backward returns params as a {kind}, expected npattn.{expected} or a mapping"
-        found |= {n: x for n, x in (params or {}).items() if x is not None}
+        found = {f"{n}_{part}" if part else n: x for n, part, x in parts(found | dict(params or {})) if x is not None}
         return {n if n in problem.gradients else f"d{n}": x for n, x in found.items()}
 
     def _inputs(self, problem: Problem, function: Callable[..., Any]) -> list[Any]:
         """The inputs, with the parameters in the layout that the names in the function's signature ask for."""
         inputs = dict(problem.inputs)
-        params, names = inputs.pop("params", None), _names(function)
+        params, names = inputs.pop("params", None), names_of(function)
         name = next((n for n in self.to if n in names), "")
         if params is None or not name:
             return list(problem.inputs.values())
@@ -92,7 +101,8 @@ class LayerCalls(Calls):
             raise NotImplementedError(str(error)) from error
 
 
-def _names(function: Callable[..., Any]) -> set[str]:
+def names_of(function: Callable[..., Any]) -> set[str]:
+    """Of its parameters."""
     try:
         return set(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # compiled functions may have no signature
@@ -101,7 +111,7 @@ def _names(function: Callable[..., Any]) -> set[str]:
 
 def of_params(params: Any) -> Values:
     """The gradients of parameters by npattn's names."""
-    return {f"d{name}": x for name, x in params._asdict().items() if x is not None}
+    return {f"d{name}": x for _, name, x in parts({"params": params}) if x is not None}
 
 
 # --- changes ---------------------------------------------------------------------------------------------------------------
@@ -181,25 +191,35 @@ BATCH = {"2": (2,), "1": (1,), "3": (3,), "5": (5,)}
 def space(
     op: str, draw: Callable[..., Problem], sizes: Mapping[str, Mapping[str, tuple[Choice, ...]]],
     settings: Mapping[str, Mapping[str, Mapping[str, Any]]], cost: Callable[[Sizes], float],
-    possible: Callable[[Row], bool] = lambda row: True,
+    possible: Callable[[Row], bool] = lambda row: True, containment: tuple[str, ...] = (),
 ) -> Space:  # fmt: skip
     """The space of an op whose problems are drawn by a function with keyword arguments.
 
     sizes : dimensions whose classes have sizes; settings : dimensions whose classes have other arguments of ``draw``. The first
-    class of each is the plain one.
+    class of each is the plain one. containment : the inputs with NaN where it has to reach nothing
     """
 
     def problem(row: Row, of: Sizes, seed: list[int]) -> Problem:
         more = {k: v for name, cls in row.items() if name in settings for k, v in settings[name][cls].items()}
         return draw(np.random.default_rng(seed), **of, **more)
 
+    def features(row: Row) -> list[str]:
+        found = [name for name in settings if row[name] != next(iter(settings[name]))]
+        return [*found, "NaN containment"] if row.get("inputs") in containment else found
+
     others = {name: classes(*some) for name, some in settings.items()}
     dimensions = {**sizes, **others, "memory": classes(*LAYOUTS), **EVERYWHERE}
     return Space(
         op, dimensions, {name: next(iter(some)) for name, some in dimensions.items()}, problem,
-        lambda row: [name for name in settings if row[name] != next(iter(settings[name]))], possible,
+        features, possible,
         lambda row, of: cost(of) * (12 if row.get("dtype") == "float64" else 1), (*sizes, *settings),
+        of_backward={"cotangents": tuple(settings.get("cotangents", ()))[1:]},
     )  # fmt: skip
+
+
+def tokens_differ(row: Row) -> bool:
+    """Whether not all tokens are the same one: sums of equal terms are rounded in one direction, which sigma does not know."""
+    return not (row.get("memory") == "strides of 0" and row.get("rank") == "2")
 
 
 def _rows(shape: tuple[int, ...], dead: Callable[[Array], Array]) -> Array:

@@ -67,7 +67,7 @@ def _cases(op: str) -> list[Any]:
         _case("eps 0.1, no g", "eps", eps=0.1, g=False),
         _case("eps 0.1, b", "eps", eps=0.1, b=True),
         _case("eps 0", "eps", eps=0.0),
-        _case("eps 1e-12", "eps", eps=1e-12, size=1e-5),
+        _case("eps 1e-12", "hard inputs", eps=1e-12, size=1e-5),
         _case("inputs as small as the root of eps", "eps", size=3e-3),
         _case("x100", "hard inputs", size=100.0),
         _case("mean 100", "hard inputs", shift=100.0),
@@ -277,7 +277,8 @@ _OF_LAYER: dict[str, Mistake] = {
     "mean of dn without g": {"mean of dc": lambda x, _: (x.r * x.dy).mean(-1, keepdims=True)},
     "variance as the mean of squares less the square of the mean": {"var": _low_moments},
     "variance about 0": {"var": lambda x, var: var + x.mean**2,
-                         "pull": lambda x, _: x.x * x.r * getattr(x, "mean of dn n")},
+                         "pull": lambda x, _: x.x * x.r * getattr(x, "mean of dn n"),
+                         "mean of dc": lambda x, _: (x.r * x.dn).mean(-1, keepdims=True)},
     "mean taken as a constant": {"mean of dc": zero},
     "sum of dn, not its mean": {"mean of dc": times(lambda x: x.x.shape[-1])},
 }  # fmt: skip
