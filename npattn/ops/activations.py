@@ -249,7 +249,7 @@ def relu_backward(dy: Array, cache: ReluCache) -> ReluGrads:
     x = cache.x
     dy = check_cotangent("relu", "dy", dy, x.shape, x.dtype, x.dtype)
     slope = np.where(x.real > 0, x.dtype.type(1), 0 * _positive(x))  # (6); 0 * NaN is NaN
-    return ReluGrads(times(slope, dy))
+    return ReluGrads(times(slope, dy).astype(x.dtype, copy=False))
 
 
 def _positive(x: Array) -> Array:
