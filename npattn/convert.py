@@ -1,9 +1,10 @@
-"""Parameters from and to other layouts: torch nn.Linear, nn.MultiheadAttention, nn.RNN, nn.GRU and nn.LSTM, the MLP of Llama,
-ONNX RNN, GRU and LSTM.
+"""Parameters from and to other layouts: torch nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttention, nn.RNN, nn.GRU and
+nn.LSTM, the norm of Gemma, the MLP of Llama, ONNX RNN, GRU and LSTM.
 
-Tensors are arrays, or anything that NumPy can read (a CPU tensor is detached first). torch and ONNX hold weights as (out, in)
-and apply x W^T. npattn holds (in, out) and applies x @ w. Gradients are converted as parameters are, with one exception: torch
-and ONNX hold two biases of a recurrent layer, npattn holds their sum b. The gradient of each of the two is that of b.
+Tensors are arrays, or anything that NumPy can read. A CPU tensor of torch is detached first; where it is bfloat16, which NumPy
+has not, the array is float32, which holds the same numbers. torch and ONNX hold weights as (out, in) and apply x W^T. npattn
+holds (in, out) and applies x @ w. Gradients are converted as parameters are, with one exception: torch and ONNX hold two biases
+of a recurrent layer, npattn holds their sum b. The gradient of each of the two is that of b.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from npattn.ops.gru import GRUParams
 from npattn.ops.linear import LinearParams
 from npattn.ops.lstm import LSTMParams
 from npattn.ops.multihead import MultiHeadParams
+from npattn.ops.norms import NormParams
 from npattn.ops.rnn import RNNParams
 
 
@@ -28,7 +30,8 @@ def _array(op: str, state: Mapping[str, Any], name: str, shape: tuple[int | None
     if name not in state:
         raise ValueError(f"{op}: {name} is missing, got {sorted(state)}")
     tensor = state[name]
-    a = np.asarray(tensor.detach() if hasattr(tensor, "detach") else tensor)
+    tensor = tensor.detach() if hasattr(tensor, "detach") else tensor
+    a = np.asarray(tensor.float() if str(getattr(tensor, "dtype", "")) == "torch.bfloat16" else tensor)
     if len(a.shape) != len(shape) or any(n is not None and n != m for n, m in zip(shape, a.shape, strict=True)):
         expected = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(f"{op}: {name} has shape {a.shape}, expected ({expected}): fixed by the other parameters")
@@ -50,6 +53,33 @@ def linear_to_torch(params: LinearParams, *, prefix: str = "") -> dict[str, Arra
     """The state dict of a torch.nn.Linear with these parameters (or their gradients)."""
     check_class("linear_to_torch", "params", params, LinearParams)
     state = {f"{prefix}weight": params.w.T}
+    return state if params.b is None else {**state, f"{prefix}bias": params.b}
+
+
+def norm_from_torch(state: Mapping[str, Any], *, prefix: str = "", plus_one: bool = False) -> NormParams:
+    """The ``state_dict()`` of a torch.nn.LayerNorm or nn.RMSNorm, or of a norm in transformers. prefix : as "model.norm."
+
+    plus_one : the file holds g - 1, as Gemma's does. The 1 is added in float32 at least, as transformers has it: of float16 and
+    bfloat16 comes float32.
+    """
+    op = "norm_from_torch"
+    g = _array(op, state, f"{prefix}weight", (None,))
+    b = _array(op, state, f"{prefix}bias", g.shape) if _has(state, f"{prefix}bias") else None
+    if plus_one:
+        g = 1 + (g.astype(np.float32) if g.dtype.itemsize == 2 else g)
+    return NormParams(g, b)
+
+
+def norm_to_torch(params: NormParams, *, prefix: str = "", plus_one: bool = False) -> dict[str, Array]:
+    """The state dict of a norm with these parameters (or their gradients: without plus_one, as a constant has none).
+
+    plus_one : the weight is g - 1, as in the files of Gemma
+    """
+    op = "norm_to_torch"
+    check_class(op, "params", params, NormParams)
+    if params.g is None:
+        raise ValueError(f"{op}: g is None, expected an array: a bias alone is no norm of torch")
+    state = {f"{prefix}weight": params.g - 1 if plus_one else params.g}
     return state if params.b is None else {**state, f"{prefix}bias": params.b}
 
 
@@ -318,6 +348,8 @@ __all__ = [
     "lstm_to_torch",
     "multi_head_from_torch",
     "multi_head_to_torch",
+    "norm_from_torch",
+    "norm_to_torch",
     "rnn_from_onnx",
     "rnn_from_torch",
     "rnn_to_onnx",

@@ -195,6 +195,13 @@ def test_the_tail_of_gelu_is_exact_down_to_underflow():
     assert (y != 0).all()
 
 
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_of_one_number_comes_an_array(name):
+    (forward, backward), x = ACTIVATIONS[name], np.array(2.0)
+    y, cache = forward(x)
+    assert type(y) is type(backward(x, cache).x) is np.ndarray
+
+
 def test_squared_relu_overflows_only_where_its_result_does():
     x, dy = np.array([3e38, 1e20], np.float32), np.array([1e-30, 1e-30], np.float32)
     y, cache = squared_relu_forward(x)

@@ -225,6 +225,18 @@ row("multi_head: keyword num_key_value_heads", TypeError, ["expected num_kv_head
 row("softmax: keyword axis", TypeError, ["softmax: got the keyword axis", "np.moveaxis"], npattn.softmax, axis=1)
 row("cross_entropy: keyword ignore_index", TypeError, ["mask=targets != ignore_index"], npattn.cross_entropy, ignore_index=-100)
 row("rnn: keyword hx", TypeError, ["rnn: got the keyword hx, expected h0"], npattn.rnn, hx=None)
+row("lstm: keyword hx", TypeError, ["lstm: got the keyword hx, expected h0 and c0", "needed are x, h0, c0, params"],
+    npattn.lstm,
+    hx=None)
+row("lstm: both states as one", TypeError, ["lstm: got no params, expected x, h0, c0, params"],
+    lambda x: npattn.lstm(x, (x, x), None), x=f32(B, L, D))
+row("gru: keyword batch_first", TypeError, ["gru: got the keyword batch_first, expected nothing: x is (B, T, M)"], npattn.gru,
+    batch_first=True)
+row("multi_head: keyword n_head", TypeError, ["expected num_heads; needed are x_q, x_k, x_v, params, num_heads"],
+    npattn.multi_head, n_head=4)
+for name, ours in (("target", "targets"), ("labels", "targets"), ("input", "logits")):
+    row(f"cross_entropy: keyword {name}", TypeError, [f"got the keyword {name}, expected {ours}", "needed are logits, targets"],
+        npattn.cross_entropy, **{name: None})
 row("merge: keyword causal", TypeError, ["merge: got the keyword causal, expected one of "], npattn.merge, causal=True)
 row("softmax: keyword causal", TypeError, ["got the keyword causal, expected one of mask"], npattn.softmax, causal=True)
 row("merge: keyword with nothing to say", TypeError, ["expected one of out_a, lse_a, out_b, lse_b"], npattn.merge, causal=True)
@@ -675,16 +687,16 @@ row("cross_entropy, one-hot targets", ValueError,
     targets=ints(L, 5))
 row("cross_entropy, targets of wrong batch", ValueError, ["cross_entropy: targets has shape (4,)", "fixed by logits"], entropy,
     logits=f32(L, 5), targets=ints(4))
-row("cross_entropy, a list of targets", TypeError, ["cross_entropy: targets is a list", ARRAY], entropy,
-    logits=f32(L, 5), targets=[0] * L)
+row("cross_entropy, a list of targets", TypeError, ["cross_entropy: targets is a list", f"{ARRAY}: np.array(targets, int)"],
+    entropy, logits=f32(L, 5), targets=[0] * L)
 row("cross_entropy, reduction", ValueError, ["cross_entropy: reduction is 'avg'", "'mean', 'sum', 'none'"], entropy,
     logits=f32(L, 5), targets=ints(L), reduction="avg")
 row("cross_entropy, mask of ints", TypeError, ["cross_entropy: mask has dtype int64", "expected bool (True = counts)"],
     entropy, logits=f32(L, 5), targets=ints(L), mask=ints(L))
 row("cross_entropy, mask of wrong shape", ValueError, ["cross_entropy: mask has shape (4,)", "fixed by logits"], entropy,
     logits=f32(L, 5), targets=ints(L), mask=bits(4))
-row("cross_entropy, mask is a list", TypeError, ["cross_entropy: mask is a list", ARRAY], entropy, logits=f32(L, 5),
-    targets=ints(L), mask=[True] * L)
+row("cross_entropy, mask is a list", TypeError, ["cross_entropy: mask is a list", f"{ARRAY}: np.array(mask, bool)"], entropy,
+    logits=f32(L, 5), targets=ints(L), mask=[True] * L)
 row("cross_entropy, logits of rank 0", ValueError, ["cross_entropy: logits has shape ()"], entropy, logits=f32(),
     targets=ints())
 row("cross_entropy, logits of integers", TypeError, ["cross_entropy: logits has dtype int64", f"expected {FLOATS}"], entropy,

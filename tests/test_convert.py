@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from npattn import FeedForwardParams, GRUParams, LinearParams, LSTMParams, MultiHeadParams, RNNParams, convert
+from npattn import FeedForwardParams, GRUParams, LinearParams, LSTMParams, MultiHeadParams, NormParams, RNNParams, convert
 
 rng = np.random.default_rng(0)
 M, WIDTH, N = 5, 6, 7
@@ -74,6 +75,22 @@ def test_linear_to_torch_and_back(bias):
     assert {n: x.shape for n, x in state.items()} == {"lm_head.weight": (N, M), **({"lm_head.bias": (N,)} if bias else {})}
     assert same(convert.linear_from_torch(state, prefix="lm_head."), p)
     assert same(convert.linear_from_torch(convert.linear_to_torch(p)), p)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("plus_one", [True, False])
+def test_norm_to_torch_and_back(bias, plus_one):
+    p = NormParams(1 + np.arange(M) / 8, rng.standard_normal(M) if bias else None)  # g - 1 is exact
+    state = convert.norm_to_torch(p, prefix="norm.", plus_one=plus_one)
+    assert list(state) == ["norm.weight", "norm.bias"][: 1 + bias]
+    assert np.array_equal(state["norm.weight"], p.g - plus_one)
+    assert same(convert.norm_from_torch(state, prefix="norm.", plus_one=plus_one), p)
+
+
+def test_the_1_of_gemma_is_added_in_float32():
+    stored = {"weight": np.array([2.0**-10, -0.5], ml_dtypes.bfloat16)}
+    assert np.array_equal(convert.norm_from_torch(stored, plus_one=True).g, np.array([1 + 2.0**-10, 0.5], np.float32))
+    assert convert.norm_from_torch(stored).g.dtype == ml_dtypes.bfloat16
 
 
 @pytest.mark.parametrize("biases", [("b_in", "b_out", "b_gate"), (), ("b_in", "b_gate"), ("b_out",), ("b_in",)])

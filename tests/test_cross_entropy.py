@@ -68,6 +68,18 @@ def ids(shape, classes=5, seed=4, dtype=np.int64):
     return np.asarray(np.random.default_rng(seed).integers(0, classes, shape)).astype(dtype)
 
 
+@DTYPE
+def test_a_gradient_of_1_may_be_a_number_or_none(dtype):
+    loss, cache = cross_entropy_forward(random((4, 5), 1, dtype), ids((4,)))
+    assert type(loss) is np.ndarray
+    want = cross_entropy_backward(np.ones((), loss.dtype), cache).logits
+    assert all(np.array_equal(cross_entropy_backward(one, cache).logits, want) for one in (None, 1, 1.0, loss.dtype.type(1)))
+    assert np.array_equal(cross_entropy_backward(loss, cache).logits, cross_entropy_backward(loss[()], cache).logits)
+    loss, cache = cross_entropy_forward(random((4, 5), 1, dtype), ids((4,)), reduction="none")
+    want = cross_entropy_backward(np.ones_like(loss), cache).logits
+    assert np.array_equal(cross_entropy_backward(None, cache).logits, want)
+
+
 @SHAPE
 @DTYPE
 @REDUCTION
@@ -300,7 +312,11 @@ T = np.zeros(4, int)
         (lambda: cross_entropy_forward(X, T, z_loss=-1e-4), ValueError, "z_loss is -0.0001, expected a finite number"),
         (lambda: cross_entropy_forward(X, T, z_loss=np.inf), ValueError, "z_loss is inf, expected a finite number"),
         (lambda: cross_entropy_forward(X, T, z_loss=None), TypeError, "z_loss is a NoneType, expected a Python float"),
-        (lambda: cross_entropy_forward(X[:, :0], T), ValueError, "targets reaches from 0 to 0, expected 0 to V - 1 = -1"),
+        (lambda: cross_entropy_forward(X[:, :0], T), ValueError, r"logits has shape \(4, 0\), expected at least one class"),
+        (lambda: cross_entropy_forward(X[:, :0], T, mask=T > 0), ValueError, "expected at least one class for a position"),
+        (lambda: cross_entropy_backward(np.ma.masked_array(1.0), cross_entropy_forward(X, T)[1]), TypeError, "dloss is a nump"),
+        (lambda: cross_entropy_backward(1.0, cross_entropy_forward(X, T, reduction="none")[1]), ValueError, r"dloss has shape"),
+        (lambda: cross_entropy_backward(True, cross_entropy_forward(X, T)[1]), TypeError, "dloss is a bool, expected a numpy"),
     ],
 )  # fmt: skip
 def test_what_is_refused_beside_test_bad_input(call, error, message):

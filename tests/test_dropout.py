@@ -103,7 +103,7 @@ X = np.ones((3, 4))
     (lambda: dropout(X, -X), ValueError, r"dropout: mask reaches from -1.0 to -1.0, expected 0 or 1/\(1-p\) for each element"),
     (lambda: dropout(X, X * np.nan), ValueError, "dropout: mask reaches from nan to nan"),
     (lambda: dropout(X, X * np.inf), ValueError, "dropout: mask reaches from inf to inf"),
-    (lambda: dropout(X, X, p=0.1), TypeError, "dropout: got the keyword p, expected one of x, mask"),
+    (lambda: dropout(X, X, p=0.1), TypeError, r"keyword p, expected mask=npattn.Dropout\(p, seed\).mask\(x.shape, x.dtype\)"),
     (lambda: dropout(X, Dropout(0.1, 1)), TypeError, "dropout: mask is a npattn.ops.dropout.Dropout, expected a numpy.ndarray"),
     (lambda: dropout_backward(np.ones(3), dropout_forward(X, X)[1]), ValueError, r"dropout: dy has shape \(3,\), expected \(3"),
     (lambda: dropout_backward(X, None), TypeError, "dropout: cache is a NoneType, expected npattn.DropoutCache"),
@@ -117,6 +117,9 @@ X = np.ones((3, 4))
     (lambda: Dropout(0.1, 0, step=None), TypeError, "Dropout: step is a NoneType, expected an integer"),
     (lambda: Dropout(0.1, 0, layer=-2), ValueError, "Dropout: layer is -2, expected an integer of at least 0"),
     (lambda: Dropout(0.1, 0).mask((2, 3), int), TypeError, "Dropout: dtype is int64, expected a floating dtype"),
+    (lambda: Dropout(0.1, 0).mask(5), TypeError, "Dropout: shape is an int, expected a tuple of integers"),
+    (lambda: Dropout(0.1, 0).mask((2, 0.5)), TypeError, "Dropout: shape is a float, expected an integer"),
+    (lambda: Dropout(0.1, 0).bind((5,)), ValueError, r"Dropout: shape is \(5,\), expected rank 2 or more"),
     (lambda: npattn.attention(X, X, X, dropout_mask=Dropout), TypeError, "attention: dropout_mask is a type, expected an"),
 ])  # fmt: skip
 def test_bad_input_is_named(call, error, text):

@@ -8,7 +8,7 @@ import math
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import abs_finite, assert_close, first, random
+from helpers import abs_finite, assert_close, first, leaves, random
 from oracles import feed_forward_loops
 
 import npattn
@@ -126,6 +126,16 @@ def test_half_precision_is_computed_in_float32_and_rounded_once(dtype, gated):
 
 
 @GATED
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_a_dropout_mask_has_the_dtype_of_the_inputs_or_of_the_computing(dtype, gated):
+    x, params, dy = problem(gated, dtype=dtype)
+    mask = npattn.Dropout(0.5, 1).mask((2, 3, F), dtype)
+    (y, cache), (y2, cache2) = (feed_forward_forward(x, params, dropout_mask=m) for m in (mask, mask.astype(np.float32)))
+    assert np.array_equal(y, y2)
+    assert all(map(np.array_equal, *(leaves(feed_forward_backward(dy, c)) for c in (cache, cache2))))
+
+
+@GATED
 def test_float32_and_longdouble(gated):
     given = problem(gated, dtype=np.float32)
     check(*given, "silu", results(*given, "silu"))
@@ -191,7 +201,13 @@ X, P = np.ones((2, M)), FeedForwardParams(np.ones((M, F)), np.ones((F, OUT)))
 @pytest.mark.parametrize(("call", "error", "text"), [
     (lambda: feed_forward([1.0], P), TypeError, "feed_forward: x is a list, expected a numpy.ndarray"),
     (lambda: feed_forward(X, P.w_in), TypeError, "params is an array of dtype float64, expected npattn.FeedForwardParams"),
-    (lambda: feed_forward(X, P, activation="swish"), ValueError, "feed_forward: activation is 'swish', expected one of 'gelu'"),
+    (lambda: feed_forward(X, P, activation="swish"), ValueError, "activation is 'swish', expected one of .*; 'swish' is 'silu"),
+    (lambda: feed_forward(X, P, activation="gelu_new"), ValueError, "expected one of 'gelu', .*; 'gelu_new' is 'gelu_tanh' he"),
+    (lambda: feed_forward(X, P, activation="mish"), ValueError, "activation is 'mish', expected one of .*'sigmoid'$"),
+    (lambda: feed_forward(X, P, dropout=0.1), TypeError, r"got the keyword dropout, expected dropout_mask=.*mask\(\(..., F\),"),
+    (lambda: feed_forward(X, P, dropout_mask=X), ValueError, r"dropout_mask has shape \(2, 4\), expected \(B=2, F=5\): F is"),
+    (lambda: feed_forward(X, P, dropout_mask=X[:, :1] - 2), ValueError, "feed_forward: dropout_mask reaches from -1.0 to -1.0"),
+    (lambda: feed_forward(X, P, dropout_mask=X.astype("f4")), TypeError, "feed_forward: dropout_mask has dtype float32, expec"),
     (lambda: feed_forward(X, P, activation=None), ValueError, "feed_forward: activation is None, expected one of 'gelu'"),
     (lambda: feed_forward(X, P._replace(w_out=None)), TypeError, "feed_forward: w_out is a NoneType, expected a numpy.ndarray"),
     (lambda: feed_forward(X, P._replace(w_in=P.w_in.T)), ValueError, r"w_in has shape \(5, 4\), expected \(M=4, F\)"),

@@ -53,9 +53,10 @@ def terms_of(x, dy, params, eps, centred):
 @PARAMS
 @pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 3, 7), (3, 1), (0, 7)])
 @pytest.mark.parametrize("eps", [1e-5, 0.3])
-def test_norms_are_those_of_loops(name, given, shape, eps):
+@pytest.mark.parametrize("dtype", [np.float64, np.longdouble])
+def test_norms_are_those_of_loops(name, given, shape, eps, dtype):
     forward, backward = NORMS[name]
-    x, dy, params = drawn(shape, given)
+    x, dy, params = drawn(shape, given, dtype=dtype)
     x += 2.0
     y, cache = forward(x, params, eps=eps)
     grads = backward(dy, cache)
@@ -169,7 +170,10 @@ PLAIN = NormParams(np.ones(4), np.zeros(4))
     (lambda: rms_norm(np.ones(4, np.float32), PLAIN), TypeError, "rms_norm: g has dtype float64, expected float32"),
     (lambda: rms_norm(np.ones(4), np.ones(4)), TypeError, "rms_norm: params is an array of dtype float64, expected"),
     (lambda: rms_norm(np.ones(4), PLAIN, eps=-1e-6), ValueError, "rms_norm: eps is -1e-06, expected 0 or more"),
-    (lambda: rms_norm(np.ones(4), PLAIN, eps=None), TypeError, "rms_norm: eps is a NoneType, expected a Python float"),
+    (lambda: rms_norm(np.ones(4), PLAIN, eps=None), TypeError, "rms_norm: eps is a NoneType, expected a Python float$"),
+    (lambda: layer_norm(np.ones(4), weight=1, bias=1), TypeError, r"expected params=NormParams\(weight, bias\); needed are x,"),
+    (lambda: rms_norm(np.ones(4), PLAIN, epsilon=0.1), TypeError, "rms_norm: got the keyword epsilon, expected eps="),
+    (lambda: layer_norm(np.ones(4), normalized_shape=4), TypeError, "expected nothing: the mean is over the last axis; needed"),
     (lambda: layer_norm(np.ones(4), PLAIN, axis=0), TypeError, "layer_norm: got the keyword axis, expected"),
     (lambda: layer_norm_backward(np.ones(3), layer_norm_forward(np.ones(4), PLAIN)[1]), ValueError,
      r"layer_norm: dy has shape \(3,\), expected \(4,\)"),

@@ -15,7 +15,7 @@ from helpers import HARD_FIRST, first
 from oracles import attention_loops
 
 from npattn.ops.allowed import quiet
-from npattn.tolerances import GOOD_MAX, GOOD_RMS
+from npattn.tolerances import GOOD_MAX, GOOD_RMS, GRADCHECK_EPS
 from npattn.verify.op import better_dtype
 from npattn.verify.ops.attention.draw import FAMILIES, MEDIUM, SMALL, Part, dense_mask, draw, parts_of
 from npattn.verify.ops.attention.truth import overflow
@@ -145,7 +145,8 @@ def test_rounded_computes_attention(options):
     for name, x in got.items():
         if x is not None:
             y = want[name if name in ("out", "lse") else name[1:]]
-            assert np.abs(x - np.asarray(y).reshape(x.shape)).max() < 1e-13 * max(1, np.abs(y).max()), name
+            error = np.abs(x - np.asarray(y).reshape(x.shape)).max()
+            assert error < GRADCHECK_EPS * np.finfo(float).eps * max(1, np.abs(y).max()), name
 
 
 def test_rounded_in_dead_rows():

@@ -12,6 +12,8 @@ from oracles import gru_loops, lstm_loops
 
 import npattn
 from npattn import GRUParams, LSTMParams, gradcheck, gru_backward, gru_forward, lstm_backward, lstm_forward, reversed_steps
+from npattn.ops import recurrent
+from npattn.tolerances import ROUNDING_STD
 
 B, T, M, N = 3, 6, 4, 5
 LENGTHS = {"full": None, "ragged": np.array([4, 0, 6]), "one": np.array([1, 6, 2])}
@@ -55,6 +57,12 @@ def results(op, given, dh, lasts, **options):
     return {"h": h, **{f"{n}_last": s for n, s in zip(OPS[op][3], states, strict=True)}, **named(backward((dh, *lasts), cache))}
 
 
+def small_pieces(monkeypatch, wide=1, deep=1, steps=1):
+    """Products of one step in pieces of these sizes, however small they are."""
+    for name, value in {"SMALL": 0, "WIDTHS": (wide,), "DEPTHS": (deep,), "STEPS": steps, "has_avx512": lambda: True}.items():
+        monkeypatch.setattr(recurrent, name, value)
+
+
 # --- gradients and values ---------------------------------------------------------------------------------------------------
 
 
@@ -84,10 +92,13 @@ def test_gradients_of_each_output_alone(op, options):
         gradcheck(one, back, problem(op, 1), elements=8)
 
 
+@pytest.mark.parametrize("steps", ["whole", "pieces"])
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("biases", [True, False])
 @FORM
-def test_against_loops(op, options, biases, lengths):
+def test_against_loops(op, options, biases, lengths, steps, monkeypatch):
+    if steps == "pieces":
+        small_pieces(monkeypatch)
     n, rng = LENGTHS[lengths], np.random.default_rng(6)
     given = problem(op, 5, biases=(biases,) * OPS[op][2])
     dh, *lasts = (rng.standard_normal(s) for s in ((B, T, N), *[(B, N)] * len(OPS[op][3])))
@@ -289,6 +300,44 @@ def test_inputs_stay_and_a_second_backward_gives_the_same_bits(op, options):
     plain = {k: type(v)(*map(np.array, v)) if isinstance(v, tuple) else v.copy() for k, v in given.items()}
     for name, want in results(op, plain, dh.copy(), lasts, **options).items():
         assert_close(results(op, given, dh, lasts, **options)[name], want, 100, name=name)
+
+
+# --- the product of a step ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize(("rows", "inner", "width", "pieces"), [
+    (2, 6, 4, (2, 2)), (3, 3, 8, (1, 4)), (16, 9, 2, (3, 1)),
+    (1, 6, 4, None), (17, 6, 4, None), (2, 7, 4, None), (2, 6, 5, None), (0, 6, 4, None), (2, 0, 4, None), (2, 6, 0, None),
+])  # fmt: skip
+def test_the_product_of_a_step_is_that_of_numpy(rows, inner, width, pieces, steps, monkeypatch):
+    small_pieces(monkeypatch, wide=2, deep=3, steps=3)
+    cut, real = [], recurrent.gates_of
+    monkeypatch.setattr(recurrent, "gates_of", lambda p, count: cut.append(count) or real(p, count))
+    rng = np.random.default_rng(rows + inner + width)
+    for dtype in (np.float32, np.float64, np.longdouble, np.complex128):
+        x, w = (rng.standard_normal(shape).astype(dtype) for shape in ((rows, 2 * inner), (inner, 3 * width)))
+        for given in (w[:, width : 2 * width], np.asfortranarray(w)[:, :width], w[:, :width][:, ::-1]):
+            cut.clear()
+            product = recurrent.product_with(given, rows, steps)
+            for part in (x[:, :inner], np.ascontiguousarray(x[:, inner:])):
+                assert_close(product(part), part @ given, np.abs(part) @ np.abs(given))
+            some = pieces is not None and dtype in (np.float32, np.float64)
+            assert cut == ([pieces[1], pieces[0], pieces[0]] if some else [])
+            assert not np.shares_memory(product(part), given)
+
+
+@pytest.mark.parametrize(("inner", "width"), [(256, 1024), (1024, 256), (300, 480)])
+@pytest.mark.parametrize("steps", [1, 100])
+def test_sums_of_large_products_have_chains_of_256_at_most(inner, width, steps, monkeypatch):
+    """A chain of n random terms rounds n partial sums of size sqrt(k): sqrt(1/2) n in all, beside 2/pi n for the |terms|."""
+    monkeypatch.setattr(recurrent, "has_avx512", lambda: True)
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((16, inner), (inner, width)))
+    exact, terms = x.astype(float) @ w.astype(float), np.abs(x).astype(float) @ np.abs(w).astype(float)
+    error = (recurrent.product_with(w, 16, steps)(x) - exact) / terms
+    chain = ROUNDING_STD * np.finfo(np.float32).eps / 2 * np.sqrt(1 / 2) * np.pi / 2
+    assert np.sqrt((error**2).mean()) < 1.2 * chain * np.sqrt(256 / inner)
 
 
 # --- reversed_steps and composition -----------------------------------------------------------------------------------------

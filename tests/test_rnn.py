@@ -6,7 +6,9 @@ import itertools
 
 import numpy as np
 import pytest
+from helpers import assert_close, leaves
 from oracles import rnn_loops
+from test_recurrent import small_pieces
 
 from npattn import RNNParams, gradcheck, rnn, rnn_backward, rnn_forward
 from npattn.tolerances import TERMS_EPS
@@ -52,9 +54,12 @@ def test_gradients_of_h_alone_and_of_h_last_alone():
     )
 
 
+@pytest.mark.parametrize("steps", ["whole", "pieces"])
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_against_loops(lengths, nonlinearity):
+def test_against_loops(lengths, nonlinearity, steps, monkeypatch):
+    if steps == "pieces":
+        small_pieces(monkeypatch)
     given, rng = problem(5), np.random.default_rng(6)
     n = LENGTHS[lengths]
     h, cache = rnn_forward(**given, lengths=n, nonlinearity=nonlinearity)
@@ -99,6 +104,20 @@ def test_nan_at_one_step_reaches_that_step_and_later_ones_of_its_sequence():
         wrong = np.isnan(h).any(-1)
         assert wrong[1, 3:].all()
         assert wrong.sum() == T - 3
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_nan_reaches_only_gradients_that_come_from_there(nonlinearity):
+    p, shorter, dh = problem(2), problem(2), np.ones((B, T, N))
+    p["x"][1, 3], dh[1, 3:] = np.nan, 0
+    _, cache = rnn_forward(**p, nonlinearity=nonlinearity)
+    got = rnn_backward(dh, cache)
+    want = rnn_backward(dh, rnn_forward(**shorter, lengths=np.array([T, 3, T]), nonlinearity=nonlinearity)[1])
+    assert not got.x[1, 3:].any()
+    for a, b in zip(leaves(got), leaves(want), strict=True):
+        assert_close(a, b, 100)
+    dh[1, 4] = 1
+    assert np.isnan(rnn_backward(dh, cache).x[1, 3]).all()
 
 
 def test_no_initial_state_is_zeros():

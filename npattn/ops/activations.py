@@ -29,19 +29,44 @@ from npattn.ops.allowed import quiet, select
 from npattn.ops.checks import Array, check_class, check_cotangent, check_dtype, check_one_of
 from npattn.ops.edge import explain_keywords, without_cache
 from npattn.ops.error_function import normal, pi_of
+from npattn.ops.rows import in_rows
 
 CUBIC = 0.044715  # of (4)
 
 
 def logistic(x: Array) -> Array:
-    """1 / (1 + exp(-x)), computed with an exp that never overflows."""
-    e = np.exp(np.where(x.real >= 0, -x, x))
-    return np.asarray(np.where(x.real >= 0, 1, e) / (1 + e))
+    """1 / (1 + exp(-x)), computed with an exp that never overflows: exp(min(x, 0)) / (1 + exp(-|x|))."""
+    if x.dtype.kind == "c":
+        e = np.exp(np.where(x.real >= 0, -x, x))
+        return np.asarray(np.where(x.real >= 0, 1, e) / (1 + e))
+    e = np.asarray(np.abs(x))
+    np.exp(np.negative(e, out=e), out=e)
+    e += 1
+    s = np.asarray(np.minimum(x, 0))
+    return np.asarray(np.divide(np.exp(s, out=s), e, out=s))  # two exp take less time than one np.where
+
+
+def logistic_slope(x: Array) -> Array:
+    """s (1 - s) for the s of `logistic`, with all its digits: exp(-|x|) / (1 + exp(-|x|))^2."""
+    if x.dtype.kind == "c":
+        return logistic(x) * logistic(-x)
+    e = np.asarray(np.abs(x))
+    np.exp(np.negative(e, out=e), out=e)
+    square = np.asarray(e + 1)
+    square *= square
+    return np.asarray(np.divide(e, square, out=e))
 
 
 def times(a: Array, b: Array) -> Array:
     """a b, and 0 where one of them is 0, whatever the other is: the limit at inf, and what a dead element or unit needs."""
-    return select((a != 0) & (b != 0), a * b)
+    y = np.asarray(a * b)
+    return y if np.isfinite(y.sum()) else select((a != 0) & (b != 0), y)  # where all are finite, 0 times b is 0
+
+
+class ActivationGrads(NamedTuple):
+    """The gradient of any activation."""
+
+    x: Array  # (..., F)
 
 
 # --- silu -------------------------------------------------------------------------------------------------------------------
@@ -52,12 +77,6 @@ class SiluCache(NamedTuple):
 
     x: Array  # (..., F)
     s: Array  # (..., F) in the computing dtype
-
-
-class SiluGrads(NamedTuple):
-    """The gradient of `silu`."""
-
-    x: Array
 
 
 @explain_keywords
@@ -72,24 +91,26 @@ def silu_forward(x: Array) -> tuple[Array, SiluCache]:
     [-0.2689, 0.0, 0.7311]
     """
     computing = check_dtype("silu", x=x)
-    wide = x.astype(computing, copy=False)
-    s = logistic(wide)  # (1)
-    y = times(wide, s)  # (2)
+    y, s = in_rows(_silu, x.astype(computing, copy=False))
     return y.astype(x.dtype, copy=False), SiluCache(x, s)
 
 
+def _silu(x: Array) -> tuple[Array, Array]:
+    s = logistic(x)  # (1)
+    return times(x, s), s  # (2)
+
+
 @quiet
-def silu_backward(dy: Array, cache: SiluCache) -> SiluGrads:
-    """The gradient of sum(dy * y): dx = dy s (1 + x (1 - s)), in which 1 - s is the logistic function of -x.
+def silu_backward(dy: Array, cache: SiluCache) -> ActivationGrads:
+    """The gradient of sum(dy * y): dx = dy (s + x ds/dx) with ds/dx = s (1 - s).
 
     dy : (..., F), as y. Raises TypeError, ValueError.
     """
     check_class("silu", "cache", cache, SiluCache, ", from silu_forward")
     x, s = cache.x.astype(cache.s.dtype, copy=False), cache.s
     dy = check_cotangent("silu", "dy", dy, x.shape, cache.x.dtype, s.dtype)
-    ds = times(x, logistic(-x))  # (1): x ds/dx = s (x (1 - s))
-    dx = times(times(1 + ds, s), dy)  # (2), (1)
-    return SiluGrads(dx.astype(cache.x.dtype, copy=False))
+    dx = in_rows(lambda x, s, dy: times(s + times(x, logistic_slope(x)), dy), x, s, dy)  # (2), (1)
+    return ActivationGrads(dx.astype(cache.x.dtype, copy=False))
 
 
 silu = without_cache(silu_forward)
@@ -103,12 +124,6 @@ class SigmoidCache(NamedTuple):
 
     x: Array  # (..., F)
     s: Array  # (..., F) in the computing dtype
-
-
-class SigmoidGrads(NamedTuple):
-    """The gradient of `sigmoid`."""
-
-    x: Array
 
 
 @explain_keywords
@@ -128,16 +143,16 @@ def sigmoid_forward(x: Array) -> tuple[Array, SigmoidCache]:
 
 
 @quiet
-def sigmoid_backward(dy: Array, cache: SigmoidCache) -> SigmoidGrads:
-    """The gradient of sum(dy * y): dx = dy s (1 - s), in which 1 - s is the logistic function of -x.
+def sigmoid_backward(dy: Array, cache: SigmoidCache) -> ActivationGrads:
+    """The gradient of sum(dy * y): dx = dy s (1 - s).
 
     dy : (..., F), as y. Raises TypeError, ValueError.
     """
     check_class("sigmoid", "cache", cache, SigmoidCache, ", from sigmoid_forward")
     x, s = cache.x.astype(cache.s.dtype, copy=False), cache.s
     dy = check_cotangent("sigmoid", "dy", dy, x.shape, cache.x.dtype, s.dtype)
-    dx = times(s * logistic(-x), dy)  # (1)
-    return SigmoidGrads(dx.astype(cache.x.dtype, copy=False))
+    dx = times(logistic_slope(x), dy)  # (1)
+    return ActivationGrads(dx.astype(cache.x.dtype, copy=False))
 
 
 sigmoid = without_cache(sigmoid_forward)
@@ -154,12 +169,6 @@ class GeluCache(NamedTuple):
     approximate: str
 
 
-class GeluGrads(NamedTuple):
-    """The gradient of `gelu`."""
-
-    x: Array
-
-
 @explain_keywords
 @quiet
 def gelu_forward(x: Array, *, approximate: str = "none") -> tuple[Array, GeluCache]:
@@ -167,7 +176,8 @@ def gelu_forward(x: Array, *, approximate: str = "none") -> tuple[Array, GeluCac
 
     x           : (..., F), any rank
     approximate : "none" for (3), "tanh" for (4), as in torch. jax.nn.gelu has (4) by default; GPT-2 has (4), BERT (3)
-    Returns y (..., F), which is exact to a few eps where x is far below 0, too, and the cache. Raises TypeError, ValueError.
+    Returns y (..., F), and the cache. The relative error is a few eps (1 + x^2 / 2) where x < 0: down to underflow, y has the
+    digits that x, rounded, leaves it (`npattn.ops.error_function`). Raises TypeError, ValueError.
 
     >>> y, cache = gelu_forward(np.array([-1.0, 0.0, 1.0]))
     >>> y.round(4).tolist()
@@ -175,14 +185,22 @@ def gelu_forward(x: Array, *, approximate: str = "none") -> tuple[Array, GeluCac
     """
     check_one_of("gelu", "approximate", approximate, ("none", "tanh"))
     computing = check_dtype("gelu", x=x)
-    wide = x.astype(computing, copy=False)
-    s = normal(wide) if approximate == "none" else logistic(_twice_u(wide))  # (3), (4)
-    y = times(wide, s)  # (5)
+    y, s = in_rows(_gelu if approximate == "none" else _gelu_tanh, x.astype(computing, copy=False))
     return y.astype(x.dtype, copy=False), GeluCache(x, s, approximate)
 
 
+def _gelu(x: Array) -> tuple[Array, Array]:
+    s = normal(x)  # (3)
+    return times(x, s), s  # (5)
+
+
+def _gelu_tanh(x: Array) -> tuple[Array, Array]:
+    s = logistic(_twice_u(x))  # (4)
+    return times(x, s), s  # (5)
+
+
 @quiet
-def gelu_backward(dy: Array, cache: GeluCache) -> GeluGrads:
+def gelu_backward(dy: Array, cache: GeluCache) -> ActivationGrads:
     """The gradient of sum(dy * y): dx = dy (s + x ds/dx).
 
     ds/dx is exp(-x^2 / 2) / sqrt(2 pi), the density, by (3), and s (1 - s) d(2 u)/dx by (4).
@@ -192,18 +210,36 @@ def gelu_backward(dy: Array, cache: GeluCache) -> GeluGrads:
     check_class("gelu", "cache", cache, GeluCache, ", from gelu_forward")
     x, s = cache.x.astype(cache.s.dtype, copy=False), cache.s
     dy = check_cotangent("gelu", "dy", dy, x.shape, cache.x.dtype, s.dtype)
-    if cache.approximate == "none":
-        ds = times(x, np.exp(x * x * -0.5) * (2 * pi_of(x.dtype)) ** -0.5)  # (3)
-    else:
-        slope = (1 + 3 * (CUBIC * x * x)) * (8 / pi_of(x.dtype)) ** 0.5
-        ds = times(x * slope, s * logistic(-_twice_u(x)))  # (4): x ds/dx = x d(2 u)/dx s (1 - s)
-    dx = times(s + ds, dy)  # (5), (3) or (4)
-    return GeluGrads(dx.astype(cache.x.dtype, copy=False))
+    dx = in_rows(_gelu_backward if cache.approximate == "none" else _gelu_tanh_backward, x, s, dy)
+    return ActivationGrads(dx.astype(cache.x.dtype, copy=False))
+
+
+def _gelu_backward(x: Array, s: Array, dy: Array) -> Array:
+    density = np.asarray(x * x)
+    density *= -0.5
+    np.exp(density, out=density)
+    density *= (2 * pi_of(x.dtype)) ** -0.5
+    return times(s + times(x, density), dy)  # (5), (3)
+
+
+def _gelu_tanh_backward(x: Array, s: Array, dy: Array) -> Array:
+    slope = np.asarray(x * x)
+    slope *= CUBIC
+    slope *= 3  # not 3 * CUBIC, which is rounded to float64
+    slope += 1
+    slope *= x
+    slope *= (8 / pi_of(x.dtype)) ** 0.5  # x d(2 u)/dx
+    return times(s + times(slope, logistic_slope(_twice_u(x))), dy)  # (5), (4)
 
 
 def _twice_u(x: Array) -> Array:
     """2 u of (4)."""
-    return np.asarray(x * (1 + CUBIC * x * x) * (8 / pi_of(x.dtype)) ** 0.5)
+    u = np.asarray(x * x)
+    u *= CUBIC
+    u += 1
+    u *= x
+    u *= (8 / pi_of(x.dtype)) ** 0.5
+    return u
 
 
 gelu = without_cache(gelu_forward)
@@ -216,12 +252,6 @@ class ReluCache(NamedTuple):
     """What the backward needs."""
 
     x: Array  # (..., F)
-
-
-class ReluGrads(NamedTuple):
-    """The gradient of `relu`."""
-
-    x: Array
 
 
 @explain_keywords
@@ -240,7 +270,7 @@ def relu_forward(x: Array) -> tuple[Array, ReluCache]:
 
 
 @quiet
-def relu_backward(dy: Array, cache: ReluCache) -> ReluGrads:
+def relu_backward(dy: Array, cache: ReluCache) -> ActivationGrads:
     """The gradient of sum(dy * y): dx = dy where x > 0, elsewhere 0. That it is 0 at 0 is a convention, torch's and jax's too.
 
     dy : (..., F), as y. Raises TypeError, ValueError.
@@ -248,13 +278,15 @@ def relu_backward(dy: Array, cache: ReluCache) -> ReluGrads:
     check_class("relu", "cache", cache, ReluCache, ", from relu_forward")
     x = cache.x
     dy = check_cotangent("relu", "dy", dy, x.shape, x.dtype, x.dtype)
-    slope = np.where(x.real > 0, x.dtype.type(1), 0 * _positive(x))  # (6); 0 * NaN is NaN
-    return ReluGrads(times(slope, dy).astype(x.dtype, copy=False))
+    dx = select(np.asarray(x.real > 0), dy)
+    if not np.isfinite(x.sum()):
+        dx = np.asarray(dx + select(np.isnan(x) & (dy != 0), x))  # a NaN is passed on
+    return ActivationGrads(dx.astype(x.dtype, copy=False))  # (6)
 
 
 def _positive(x: Array) -> Array:
     """max(x, 0), of complex x by the real part."""
-    return np.asarray(np.where(x.real <= 0, x.dtype.type(0), x))
+    return np.asarray(np.where(x.real <= 0, x.dtype.type(0), x) if x.dtype.kind == "c" else np.maximum(x, x.dtype.type(0)))
 
 
 relu = without_cache(relu_forward)
@@ -267,12 +299,6 @@ class SquaredReluCache(NamedTuple):
     """What the backward needs."""
 
     x: Array  # (..., F)
-
-
-class SquaredReluGrads(NamedTuple):
-    """The gradient of `squared_relu`."""
-
-    x: Array
 
 
 @explain_keywords
@@ -288,11 +314,11 @@ def squared_relu_forward(x: Array) -> tuple[Array, SquaredReluCache]:
     """
     computing = check_dtype("squared_relu", x=x)
     r = _positive(x.astype(computing, copy=False))
-    return (r * r).astype(x.dtype, copy=False), SquaredReluCache(x)  # (7)
+    return np.asarray(r * r).astype(x.dtype, copy=False), SquaredReluCache(x)  # (7)
 
 
 @quiet
-def squared_relu_backward(dy: Array, cache: SquaredReluCache) -> SquaredReluGrads:
+def squared_relu_backward(dy: Array, cache: SquaredReluCache) -> ActivationGrads:
     """The gradient of sum(dy * y): dx = 2 max(x, 0) dy.
 
     dy : (..., F), as y. Raises TypeError, ValueError.
@@ -302,8 +328,8 @@ def squared_relu_backward(dy: Array, cache: SquaredReluCache) -> SquaredReluGrad
     computing = check_dtype(op, x=cache.x)
     x = cache.x.astype(computing, copy=False)
     dy = check_cotangent(op, "dy", dy, x.shape, cache.x.dtype, computing)
-    dx = 2 * times(_positive(x), dy)  # (7); 2 x may overflow where 2 x dy does not
-    return SquaredReluGrads(dx.astype(cache.x.dtype, copy=False))
+    dx = np.asarray(2 * times(_positive(x), dy))  # (7); 2 x may overflow where 2 x dy does not
+    return ActivationGrads(dx.astype(cache.x.dtype, copy=False))
 
 
 squared_relu = without_cache(squared_relu_forward)
@@ -323,18 +349,20 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 """The forward and backward of each activation, for layers that have one: they take x alone, and dy and the cache."""
 
+ELSEWHERE = {
+    "swish": "silu", "relu2": "squared_relu",
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_tanh"),
+}  # fmt: skip
+"""What transformers calls an activation that has another name here."""
+
 __all__ = [
     "ACTIVATIONS",
+    "ActivationGrads",
     "GeluCache",
-    "GeluGrads",
     "ReluCache",
-    "ReluGrads",
     "SigmoidCache",
-    "SigmoidGrads",
     "SiluCache",
-    "SiluGrads",
     "SquaredReluCache",
-    "SquaredReluGrads",
     "gelu",
     "gelu_backward",
     "gelu_forward",

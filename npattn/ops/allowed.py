@@ -13,9 +13,26 @@ from npattn.ops.checks import Array
 quiet = np.errstate(divide="ignore", over="ignore", under="ignore", invalid="ignore")
 
 
+BITS = {2: np.int16, 4: np.int32, 8: np.int64}  # integers of the size of a dtype
+
+
 def select(allowed: Array | None, x: Array, other: float = 0.0) -> Array:
-    """x where allowed, elsewhere ``other``: never a product with 0, because 0 * NaN = NaN. None allows all."""
-    return x if allowed is None else np.where(allowed, x, x.dtype.type(other))
+    """x where allowed, elsewhere ``other``: never a product with 0, because 0 * NaN = NaN. None allows all.
+
+    It works on the bits: np.where branches on each element, and takes 5 to 15 times as long where the branches are random.
+    """
+    if allowed is None:
+        return x
+    bits = BITS.get(x.dtype.itemsize)
+    if bits is None:  # longdouble, complex128
+        return np.where(allowed, x, x.dtype.type(other))
+    keep = np.asarray(np.negative(allowed, dtype=bits, casting="unsafe"))  # -1, which is all bits, or 0
+    chosen = np.bitwise_and(x.view(bits), keep)
+    if other:
+        np.invert(keep, out=keep)
+        keep &= np.asarray(other, x.dtype).view(bits)
+        chosen = chosen | keep
+    return np.asarray(chosen).view(x.dtype)
 
 
 def product(w: Array, x: Array, allowed: Array | None) -> Array:

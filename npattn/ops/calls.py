@@ -86,9 +86,9 @@ def bind(
     if H % G if G else H:
         raise ValueError(f"{op}: k has G={G} heads, expected a number that divides H={H}: H is fixed by q")
     shape = (*q.shape[:-1], dims["S"])
-    scale = check_number(op, "scale", (dims["D"] or 1) ** -0.5 if scale is None else scale, computing)
+    scale = check_number(op, "scale", (dims["D"] or 1) ** -0.5 if scale is None else scale, computing, optional=True)
     if softcap is not None:
-        softcap = check_number(op, "softcap", softcap, computing, positive=True)
+        softcap = check_number(op, "softcap", softcap, computing, positive=True, optional=True)
     if sink is not None:
         dims.fix("q", H=H)
         dims.fit("sink", check_other_dtype(op, "sink", sink, q.dtype, computing), "H")

@@ -56,10 +56,11 @@ def conversion_hint(name: str, x: object, dtype: str = "np.float32") -> str:
     return f": {way}"
 
 
-def check_array(op: str, name: str, x: object) -> Array:
+def check_array(op: str, name: str, x: object, dtype: str = "np.float32") -> Array:
+    """Check that x is an array. dtype : that of the array which the message makes of a list"""
     # A masked array would lose its mask and a matrix would change what * means: both are refused, not converted.
     if not isinstance(x, np.ndarray) or isinstance(x, (MASKED, np.matrix)):
-        raise TypeError(f"{op}: {name} is {kind(x)}, expected a numpy.ndarray{conversion_hint(name, x)}")
+        raise TypeError(f"{op}: {name} is {kind(x)}, expected a numpy.ndarray{conversion_hint(name, x, dtype)}")
     return x
 
 
@@ -128,11 +129,16 @@ def check_cotangent(
     return array.astype(computing, copy=False)
 
 
-def check_number(op: str, name: str, x: object, computing: np.dtype[Any], *, positive: bool = False) -> Any:
-    """Check that x is a finite Python number or NumPy scalar, complex only if the inputs are complex."""
+def check_number(
+    op: str, name: str, x: object, computing: np.dtype[Any], *, positive: bool = False, optional: bool = False
+) -> Any:
+    """Check that x is a finite Python number or NumPy scalar, complex only if the inputs are complex.
+
+    optional : the caller takes None as well, which the messages say
+    """
     allowed = numbers.Complex if computing.kind == "c" else numbers.Real
     if isinstance(x, (bool, np.bool_)) or not isinstance(x, allowed):
-        raise TypeError(f"{op}: {name} is {kind(x)}, expected a Python float or None")
+        raise TypeError(f"{op}: {name} is {kind(x)}, expected a Python float{' or None' * optional}")
     number: Any = x
     real = isinstance(x, numbers.Real)
     try:
@@ -144,7 +150,7 @@ def check_number(op: str, name: str, x: object, computing: np.dtype[Any], *, pos
     if not finite or (positive and not (real and computed.real > 0)):
         shown = str(x) if len(str(x)) < 50 else f"{str(x)[:20]}..."
         where = f" in {computing}" if math.isfinite(abs(number)) and not finite else ""
-        expected = f"a positive finite number{where}; {name}=None means none" if positive else f"a finite number{where}"
+        expected = f"a {'positive ' * positive}finite number{where}{f'; {name}=None means none' * (optional and positive)}"
         raise ValueError(f"{op}: {name} is {shown}, expected {expected}")
     # A NumPy float64 scalar would turn float32 arrays into float64 ones; a Python float leaves them alone.
     if isinstance(number, (np.longdouble, np.clongdouble)) and computing.char in "gG":
@@ -184,10 +190,13 @@ def integers(op: str, name: str, x: object) -> Array:
     return np.array(a, dtype=np.int64)
 
 
-def check_one_of(op: str, name: str, x: object, choices: Iterable[object]) -> None:
+def check_one_of(op: str, name: str, x: object, choices: Iterable[object], elsewhere: dict[str, str] | None = None) -> None:
+    """Check that x is one of the choices. elsewhere : names that another library has for some of them"""
     choices = list(choices)
     if not (x is None or isinstance(x, str)) or x not in choices:
-        raise ValueError(f"{op}: {name} is {x!r}, expected one of {', '.join(map(repr, choices))}")
+        ours = (elsewhere or {}).get(x) if isinstance(x, str) else None
+        here = "" if ours is None else f"; {x!r} is {ours!r} here"
+        raise ValueError(f"{op}: {name} is {x!r}, expected one of {', '.join(map(repr, choices))}{here}")
 
 
 class Dims:

@@ -21,6 +21,7 @@ from npattn.ops.allowed import quiet, select
 from npattn.ops.checks import (
     Array,
     Dims,
+    check_array,
     check_class,
     check_cotangent,
     check_dtype,
@@ -47,13 +48,13 @@ class CrossEntropyGrads(NamedTuple):
     logits: Array  # (..., V)
 
 
-def shares(smoothing: float, V: int, computing: np.dtype[Any]) -> tuple[Any, Any]:
+def smoothed_shares(smoothing: float, V: int, computing: np.dtype[Any]) -> tuple[Any, Any]:
     """1 - s and s / V of equation (3), each rounded once."""
     s = np.longdouble(smoothing)
     return computing.type(1 - s), computing.type(s / max(V, 1))
 
 
-def positions(reduction: str, targets: Array, counts: Array | None) -> int:
+def divisor(reduction: str, targets: Array, counts: Array | None) -> int:
     """By how many positions a sum is divided: 1 unless it is a mean."""
     return max(targets.size if counts is None else int(counts.sum()), 1) if reduction == "mean" else 1
 
@@ -84,11 +85,13 @@ def cross_entropy_forward(
     op, computing = "cross_entropy", check_dtype("cross_entropy", logits=logits)
     dims = Dims(op)
     V = dims.fit("logits", logits, "... V").shape[-1]
-    if dims.fit("targets", targets, "...").dtype.kind not in "iu":
+    if dims.fit("targets", check_array(op, "targets", targets, "int"), "...").dtype.kind not in "iu":
         raise TypeError(f"{op}: targets has dtype {targets.dtype}, expected integers")
-    if mask is not None and dims.fit("mask", mask, "...").dtype != np.bool_:
+    if mask is not None and dims.fit("mask", check_array(op, "mask", mask, "bool"), "...").dtype != np.bool_:
         raise TypeError(f"{op}: mask has dtype {mask.dtype}, expected bool (True = counts)")
     classes = targets if mask is None else np.where(mask, targets, 0)
+    if classes.size and not V:
+        raise ValueError(f"{op}: logits has shape {logits.shape}, expected at least one class for a position")
     if classes.size and not (classes.min() >= 0 and classes.max() < V):
         raise ValueError(
             f"{op}: targets reaches from {classes.min()} to {classes.max()}, expected 0 to V - 1 = {V - 1}; "
@@ -105,7 +108,7 @@ def cross_entropy_forward(
     p /= z  # (2)  (..., V)
     log_z = np.log(z)
     lse = m + log_z  # (2)  (..., 1)
-    of_target, of_each = shares(s, V, computing)  # (3)
+    of_target, of_each = smoothed_shares(s, V, computing)  # (3)
     loss = log_z - np.take_along_axis(y, classes[..., None], -1)  # (4)  (..., 1)
     if s:
         loss = (of_target * loss if of_target else 0) + of_each * (log_z - y).sum(-1, keepdims=True)  # (4); 0 inf would be NaN
@@ -113,23 +116,29 @@ def cross_entropy_forward(
         loss = loss + a * lse * lse  # (5)
     loss = select(mask, loss[..., 0])  # (...)
     if reduction != "none":
-        loss = (loss / positions(reduction, classes, mask)).sum()  # (6)  (), divided first: a sum may overflow
+        loss = np.asarray((loss / divisor(reduction, classes, mask)).sum())  # (6)  (), divided first: a sum may overflow
     return loss, CrossEntropyCache(p, lse, classes, mask, (reduction, s, a), logits.dtype)
 
 
 @quiet
-def cross_entropy_backward(dloss: Array, cache: CrossEntropyCache) -> CrossEntropyGrads:
+def cross_entropy_backward(dloss: Array | float | None, cache: CrossEntropyCache) -> CrossEntropyGrads:
     """The gradient of sum(dloss * loss): dlogits = dloss (p (1 + 2 a lse) - q), for the mean divided by what counts.
 
-    dloss : as the loss, () or (...). Returns the gradient of the logits, (..., V), which is 0 where a position does not count
-    and where its dloss is 0. Raises TypeError, ValueError.
+    dloss : as the loss, () or (...); for () also a Python float, and None means 1, for each position where there are several
+    Returns the gradient of the logits, (..., V), which is 0 where a position does not count and where its dloss is 0. Raises
+    TypeError, ValueError.
     """
     check_class("cross_entropy", "cache", cache, CrossEntropyCache, ", from cross_entropy_forward")
     p, lse, targets, counts, (reduction, s, a), dtype = cache
     shape = targets.shape if reduction == "none" else ()
-    dloss = check_cotangent("cross_entropy", "dloss", np.asarray(dloss), shape, p.dtype, p.dtype)
-    each = np.broadcast_to(dloss / positions(reduction, targets, counts), targets.shape)[..., None]  # (6)  (..., 1)
-    of_target, of_each = shares(s, p.shape[-1], p.dtype)  # (3)
+    if dloss is None:
+        dloss = np.ones(shape, p.dtype)
+    elif type(dloss) in (int, float):  # a NumPy scalar has a dtype, which has to be that of the loss
+        dloss = np.asarray(dloss, p.dtype)
+    given = np.asarray(dloss) if isinstance(dloss, np.generic) else dloss
+    dloss = check_cotangent("cross_entropy", "dloss", given, shape, p.dtype, p.dtype)
+    each = np.broadcast_to(dloss / divisor(reduction, targets, counts), targets.shape)[..., None]  # (6)  (..., 1)
+    of_target, of_each = smoothed_shares(s, p.shape[-1], p.dtype)  # (3)
     dlogits = (p * (1 + 2 * a * lse) if a else p) - of_each  # (5), (4), (2): d lse / d x_c = p_c  (..., V)
     at = targets[..., None]
     np.put_along_axis(dlogits, at, np.take_along_axis(dlogits, at, -1) - of_target, -1)  # (4), (1)

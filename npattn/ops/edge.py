@@ -21,7 +21,8 @@ def without_cache(forward: Callable[P, tuple[R, Any]]) -> Callable[P, R]:
     def x(*args: P.args, **kwargs: P.kwargs) -> R:
         return forward(*args, **kwargs)[0]
 
-    x.__doc__ = f"The output of `{forward.__name__}`, which has the same arguments, without its cache."
+    said = inspect.cleandoc(forward.__doc__ or "").partition(">>>")[0].strip()  # its examples stand there, and run once
+    x.__doc__ = f"The output of `{forward.__name__}`, without its cache. Of that function:\n\n{said}"
     x.__name__ = x.__qualname__ = forward.__name__.removesuffix("_forward")
     x.__annotations__ = {name: a for name, a in forward.__annotations__.items() if name != "return"}
     vars(x)["__signature__"] = inspect.signature(forward).replace(return_annotation=inspect.Signature.empty)
@@ -59,16 +60,37 @@ INSTEAD: dict[str, tuple[str, str]] = {
     "enable_gqa": ("softcap", "nothing: k and v may have fewer heads than q"),
     "num_key_value_heads": ("num_kv_heads", "num_kv_heads="),
     "hx": ("h0", "h0, the second argument"),
+    **dict.fromkeys(("n_head", "n_heads", "nhead", "num_attention_heads"), ("num_heads", "num_heads")),
+    "batch_first": ("h0", "nothing: x is (B, T, M)"),
+    "bidirectional": ("h0", "two layers, the second with npattn.reversed_steps(x, lengths)"),
+    **dict.fromkeys(("epsilon", "layer_norm_eps", "rms_norm_eps"), ("eps", "eps=")),
+    "normalized_shape": ("eps", "nothing: the mean is over the last axis"),
     **dict.fromkeys(("axis", "dim"), ("scores", "the axis last: np.moveaxis(scores, axis, -1)")),
     "padding_idx": ("ids", "nothing: set the row of the gradient to 0 yourself"),
     "ignore_index": ("targets", "mask=targets != ignore_index (True = counts)"),
+    **dict.fromkeys(("target", "labels"), ("targets", "targets, the classes")),
+}
+LINEAR = "params=LinearParams(weight.T, bias)"
+NORM = "params=NormParams(weight, bias)"
+DROPPED = "dropout_mask=(rng.random((..., F)) >= p) / (1 - p), or npattn.Dropout(p, seed).mask((..., F), x.dtype)"
+# What a keyword means in one function. The functions of INSTEAD share their meaning, and these do not.
+OF_FUNCTION: dict[str, dict[str, str]] = {
+    "linear": {"weight": LINEAR, "bias": LINEAR, "input": "x"},
+    "layer_norm": {"weight": NORM, "bias": NORM, "input": "x"},
+    "rms_norm": {"weight": NORM, "input": "x"},
+    "embedding": {"weight": "table, (V, M)", "input": "ids"},
+    "tied_head": {"weight": "table, (V, M)", "input": "x"},
+    "cross_entropy": {"input": "logits"},
+    "dropout": {"p": "mask=npattn.Dropout(p, seed).mask(x.shape, x.dtype)"},
+    "feed_forward": dict.fromkeys(("dropout", "dropout_p", "dropout_rate"), DROPPED),
+    "lstm": {"hx": "h0 and c0, two arguments"},
 }
 
 
 def explain_keywords(function: Callable[P, R]) -> Callable[P, R]:
     """The same function, but for an unknown keyword it raises a TypeError that says what to write instead."""
     parameters = inspect.signature(function).parameters.values()
-    names = [p.name for p in parameters]
+    names, needed = [p.name for p in parameters], [p.name for p in parameters if p.default is p.empty]
     first = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     op = function.__name__.removesuffix("_forward")
 
@@ -76,16 +98,21 @@ def explain_keywords(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if not kwargs.keys() <= set(names):
             unknown = next(name for name in kwargs if name not in names)
-            raise TypeError(f"{op}: got the keyword {unknown}, expected {_instead(op, unknown, names, first)}")
+            instead = _instead(op, unknown, names, first)
+            raise TypeError(f"{op}: got the keyword {unknown}, expected {instead}; needed are {', '.join(needed)}")
         if len(args) > len(first):
             more = f": options are given by name, as {names[len(first)]}=" if len(names) > len(first) else ""
             raise TypeError(f"{op}: got {len(args)} arguments without a name, expected {', '.join(first)}{more}")
+        if len(args) < len(needed) and (missing := [n for n in needed[len(args) :] if n not in kwargs]):
+            raise TypeError(f"{op}: got no {' and no '.join(missing)}, expected {', '.join(needed)}")
         return function(*args, **kwargs)
 
     return call
 
 
 def _instead(op: str, name: str, names: list[str], first: list[str]) -> str:
+    if text := OF_FUNCTION.get(op, {}).get(name):
+        return text
     ours, text = INSTEAD.get(name, ("", ""))
     options = [n for n in names if n not in first] or first
     return text.format(op=op) if ours in names else f"one of {', '.join(options)}"

@@ -57,7 +57,7 @@ def embedding_forward(ids: Array, table: Array) -> tuple[Array, EmbeddingCache]:
     """
     check_dtype("embedding", table=table)
     V = Dims("embedding").fit("table", table, "V M").shape[0]
-    if check_array("embedding", "ids", ids).dtype.kind not in "iu":
+    if check_array("embedding", "ids", ids, "int").dtype.kind not in "iu":
         raise TypeError(f"embedding: ids has dtype {ids.dtype}, expected integers")
     wrong = ids[(ids < 0) | (ids >= V)]
     if wrong.size:
@@ -68,9 +68,9 @@ def embedding_forward(ids: Array, table: Array) -> tuple[Array, EmbeddingCache]:
 @quiet
 def embedding_backward(dy: Array, cache: EmbeddingCache) -> EmbeddingGrads:
     """The gradient of sum(dy * y) for the table. dy : (..., M), as y. Raises TypeError, ValueError."""
-    # The sum is the product with a sparse matrix that has a 1 for each token, in the row of its id: of 100,000 tokens with
-    # M = 64 and V = 50,257 it takes 0.1 s, np.add.at 0.9 s, and np.add.reduceat of sorted ids 1.6 s. To import it takes time,
-    # too, which a program without this gradient does not need.
+    # The sum is the product with a sparse matrix that has a 1 for each token, in the row of its id. In float32 np.add.at takes
+    # 11 times as long for 100,000 tokens with M = 64 and V = 50,257, and twice as long for 8,192 with M = 768; np.add.reduceat
+    # of sorted ids 20 and 5 times. scipy.sparse is imported here, as a program without this gradient can do without it.
     from scipy.sparse import csc_array
 
     check_class("embedding", "cache", cache, EmbeddingCache, ", from embedding_forward")

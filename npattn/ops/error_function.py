@@ -24,7 +24,7 @@ from scipy.special import erfc
 from npattn.ops.checks import Array
 
 BLOCK = 1 << 16  # bytes that are computed at a time, so that what is in between stays in the processor's cache
-FAR = 200.0  # the tail is 0 in every dtype from here on, and no power of z overflows below
+TAIL_END = 200.0  # the tail is 0 in every dtype from here on, and no power of z overflows below
 
 # q of float32 is P(z) / R(z), least relative error on 0 <= z <= 14.5, where the tail of float32 ends: 5.9e-9 (0.1 units of
 # roundoff). All coefficients are positive, so nothing cancels. `python tests/test_error_function.py` fits and prints them.
@@ -45,18 +45,18 @@ def normal(x: Array) -> Array:
 
 
 def _by_fit(x: Array) -> Array:
-    """Phi of float32, in 8 ns an element, where scipy.special.erf takes 18, erfc 21 to 28, and np.tanh 0.8.
+    """Phi of float32, in half the time of scipy.special.erf and erfc: `python tests/test_error_function.py` measures it.
 
-    `python tests/test_error_function.py` measures it. Its errors: P and R round at most 9 times together, of terms that are all
-    positive; then a quotient, a product, an exp, and the 1/2 eps of z^2.
+    Its errors: P and R round at most 9 times together, of terms that are all positive; then a quotient, a product, an exp, and
+    the 1/2 eps of z^2.
     """
-    z = np.minimum(np.abs(x), FAR)
+    z = np.minimum(np.abs(x), TAIL_END)
     e = z * z
     e *= -0.5
     tail = _polynomial(P, z)
     tail /= _polynomial(R, z)
     tail *= np.exp(e, out=e)
-    np.subtract(x > 0, tail, out=tail)  # -tail or 1 - tail; with np.where, whose branches are taken at random, it takes 13
+    np.subtract(x > 0, tail, out=tail)  # -tail or 1 - tail; with np.where, whose branches are random, all takes twice as long
     return np.abs(tail, out=tail)
 
 
@@ -83,7 +83,7 @@ def _by_integral(x: Array) -> Array:
     k, count = _rule(x.dtype)
     low, pi, half = x.real <= 0, pi_of(x.dtype), type(k)(0.5)
     z = np.where(low, -x, x)
-    z = np.where(z.real > np.maximum(FAR, 2 * np.abs(z.imag)), z.dtype.type(FAR), z)  # so that no z^2 overflows
+    z = np.where(z.real > np.maximum(TAIL_END, 2 * np.abs(z.imag)), z.dtype.type(TAIL_END), z)  # so that no z^2 overflows
     if z.dtype.kind == "c":
         half = np.where(np.abs(np.abs(z.imag) / k % 1 - half) <= half / 2, 0 * half, half)
     square, total = z * z, np.zeros_like(z)

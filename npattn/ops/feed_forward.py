@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from npattn.ops.activations import ACTIVATIONS
+from npattn.ops.activations import ACTIVATIONS, ELSEWHERE
 from npattn.ops.allowed import quiet, select
 from npattn.ops.checks import Array, Dims, check_class, check_cotangent, check_dtype, check_one_of, check_other_dtype, kind
-from npattn.ops.dropout import DropoutCache, dropout_backward, dropout_forward
+from npattn.ops.dropout import check_dropout_mask, masked
 from npattn.ops.edge import explain_keywords, without_cache
 from npattn.ops.linear import project, project_backward
 
@@ -44,7 +44,7 @@ class FeedForwardCache(NamedTuple):
     inner: Any  # the cache of f
     value: Array | None  # (..., F) a, where the layer is gated
     gate: Array | None  # (..., F) f(u), where the layer is gated
-    dropout: DropoutCache | None
+    dropout_mask: Array | None  # (..., F)
     hidden: Array  # (..., F) h, after dropout
 
 
@@ -64,11 +64,11 @@ def feed_forward_forward(
 
     x          : (..., M), any rank   params : see `FeedForwardParams`
     activation : "gelu", "gelu_tanh", "relu", "squared_relu", "silu" or "sigmoid"
-    dropout_mask : (..., F), 0 or 1 / (1 - p)
+    dropout_mask : (..., F), 0 or 1 / (1 - p), as ``Dropout(p, seed).mask((*x.shape[:-1], F), x.dtype)``
     Returns y (..., M_out), and the cache. Raises TypeError, ValueError.
     """
-    check_one_of("feed_forward", "activation", activation, ACTIVATIONS)
-    computing, p = _check(x, params), params
+    check_one_of("feed_forward", "activation", activation, ACTIVATIONS, ELSEWHERE)
+    computing, p = _check(x, params, dropout_mask), params
     f, _ = ACTIVATIONS[activation]
     a = project(x, p.w_in, p.b_in, computing)  # (1)
     if p.w_gate is None:
@@ -78,9 +78,9 @@ def feed_forward_forward(
         u = project(x, p.w_gate, p.b_gate, computing)  # (2)
         value, (gate, inner) = a, f(u)
         h = gate * value  # (3)
-    h, dropout = (h, None) if dropout_mask is None else dropout_forward(h, dropout_mask)  # (4)
+    h = h if dropout_mask is None else masked(h, dropout_mask)  # (4)
     y = project(h, p.w_out, p.b_out, computing)  # (5)
-    return y.astype(x.dtype, copy=False), FeedForwardCache(x, params, activation, inner, value, gate, dropout, h)
+    return y.astype(x.dtype, copy=False), FeedForwardCache(x, params, activation, inner, value, gate, dropout_mask, h)
 
 
 @quiet
@@ -95,7 +95,7 @@ def feed_forward_backward(dy: Array, cache: FeedForwardCache) -> FeedForwardGrad
     x, (_, f_backward) = c.x.astype(computing, copy=False), ACTIVATIONS[c.activation]
 
     dh, dw_out, db_out = project_backward(dy, c.hidden, p.w_out, p.b_out)  # (5)
-    dh = dh if c.dropout is None else dropout_backward(dh, c.dropout).x  # (4)
+    dh = dh if c.dropout_mask is None else masked(dh, c.dropout_mask)  # (4)
     if p.w_gate is None:
         dw_gate, db_gate = None, None
         dx, dw_in, db_in = project_backward(f_backward(dh, c.inner).x, x, p.w_in, p.b_in)  # (3), (1)
@@ -107,7 +107,7 @@ def feed_forward_backward(dy: Array, cache: FeedForwardCache) -> FeedForwardGrad
     return FeedForwardGrads(dx.astype(c.x.dtype, copy=False), FeedForwardParams(dw_in, dw_out, db_in, db_out, dw_gate, db_gate))
 
 
-def _check(x: Any, params: Any) -> np.dtype[Any]:
+def _check(x: Any, params: Any, dropout_mask: Any) -> np.dtype[Any]:
     op = "feed_forward"
     check_class(op, "params", params, FeedForwardParams)
     computing, dims = check_dtype(op, x=x), Dims(op)
@@ -119,6 +119,8 @@ def _check(x: Any, params: Any) -> np.dtype[Any]:
         p = getattr(params, name)
         if p is not None or name in ("w_in", "w_out"):
             dims.fit(name, check_other_dtype(op, name, p, x.dtype, computing), spec)
+    if dropout_mask is not None:
+        dims.fit("dropout_mask", check_dropout_mask(op, "dropout_mask", dropout_mask, x.dtype, computing), "... F")
     return computing
 
 

@@ -33,7 +33,9 @@ from npattn.ops.recurrent import (
     check_recurrent,
     first_state,
     gate,
+    gates_of,
     input_gradient,
+    product_with,
     reached,
     states_before,
     swap_steps,
@@ -90,16 +92,19 @@ def gru_forward(
     w_h, b_h = params.w_h.astype(computing, copy=False), np.zeros(3 * N, computing)
     if params.b_h is not None:
         b_h = params.b_h.astype(computing, copy=False)
-    w_n, b_n = np.ascontiguousarray(w_h[:, 2 * N :]), b_h[2 * N :]
+    first = 3 * N if reset_after else 2 * N  # columns that are made before the gates
+    times_w_h, times_w_n = product_with(w_h[:, :first], B, T), product_with(w_h[:, 2 * N :], B, T)
+    b_h, b_n = b_h[:first], b_h[2 * N :]
     gates = all_steps(x, params.w_x, params.b_x, computing)  # (1); a_t at first
     states, m_n = np.empty((T, B, N), computing), np.empty((T, B, N), computing)
     h = first_state(h0, B, N, computing)
     for t in range(T):
-        m, rz, n = h @ w_h + b_h, gates[t, :, : 2 * N], gates[t, :, 2 * N :]  # (2)
+        m, rz, n = times_w_h(h), gates[t, :, : 2 * N], gates[t, :, 2 * N :]
+        m += b_h  # (2)
         rz += m[:, : 2 * N]
         gate(rz)  # (3)
         r, z = rz[:, :N], rz[:, N:]
-        m_n[t] = m[:, 2 * N :] if reset_after else (r * h) @ w_n + b_n  # (2) or (2')
+        m_n[t] = m[:, 2 * N :] if reset_after else times_w_n(r * h) + b_n  # (2) or (2')
         n += r * m_n[t] if reset_after else m_n[t]
         np.tanh(n, out=n)  # (4) or (4')
         now, new = None if valid is None else valid[:, t], (1 - z) * n + z * h  # (5)
@@ -123,24 +128,32 @@ def gru_backward(dh: Array, cache: GRUCache, dh_last: Array | None = None) -> GR
     if dh_last is not None:
         dh_last = check_cotangent("gru", "dh_last", dh_last, (B, N), c.x.dtype, computing)
     carry = first_state(dh_last, B, N, computing)
-    w_h = params.w_h.astype(computing, copy=False)
-    back_h, back_n = np.ascontiguousarray(swap(w_h)), np.ascontiguousarray(swap(w_h[:, 2 * N :]))
+    back_h = swap(params.w_h.astype(computing, copy=False))
+    first = 3 * N if c.reset_after else 2 * N
+    times_back_h, times_back_n = product_with(back_h[:first], B, T), product_with(back_h[2 * N :], B, T)
     before, finite = states_before(c.h0, c.states), bool(np.isfinite(c.gates).all())
     da, dm = np.empty((T, B, 3 * N), computing), np.empty((T, B, 3 * N), computing)
     for t in reversed(range(T)):
         now = None if c.valid is None else c.valid[:, t]
-        d = select(now, dh[:, t] + carry)
-        live = None if finite else reached(d)  # NaN of a step that no gradient reaches stays there
-        r, z, n, m_n, h = (select(live, y) for y in (*np.split(c.gates[t], 3, -1), c.m_n[t], before[t]))
-        dn, dz, back = d * (1 - z) * (1 - n * n), d * (h - n), d * z  # (5); dn: (5), (4)
+        d, p, m_n, h = select(now, dh[:, t] + carry), c.gates[t], c.m_n[t], before[t]
+        if not finite:  # NaN of a step that no gradient reaches stays there
+            p, m_n, h = (select(reached(d), y) for y in (p, m_n, h))
+        (r, z, n), (dr, dz, dn), dm_n = gates_of(p, 3), gates_of(da[t], 3), dm[t, :, 2 * N :]
+        rz, drz = p[:, : 2 * N], da[t, :, : 2 * N]
+        np.multiply(d, h - n, out=dz)  # (5)
+        np.multiply(d * (1 - z), 1 - n * n, out=dn)  # (5), (4)
+        back = d * z  # (5)
         if c.reset_after:
-            dr, dm_n = dn * m_n, dn * r  # (4)
+            np.multiply(dn, m_n, out=dr)  # (4)
+            np.multiply(dn, r, out=dm_n)  # (4)
         else:
-            dreset, dm_n = dn @ back_n, dn  # (4'), (2')
-            dr, back = dreset * h, back + dreset * r  # (2')
-        da[t] = np.concatenate([dr * (r * (1 - r)), dz * (z * (1 - z)), dn], -1)  # (3)
-        dm[t] = np.concatenate([da[t, :, : 2 * N], dm_n], -1)
-        back += dm[t] @ back_h if c.reset_after else da[t, :, : 2 * N] @ back_h[: 2 * N]  # (2)
+            dreset = times_back_n(dn)  # (4'), (2')
+            np.multiply(dreset, h, out=dr)  # (2')
+            dm_n[...] = dn  # (4')
+            back += dreset * r  # (2')
+        drz *= rz * (1 - rz)  # (3)
+        dm[t, :, : 2 * N] = drz
+        back += times_back_h(dm[t, :, :first])  # (2)
         carry = back if now is None else np.where(now, back, carry)
     dw_h = weight_gradients(before, dm, params.w_h)  # (2)
     if not c.reset_after:

@@ -1,9 +1,9 @@
 """The linear layer: one matrix product for all tokens.
 
-    y = x w + b          (..., M) -> (..., N)      (1)
+    y = x w + b          (..., M) -> (..., M_out)      (1)
 
-Its gradients are dx = dy w^T, and dw = x^T dy and db = dy summed over all tokens. Multi-head attention, the recurrent layer and
-the feed-forward layer are made of it.
+Its gradients are dx = dy w^T, and dw = x^T dy and db = dy summed over all tokens. Multi-head attention and the feed-forward
+layer are made of it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from npattn.ops.edge import explain_keywords, without_cache
 class LinearParams(NamedTuple):
     """A weight (in, out), applied as x @ w."""
 
-    w: Array  # (M, N)
-    b: Array | None = None  # (N,)
+    w: Array  # (M, M_out)
+    b: Array | None = None  # (M_out,)
 
 
 class LinearCache(NamedTuple):
@@ -45,7 +45,7 @@ def linear_forward(x: Array, params: LinearParams) -> tuple[Array, LinearCache]:
     """x w + b, equation (1) of this page.
 
     x : (..., M), any rank   params : see `LinearParams`
-    Returns y (..., N), and the cache. Raises TypeError, ValueError.
+    Returns y (..., M_out), and the cache. Raises TypeError, ValueError.
 
     >>> y, cache = linear_forward(np.array([1.0, 2.0]), LinearParams(np.array([[1.0, 0.0], [3.0, 1.0]]), np.array([0.5, 0.0])))
     >>> y.tolist()
@@ -54,9 +54,9 @@ def linear_forward(x: Array, params: LinearParams) -> tuple[Array, LinearCache]:
     check_class("linear", "params", params, LinearParams)
     computing, dims = check_dtype("linear", x=x), Dims("linear")
     dims.fit("x", x, "... M")
-    dims.fit("w", check_other_dtype("linear", "w", params.w, x.dtype, computing), "M N")
+    dims.fit("w", check_other_dtype("linear", "w", params.w, x.dtype, computing), "M M_out")
     if params.b is not None:
-        dims.fit("b", check_other_dtype("linear", "b", params.b, x.dtype, computing), "N")
+        dims.fit("b", check_other_dtype("linear", "b", params.b, x.dtype, computing), "M_out")
     y = project(x, params.w, params.b, computing)  # (1)
     return y.astype(x.dtype, copy=False), LinearCache(x, params)
 
@@ -65,7 +65,7 @@ def linear_forward(x: Array, params: LinearParams) -> tuple[Array, LinearCache]:
 def linear_backward(dy: Array, cache: LinearCache) -> LinearGrads:
     """The gradients of sum(dy * y) for x and the parameters.
 
-    dy : (..., N), as y. Raises TypeError, ValueError.
+    dy : (..., M_out), as y. Raises TypeError, ValueError.
     """
     check_class("linear", "cache", cache, LinearCache, ", from linear_forward")
     x, (w, b) = cache.x, cache.params

@@ -29,7 +29,9 @@ from npattn.ops.recurrent import (
     check_recurrent,
     first_state,
     gate,
+    gates_of,
     input_gradient,
+    product_with,
     reached,
     states_before,
     swap_steps,
@@ -83,12 +85,13 @@ def lstm_forward(
     """
     valid, computing = check_recurrent("lstm", x, {"h0": h0, "c0": c0}, params, LSTMParams, 4, lengths)
     (B, T, _), N = x.shape, params.w_h.shape[0]
-    w_h, gates = params.w_h.astype(computing, copy=False), all_steps(x, params.w_x, params.b, computing)  # (1); a_t at first
+    times_w_h = product_with(params.w_h.astype(computing, copy=False), B, T)
+    gates = all_steps(x, params.w_x, params.b, computing)  # (1); a_t at first
     cells, states = np.empty((T, B, N), computing), np.empty((T, B, N), computing)
     h, c = first_state(h0, B, N, computing), first_state(c0, B, N, computing)
     for t, p in enumerate(gates):
-        p += h @ w_h  # (2)
-        i, f, g, o = np.split(p, 4, -1)
+        p += times_w_h(h)  # (2)
+        i, f, g, o = gates_of(p, 4)
         gate(p[:, : 2 * N])  # (3)
         gate(o)  # (3)
         np.tanh(g, out=g)  # (4)
@@ -119,18 +122,25 @@ def lstm_backward(
         given = None if last is None else check_cotangent("lstm", name, last, (B, N), k.x.dtype, computing)
         carries.append(first_state(given, B, N, computing))
     carry_h, carry_c = carries
-    back_h = np.ascontiguousarray(swap(params.w_h.astype(computing, copy=False)))
+    times_back_h = product_with(swap(params.w_h.astype(computing, copy=False)), B, T)
     before, cells_before, shown = states_before(k.h0, k.states), states_before(k.c0, k.cells), np.tanh(swap_steps(k.cells))
     finite, dp = bool(np.isfinite(k.gates).all()), np.empty((T, B, 4 * N), computing)
     for t in reversed(range(T)):
         now = None if k.valid is None else k.valid[:, t]
-        d, dc = select(now, dh[:, t] + carry_h), select(now, carry_c)
-        live = None if finite else reached(d, dc)  # NaN of a step that no gradient reaches stays there
-        i, f, g, o, c, u = (select(live, y) for y in (*np.split(k.gates[t], 4, -1), cells_before[t], shown[t]))
+        d, dc, p, c, u = select(now, dh[:, t] + carry_h), select(now, carry_c), k.gates[t], cells_before[t], shown[t]
+        if not finite:  # NaN of a step that no gradient reaches stays there
+            p, c, u = (select(reached(d, dc), y) for y in (p, c, u))
+        i, f, g, o = gates_of(p, 4)
+        slope = p * (1 - p)  # of (3)
+        gates_of(slope, 4)[2] = 1 - g * g  # of (4)
         dc = dc + d * o * (1 - u * u)  # (6)
-        di, df, dg, do = dc * g * (i * (1 - i)), dc * c * (f * (1 - f)), dc * i * (1 - g * g), d * u * (o * (1 - o))
-        dp[t] = np.concatenate([di, df, dg, do], -1)  # (6), (5), (4), (3)
-        back, back_c = dp[t] @ back_h, dc * f  # (2), (5)
+        di, df, dg, do = gates_of(dp[t], 4)
+        np.multiply(d, u, out=do)  # (6)
+        np.multiply(dc, g, out=di)  # (5)
+        np.multiply(dc, c, out=df)  # (5)
+        np.multiply(dc, i, out=dg)  # (5)
+        dp[t] *= slope  # (4), (3)
+        back, back_c = times_back_h(dp[t]), dc * f  # (2), (5)
         carry_h, carry_c = (back, back_c) if now is None else (np.where(now, back, carry_h), np.where(now, back_c, carry_c))
     grads = LSTMParams(
         weight_gradients(by_step(k.x, computing), dp, params.w_x),  # (1)

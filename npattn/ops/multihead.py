@@ -293,6 +293,11 @@ class KVCache:
         """(..., G, S, E), read-only."""
         return _read_only(self._buffer.v[..., : self.length, :])
 
+    def rows(self, index: Array) -> KVCache:
+        """The cache of these sequences of the batch, in this order; one may come twice, as in a beam search. A copy."""
+        k, v = self.k[index], self.v[index]
+        return KVCache(Buffer(k, v, 0), 0).appended(k, v)
+
     def appended(self, k: Array, v: Array) -> KVCache:
         buffer, length = self._buffer, self.length + k.shape[-2]
         if buffer.used != self.length or buffer.k.shape[-2] < length:
@@ -308,50 +313,81 @@ def _read_only(x: Array) -> Array:
     return x
 
 
+def _keys_and_values(
+    x: Array, params: MultiHeadParams, G: int, computing: np.dtype[Any], norm_eps: float
+) -> tuple[Array, Array]:
+    k = split_heads(project(x, params.w_k, params.b_k, computing), G)  # (2)
+    v = split_heads(project(x, params.w_v, params.b_v, computing), G)  # (3)
+    return _norm(k, params.k_norm, norm_eps)[0], v  # (4)
+
+
+def _of_width(x: Array, w: Array) -> Array:
+    """An array like x with the width that w takes, for checks: what it holds does not count."""
+    return np.broadcast_to(x[..., :1], (*x.shape[:-1], len(w)))
+
+
+@explain_keywords
+@quiet
+def multi_head_memory(
+    x: Array, params: MultiHeadParams, num_heads: int, *, num_kv_heads: int | None = None, norm_eps: float = 1e-6
+) -> KVCache:
+    """The keys and values of a sequence that `multi_head_decode` with cross=True looks at, computed once.
+
+    x : (..., S, Mk), as of an encoder   params, num_heads, num_kv_heads, norm_eps : as in `multi_head_forward`
+    Raises TypeError, ValueError.
+    """
+    op = "multi_head_memory"
+    _, G = _check(op, _of_width(x, params.w_q), x, x, params, num_heads, num_kv_heads)
+    k, v = _keys_and_values(x, params, G, check_dtype(op, x=x), norm_eps)
+    return KVCache(Buffer(k, v, 0), 0).appended(k, v)
+
+
 @explain_keywords
 @quiet
 def multi_head_decode(
     x: Array, params: MultiHeadParams, num_heads: int, past: KVCache | None = None, *, num_kv_heads: int | None = None,
     mask: Pairs = None, bias: Pairs = None, scale: float | None = None, softcap: float | None = None,
     sink: Array | None = None, rotary: Rotary | None = None, positions: object = None, norm_eps: float = 1e-6,
-    implementation: str = "dense",
+    implementation: str = "dense", cross: bool = False,
 ) -> tuple[Array, KVCache]:  # fmt: skip
     """Self-attention of L more tokens, which see those of ``past`` and themselves, without computing the past again.
 
+    With mask=None all L tokens see each other, later ones too: for a causal model give a mask wherever L > 1.
+
     x : (..., L, M); past : what the call before returned, None at the start
+    cross : attention to a memory: ``past`` is what `multi_head_memory` returned, and nothing is added to it
     mask, bias : for scores (..., H, L, S) with the S keys of ``past`` and of x, as mask=causal(align="bottom_right")
     positions : integers (L,), or one row a sequence, for ``rotary``; counted on from the number of tokens in ``past``
     Returns out (..., L, M_out) and the cache with these tokens. It has no backward. Raises TypeError, ValueError.
     """
     op = "multi_head_decode"
     check_one_of(op, "implementation", implementation, IMPLEMENTATIONS)
-    H, G = _check(op, x, x, x, params, num_heads, num_kv_heads)
+    others = _of_width(x, params.w_k) if cross else x
+    H, G = _check(op, x, others, others, params, num_heads, num_kv_heads)
     computing = check_dtype(op, x=x)
-    q, k, v = (
-        split_heads(project(x, w, b, computing), heads)  # (1), (2), (3)
-        for w, b, heads in ((params.w_q, params.b_q, H), (params.w_k, params.b_k, G), (params.w_v, params.b_v, G))
-    )
+    q = split_heads(project(x, params.w_q, params.b_q, computing), H)  # (1)
     q, _ = _norm(q, params.q_norm, norm_eps)  # (4)
-    k, _ = _norm(k, params.k_norm, norm_eps)  # (4)
-    if past is None:
-        past = KVCache(Buffer(k, v, 0), 0)
-    check_class(op, "past", past, KVCache, ", from multi_head_decode")
-    for name, old, new in (("keys", past.k, k), ("values", past.v, v)):
+    k, v = _keys_and_values(others[..., :0, :] if cross else x, params, G, computing, norm_eps)  # (2), (3), (4)
+    kept: Any = KVCache(Buffer(k, v, 0), 0) if past is None and not cross else past
+    check_class(op, "past", kept, KVCache, f", from {'multi_head_memory' if cross else op}")
+    for name, old, new in (("keys", kept.k, k), ("values", kept.v, v)):
         if (*old.shape[:-2], old.shape[-1], old.dtype) != (*new.shape[:-2], new.shape[-1], new.dtype):
             got, expected = f"{name} of shape {old.shape}, {old.dtype}", (*new.shape[:-2], "any", new.shape[-1])
             raise ValueError(f"{op}: past has {got}, expected {expected}, {new.dtype}: fixed by x")
-    if positions is None:
-        positions = np.arange(past.length, past.length + x.shape[-2])
-    elif rotary is None:
+    if rotary is None and positions is not None:
         raise ValueError(f"{op}: got positions without rotary, expected rotary, too: masks have their own positions")
-    q, _ = _turn(op, "positions", q, positions, rotary)  # (5)
-    k, _ = _turn(op, "positions", k, positions, rotary)  # (5)
-    past = past.appended(k, v)
+    if not cross:
+        positions = np.arange(kept.length, kept.length + x.shape[-2]) if positions is None else positions
+        q, _ = _turn(op, "positions", q, positions, rotary)  # (5)
+        k, _ = _turn(op, "positions", k, positions, rotary)  # (5)
+        kept = kept.appended(k, v)
+    elif rotary is not None:
+        raise ValueError(f"{op}: got rotary and cross=True, expected rotary=None: a memory has no positions here")
     forward, _ = IMPLEMENTATIONS[implementation]
     options = {"bias": _computed("bias", bias, x.dtype, computing), "sink": _computed("sink", sink, x.dtype, computing)}
-    o, _ = forward(q, past.k, past.v, mask=mask, scale=scale, softcap=softcap, **options)  # (6)
+    o, _ = forward(q, kept.k, kept.v, mask=mask, scale=scale, softcap=softcap, **options)  # (6)
     out = project(merge_heads(o), params.w_o, params.b_o, computing)  # (7), (8)
-    return out.astype(x.dtype, copy=False), past
+    return out.astype(x.dtype, copy=False), kept
 
 
 __all__ = [
@@ -363,4 +399,5 @@ __all__ = [
     "multi_head_backward",
     "multi_head_decode",
     "multi_head_forward",
+    "multi_head_memory",
 ]

@@ -23,6 +23,8 @@ from npattn.ops.recurrent import (
     check_recurrent,
     first_state,
     input_gradient,
+    product_with,
+    reached,
     states_before,
     swap_steps,
     weight_gradients,
@@ -70,11 +72,12 @@ def rnn_forward(
     """
     check_one_of("rnn", "nonlinearity", nonlinearity, ("tanh", "relu"))
     valid, computing = check_recurrent("rnn", x, {"h0": h0}, params, RNNParams, 1, lengths)
-    B, N = len(x), params.w_h.shape[0]
+    (B, T, _), N = x.shape, params.w_h.shape[0]
     states = all_steps(x, params.w_x, params.b, computing)  # (1)
-    w_h, h, z = params.w_h.astype(computing, copy=False), first_state(h0, B, N, computing), np.empty((B, N), computing)
+    times_w_h, h = product_with(params.w_h.astype(computing, copy=False), B, T), first_state(h0, B, N, computing)
     for t, h_t in enumerate(states):  # h_t holds a_t at first
-        z = np.add(h_t, np.matmul(h, w_h, out=z), out=z)  # (2)
+        z = times_w_h(h)
+        z += h_t  # (2)
         new = np.tanh(z, out=h_t) if nonlinearity == "tanh" else select(~(z.real <= 0), z)  # (3); a NaN is passed on
         if valid is not None:
             new, h = select(valid[:, t], new), np.where(valid[:, t], new, h)
@@ -97,17 +100,19 @@ def rnn_backward(dh: Array, cache: RNNCache, dh_last: Array | None = None) -> RN
     if dh_last is not None:
         dh_last = check_cotangent("rnn", "dh_last", dh_last, (B, N), c.x.dtype, computing)
     carry = first_state(dh_last, B, N, computing)
-    back_h = np.ascontiguousarray(swap(params.w_h.astype(computing, copy=False)))  # products with few rows read it faster
+    times_back_h = product_with(swap(params.w_h.astype(computing, copy=False)), B, T)
     h, dz, slope = by_step(h, computing), np.empty((T, B, N), computing), np.empty((B, N), computing)
+    finite = bool(np.isfinite(h).all())
     for t in reversed(range(T)):
         if c.nonlinearity == "tanh":
             np.subtract(1, np.square(h[t], out=slope), out=slope)
         else:
             slope = np.where(h[t].real > 0, computing.type(1), 0 * h[t])  # NaN is passed on
         now, d = None if c.valid is None else c.valid[:, t], np.add(dh[:, t], carry, out=dz[t])
-        d *= slope  # (3)
-        d[...] = select(now, d)
-        back = np.matmul(d, back_h, out=carry if now is None else None)  # (2)
+        if now is not None:
+            d[...] = select(now, d)
+        d *= slope if finite else select(reached(d), slope)  # (3); NaN of a step that no gradient reaches stays there
+        back = times_back_h(d)  # (2)
         carry = back if now is None else np.where(now, back, carry)
     grads = RNNParams(
         weight_gradients(by_step(c.x, computing), dz, params.w_x),  # (1)
