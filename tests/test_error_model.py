@@ -33,6 +33,11 @@ BOTH = ("dense", "blockwise")  # of this package
 # --- truth, kernels and units -----------------------------------------------------------------------------------------
 
 
+NO_BETTER = pytest.mark.skipif(
+    np.finfo(np.longdouble).nmant <= np.finfo(np.float64).nmant, reason="longdouble is no better here"
+)
+
+
 def run(problem, implementation):
     """Outputs and gradients by name."""
     forward, backward = IMPLEMENTATIONS[implementation]
@@ -327,6 +332,19 @@ def test_rounding_that_all_scores_of_a_row_share_does_not_cancel_beside_a_sink(d
     assert rms(found) <= TIGHT_RMS
 
 
+@NO_BETTER
+def test_the_errors_of_a_slope_and_of_what_it_is_multiplied_by_are_multiplied_too():
+    """Both are smaller than a unit of float64: 1 - p = 4e-18 beside a sink, and 1 - t^2 = 3e-17. Found by drawing."""
+    rng = np.random.default_rng(0)
+    q, k = np.ones((1, 1, 1)), np.full((1, 1, 1), -590.0)
+    v, dout = 100 * rng.standard_normal((2, 1, 1, 16))
+    problem = problem_of(q, k, v, dout, {"scale": 1.0, "softcap": 30.0, "sink": np.array([-70.0])})
+    right, predicted = reference(problem, np.longdouble)
+    for implementation in BOTH:
+        off = units(KERNELS[implementation](problem), right, predicted(rigorous=False))
+        assert off["q"].max() <= TIGHT_MAX, implementation
+
+
 def test_sigma_holds_for_sums_of_terms_that_stand_beside_their_like():
     """All keys of a sequence may have one gradient, of any sign: so many equal terms, and then others."""
     rng, rounding, found = np.random.default_rng(0), Rounding(False, 2.0**-24, 0.0), []
@@ -412,7 +430,7 @@ def test_predict_modifies_nothing(rigorous):
     assert alone[2:] == (None,) * 5
 
 
-@pytest.mark.skipif(np.finfo(np.longdouble).nmant <= np.finfo(np.float64).nmant, reason="longdouble is no better here")
+@NO_BETTER
 @pytest.mark.parametrize("family", ["normal", "x5", "V mean", "near-tie"])
 def test_float64_against_longdouble(family):
     for options in ((), OPTION_SETS[-1]):

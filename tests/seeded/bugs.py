@@ -3,6 +3,7 @@
 Written from what the bug is, before verify was asked. Some name what verify has no name for: they count as not named.
 """
 
+from .blocks import Block, layer_norm, rotary
 from .dense import Dense
 from .layers import multi_head, rnn
 from .tiled import Tiled
@@ -74,5 +75,21 @@ BUGS = {
     rnn: {
         "R19 last state read at step -1": ("10", "h_last is 0 where the length is 0", "step -1"),
         "state goes on after the length": ("10", "state goes on after the length"),
+    },
+    layer_norm: {
+        "divided by the standard deviation and eps": ("5", "eps outside of the root"),
+        "the second mean without the weight": ("7", "g missing in the mean of dn n"),
+        "weights of the last sequence": ("7", "of the last sequence"),
+    },
+    rotary: {
+        "frequencies of the whole width": ("8", "frequencies over D"),
+        "positions from 1": ("8", "positions begin at 1"),
+        "turned forwards in the backward": ("7", "the backward turns forwards"),
+    },
+    Block: {
+        "scale of the model's width": ("5", "scale of the model's width"),
+        "the second sum begins behind the norm": ("1", "the residual connection begins behind the norm"),
+        "the gradient through the values is lost": ("7", "the gradient of the values is missing"),
+        "the second sum is forgotten in the backward": ("7", "the residual connection is missing in the backward"),
     },
 }  # fmt: skip

@@ -22,6 +22,7 @@ from oracles import (
     relu_loops,
     rnn_loops,
     rotary_loops,
+    sigmoid_loops,
     silu_loops,
     softmax_loops,
 )
@@ -268,6 +269,7 @@ LOOPS = {  # the outputs by the loops of the oracles, and of all but multi_head 
     "layer_norm": partial(norm_of_loops, centred=True),
     "rms_norm": partial(norm_of_loops, centred=False),
     "silu": elementwise(silu_loops),
+    "sigmoid": elementwise(sigmoid_loops),
     "gelu": elementwise(gelu_loops),
     "relu": elementwise(relu_loops),
     "squared_relu": elementwise(relu_loops, power=2),

@@ -18,7 +18,7 @@ from npattn.verify.ops.norms import LAYER_NORM, RMS_NORM
 from npattn.verify.ops.relu import RELU, SQUARED_RELU
 from npattn.verify.ops.rnn import RNN
 from npattn.verify.ops.rotary import ROTARY
-from npattn.verify.ops.silu import SILU
+from npattn.verify.ops.silu import SIGMOID, SILU
 from npattn.verify.ops.softmax import SOFTMAX
 
 ALL = (
@@ -29,6 +29,7 @@ ALL = (
     LSTM,
     SOFTMAX,
     SILU,
+    SIGMOID,
     ROTARY,
     LAYER_NORM,
     RMS_NORM,

@@ -74,7 +74,7 @@ def _block(
     options: dict[str, Any] = {"num_heads": H, **({"num_kv_heads": G} if G != H else {}), **config}
     if norm != "layer":
         options["norm"] = norm
-    ends = L - np.arange(B) % 3
+    ends = np.maximum(L - np.arange(B) % 3, 1)  # a query without keys is a matter of multi_head
     inside = np.arange(L) < ends[:, None]
     if mask == "array":
         options["mask"] = (rng.random((B, 1, L, L)) < 0.6) | np.eye(L, dtype=bool)
@@ -88,7 +88,7 @@ def _block(
         if mask == "array":
             options["cross_mask"] = (rng.random((B, 1, L, S)) < 0.6) | (np.arange(S) == 0)
         elif mask:
-            options["cross_mask"] = np.arange(S) < (S - np.arange(B) % 3)[:, None, None, None]
+            options["cross_mask"] = np.arange(S) < np.maximum(S - np.arange(B) % 3, 1)[:, None, None, None]
         return Problem(Op.known[op], {"x": x, "memory": memory, "params": params}, options, {"dy": dy})
     return Problem(Op.known[op], {"x": x, "params": params}, options, {"dy": dy})
 
@@ -259,7 +259,8 @@ def _sublayer_backward(x: Any, name: str, dy: Array, found: Values) -> Any:
         return grads["dx"]
 
     if getattr(x, f"{name} pre_norm"):
-        dn = through_norm(_inner_backward(x, name, x.keep(f"{name} da", lambda: dy), found))
+        inner = _inner_backward(x, name, x.keep(f"{name} da", lambda: dy), found)
+        dn = through_norm(x.keep(f"{name} dn", lambda: inner))
         skip = x.keep(f"{name} skip in the backward", lambda: dy)
         return x.sum_of_two(f"{name} d", skip, dn)
     ds = through_norm(x.keep(f"{name} d out", lambda: dy))
@@ -288,6 +289,9 @@ def _inner_backward(x: Any, name: str, da: Array, found: Values) -> Any:
 def _of_sublayer(name: str) -> dict[str, Mistake]:
     return {
         f"{name}: the residual connection is missing": {f"{name} skip": zero, f"{name} skip in the backward": zero},
+        f"{name}: the residual connection begins behind the norm": {
+            f"{name} skip": lambda x, v: getattr(x, f"{name} input"), f"{name} dn": lambda x, dn: dn + getattr(x, f"{name} da"),
+            f"{name} skip in the backward": lambda x, d: 0 * d if x.pre_norm else d},
         f"{name}: the residual connection is missing in the backward": {f"{name} skip in the backward": zero},
         f"{name}: the residual connection twice": {
             f"{name} skip": lambda x, v: 2 * v, f"{name} skip in the backward": lambda x, v: 2 * v},

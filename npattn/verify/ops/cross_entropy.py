@@ -148,7 +148,8 @@ def _possible(row: dict[str, str]) -> bool:
     inputs = row.get("inputs", "normal")
     if one and (row.get("mask", "none") != "none" or inputs.startswith("row")):
         return False
-    return row.get("memory") != "strides of 0" or row.get("mask") != "NaN behind"  # the row that all have may be NaN
+    # With strides of 0 all sequences have the logits and targets of the first, where its mask may be another.
+    return row.get("memory") != "strides of 0" or row.get("mask") not in ("NaN behind", "-100 behind")
 
 
 SPACE = space(

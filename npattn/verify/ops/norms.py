@@ -157,6 +157,19 @@ def _mean(x: Any, name: str, terms: Array, count: Any = None) -> None:
     x.rounded(name, lambda: getattr(x, f"sum for {name}") / n)
 
 
+def _other_order(x: Any, _: Array) -> Array:
+    """What the mean subtracted last leaves of a large mean of x, as dc - mean(dc) with dc = r (dn - n mean(dn n)).
+
+    The rounding of the mean is the same in all n of a token, so that mean(n) = d is not 0. In this order dx is wrong by
+    r d n mean(dn), and in that of the stages by r d (mean(dn n) + n mean(dn)), which may be 0 where the former is not. torch
+    multiplies x and its mean by r mean(dn n), each by itself, and both are rounded.
+    """
+    of_sum = x.rounding.rounding_of_sum(x.x[0], x.axis) / np.asarray(x.x[0] + 0 * x.mean[0]).size * x.mean[0].size
+    d = x.r[0] * np.hypot(of_sum, x.unit * x.mean[0])
+    apart = 2 * x.unit * x.r[0] * getattr(x, "mean of dn n")[0] * x.x[0] * (x.mean[0] != 0)
+    return np.asarray(np.hypot(d * x.n[0] * getattr(x, "mean of dn")[0], apart))
+
+
 def _over_tokens(x: Any, name: str, terms: Array, tokens: tuple[int, ...]) -> None:
     if tokens:
         x.total(name, terms, tokens)
@@ -179,13 +192,15 @@ def backward(x: Any, op: str) -> None:
     x.rounded("dn n", lambda: x.dn * x.n)  # (5)
     _mean(x, "mean of dn n", getattr(x, "dn n"), x.count)
     x.rounded("pull", lambda: x.n * (x.slope * getattr(x, "mean of dn n")))  # (4), (3)
-    x.sum_of_two("inner", x.dn, -x.pull)
-    x.rounded("dc", lambda: x.r * x.inner)
     if op == LAYER:
-        _mean(x, "mean of dc", x.dc)
-        x.sum_of_two("both", x.dc, -getattr(x, "mean of dc"))  # (2), (1)
+        _mean(x, "mean of dn", x.dn)  # (2), (1)
+        x.sum_of_two("centred", x.dn, -getattr(x, "mean of dn"))
     else:
-        x.keep("both", lambda: x.dc)
+        x.keep("mean of dn", lambda: 0 * x.r)
+        x.keep("centred", lambda: x.dn)
+    x.sum_of_two("inner", x.centred, -x.pull)
+    x.keep("either", lambda: x.inner, partial(_other_order, x))
+    x.rounded("both", lambda: x.r * x.either)
     x.keep("dx", lambda: np.where(x.alive, x.both, 0))
 
 
@@ -272,15 +287,14 @@ _BOTH: dict[str, Mistake] = {
     **{f"{n} without a gradient": {f"d{n}": zero} for n in ("x", "g", "b")},
 }  # fmt: skip
 _OF_LAYER: dict[str, Mistake] = {
-    "mean not subtracted": {"mean": zero, "mean of dc": zero},
+    "mean not subtracted": {"mean": zero, "mean of dn": zero},
     **{f"mean rounded to {n}": {"mean": _rounded_to(n)} for n in ("float16", "bfloat16")},
-    "mean of dn without g": {"mean of dc": lambda x, _: (x.r * x.dy).mean(-1, keepdims=True)},
+    "mean of dn without g": {"mean of dn": lambda x, _: x.dy.mean(-1, keepdims=True)},
     "variance as the mean of squares less the square of the mean": {"var": _low_moments},
     "variance about 0": {"var": lambda x, var: var + x.mean**2,
-                         "pull": lambda x, _: x.x * x.r * getattr(x, "mean of dn n"),
-                         "mean of dc": lambda x, _: (x.r * x.dn).mean(-1, keepdims=True)},
-    "mean taken as a constant": {"mean of dc": zero},
-    "sum of dn, not its mean": {"mean of dc": times(lambda x: x.x.shape[-1])},
+                         "pull": lambda x, _: x.x * x.r * getattr(x, "mean of dn n")},
+    "mean taken as a constant": {"mean of dn": zero},
+    "sum of dn, not its mean": {"mean of dn": times(lambda x: x.x.shape[-1])},
 }  # fmt: skip
 _OF_RMS: dict[str, Mistake] = {
     "mean subtracted, as layer norm does": {

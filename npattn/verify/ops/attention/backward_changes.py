@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from npattn.ops.checks import Array
+from npattn.verify.op import Change
 from npattn.verify.ops.attention.changes import (
+    CHANGES,
     MAKES,
     MOVES,
     TILES,
@@ -220,6 +222,11 @@ def _(n: int) -> None:
         f"dq of the last tile of {n} keys alone": lambda x, _: x.scale
         * (x.dcap[..., _last(x.S, n)] @ x.kh[..., _last(x.S, n), :]),
         f"dq of the last tile of {n} queries is written too early": lambda x, _: _written_early(x.dq, n),
+    }, tile=n)  # fmt: skip
+    first = f"keys and values of the first {n} for every tile, where the weights are right"
+    CHANGES[first] = Change(first, {
+        "dp": lambda x, _: where(x.allowed, x.do @ swap(tiled(x.vh, n, 2))) * x.drop,
+        "dq": lambda x, _: x.scale * over_allowed(x.dcap, tiled(x.kh, n, 2), x.allowed),
     }, tile=n)  # fmt: skip
     add("allowed", {
         f"the last {n} queries or less, a partial tile, are left out": lambda x, _: x.allowed & (rows_of(x) < x.L // n * n),

@@ -421,12 +421,14 @@ def _dbias(x: Call, ds: Dscores, mean: Mean, dbias: Array) -> Array:
 def _dproducts(x: Call, s: Scores, ds: Dscores) -> Dscores:
     """(2): e_s before the products with q and k.
 
-    e_s = e_s slope (+) ds slope_error (+) 2 unit ds,  slope_error = 2 |t| (e_t (+) 4 unit t)             with a softcap
+    e_s = e_s (slope + slope_error) (+) ds slope_error (+) 2 unit ds,  slope_error = 2 |t| (e_t (+) 4 unit t)    with a softcap
     e_s = e_s (+) low(ds)
+
+    Beside a sink ds and the slope may both be smaller than a unit: then the product of their errors is all that there is.
     """
     r, (value, error) = x.rounding, ds
     if x.c.softcap is not None:
-        error = select(x.allowed, r.add(error * s.slope, value * s.slope_error, 2 * r.unit * value))
+        error = select(x.allowed, r.add(error * (s.slope + s.slope_error), value * s.slope_error, 2 * r.unit * value))
         value = value * s.slope
     return Dscores(value, r.add(error, x.stored(x.low.dscores, value)))
 
