@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from npattn import convert
 from npattn.models.blocks import DecoderBlockParams, EncoderBlockParams
 from npattn.models.transformer import DecoderParams, EncoderParams
@@ -35,15 +33,6 @@ def _above(state: Mapping[str, Array], prefix: str) -> dict[str, Array]:
     return {f"{prefix}{name}": x for name, x in state.items()}
 
 
-def _norm_from_torch(state: Mapping[str, Any]) -> NormParams:
-    both = (state.get(name) for name in ("weight", "bias"))
-    return NormParams(*(x if x is None else np.asarray(x.detach() if hasattr(x, "detach") else x) for x in both))
-
-
-def _norm_to_torch(params: NormParams) -> dict[str, Array]:
-    return {name: x for name, x in zip(("weight", "bias"), params, strict=True) if x is not None}
-
-
 def _feed_forward_from_torch(state: Mapping[str, Any]) -> FeedForwardParams:
     first, second = (convert.linear_from_torch(state, prefix=f"linear{n}.") for n in (1, 2))
     return FeedForwardParams(first.w, second.w, first.b, second.b)
@@ -60,7 +49,7 @@ def encoder_block_from_torch(state: Mapping[str, Any], *, prefix: str = "") -> E
     """The state dict of a torch.nn.TransformerEncoderLayer. Raises TypeError, ValueError."""
     s = _below(state, prefix)
     attention = convert.multi_head_from_torch(_below(s, "self_attn."))
-    norms = [_norm_from_torch(_below(s, f"norm{n}.")) for n in (1, 2)]
+    norms = [convert.norm_from_torch(s, prefix=f"norm{n}.") for n in (1, 2)]
     return EncoderBlockParams(attention, norms[0], _feed_forward_from_torch(s), norms[1])
 
 
@@ -69,7 +58,8 @@ def encoder_block_to_torch(params: EncoderBlockParams, *, prefix: str = "") -> d
     check_class("encoder_block_to_torch", "params", params, EncoderBlockParams)
     state = {
         **_above(convert.multi_head_to_torch(params.attention), "self_attn."), **_feed_forward_to_torch(params.feed_forward),
-        **_above(_norm_to_torch(params.attention_norm), "norm1."), **_above(_norm_to_torch(params.feed_forward_norm), "norm2."),
+        **convert.norm_to_torch(params.attention_norm, prefix="norm1."),
+        **convert.norm_to_torch(params.feed_forward_norm, prefix="norm2."),
     }  # fmt: skip
     return _above(state, prefix)
 
@@ -78,7 +68,7 @@ def decoder_block_from_torch(state: Mapping[str, Any], *, prefix: str = "") -> D
     """The state dict of a torch.nn.TransformerDecoderLayer. Raises TypeError, ValueError."""
     s = _below(state, prefix)
     attention, cross = (convert.multi_head_from_torch(_below(s, f"{name}.")) for name in ("self_attn", "multihead_attn"))
-    norms = [_norm_from_torch(_below(s, f"norm{n}.")) for n in (1, 2, 3)]
+    norms = [convert.norm_from_torch(s, prefix=f"norm{n}.") for n in (1, 2, 3)]
     return DecoderBlockParams(attention, norms[0], cross, norms[1], _feed_forward_from_torch(s), norms[2])
 
 
@@ -89,7 +79,7 @@ def decoder_block_to_torch(params: DecoderBlockParams, *, prefix: str = "") -> d
     state = {
         **_above(convert.multi_head_to_torch(params.attention), "self_attn."),
         **_above(convert.multi_head_to_torch(params.cross), "multihead_attn."), **_feed_forward_to_torch(params.feed_forward),
-        **{n: x for i, norm in enumerate(norms, 1) for n, x in _above(_norm_to_torch(norm), f"norm{i}.").items()},
+        **{n: x for i, norm in enumerate(norms, 1) for n, x in convert.norm_to_torch(norm, prefix=f"norm{i}.").items()},
     }  # fmt: skip
     return _above(state, prefix)
 
@@ -117,12 +107,12 @@ def decoder_to_torch(params: DecoderParams, *, prefix: str = "") -> dict[str, Ar
 def _stack(state: Mapping[str, Any], block: Callable[..., Any]) -> tuple[tuple[Any, ...], NormParams | None]:
     count = 1 + max((int(name.split(".")[1]) for name in state if name.startswith("layers.")), default=-1)
     blocks = tuple(block(state, prefix=f"layers.{n}.") for n in range(count))
-    return blocks, _norm_from_torch(_below(state, "norm.")) if "norm.weight" in state else None
+    return blocks, convert.norm_from_torch(state, prefix="norm.") if "norm.weight" in state else None
 
 
 def _stack_to_torch(params: Any, block: Callable[..., dict[str, Array]]) -> dict[str, Array]:
     state = {n: x for i, p in enumerate(params.blocks) for n, x in block(p, prefix=f"layers.{i}.").items()}
-    return state if params.norm is None else {**state, **_above(_norm_to_torch(params.norm), "norm.")}
+    return state if params.norm is None else {**state, **convert.norm_to_torch(params.norm, prefix="norm.")}
 
 
 __all__ = [

@@ -236,3 +236,20 @@ def test_a_wrong_gradient_is_caught():
     with pytest.raises(GradcheckError):
         check_model(lambda x, params: encoder_block_forward(x, params, Config(H, G)), backward,
               {"x": normal(0, B, L, M), "params": encoder_params()}, ("params.attention.b_k",), "complex")  # fmt: skip
+
+
+def test_a_sublayer_has_the_width_of_what_it_is_added_to():
+    p = encoder_params()
+    for width in (1, M - 2):
+        wrong = p._replace(attention=p.attention._replace(w_o=normal(0, H * E, width), b_o=None))
+        with pytest.raises(ValueError, match=f"a sublayer gives vectors of width {width}, expected M={M}"):
+            encoder_block_forward(normal(1, B, L, M), wrong, Config(H, G))
+    with pytest.raises(TypeError, match="encoder_block: config is a dict, expected npattn"):
+        encoder_block_forward(normal(1, B, L, M), p, {"num_heads": H})
+
+
+def test_norms_of_queries_and_keys_have_the_eps_of_the_config():
+    x, p = 1e-3 * normal(1, B, L, M), encoder_params()
+    p = p._replace(attention=p.attention._replace(q_norm=NormParams(np.ones(D)), k_norm=NormParams(np.ones(D))))
+    outputs = [encoder_block_forward(x, p, Config(H, G, norm_eps=eps))[1].attention.inner.attention.q for eps in (1e-6, 1.0)]
+    assert np.abs(outputs[1]).max() < 0.9 * np.abs(outputs[0]).max()

