@@ -4,9 +4,11 @@
     python -m benchmarks multihead     a layer, and torch's nn.MultiheadAttention
     python -m benchmarks rnn           the recurrent layer, and torch.nn.RNN
     python -m benchmarks decode        a few queries against a long cache
+    python -m benchmarks models        a step of training, encoding and decoding, beside torch and transformers
     python -m benchmarks memory        what a call needs beyond its inputs and outputs
     python -m benchmarks scaling       time against L^2, memory against L
     python -m benchmarks accuracy      errors of both kernels in sigma
+    python -m benchmarks tasks         what models learn in 15 minutes each: hours, and only where it is asked for
 
 Without a verb all of them, which takes an hour; with --quick the first four, in 5 minutes at most. Where other work keeps the
 processors busy nothing is measured. NumPy is imported after the number of threads is set.
@@ -26,7 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-VERBS = ("attention", "multihead", "rnn", "decode", "memory", "scaling", "accuracy")
+VERBS = ("attention", "multihead", "rnn", "decode", "models", "memory", "scaling", "accuracy")
 QUICK = {"attention": 0.6, "multihead": 0.8, "rnn": 0.9, "decode": 1.0}  # without a verb; when each has to be done
 LIMIT = 270.0  # seconds of --quick for all rows to begin; the last one and the start take the rest of 5 minutes
 
@@ -35,7 +37,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("verb", nargs="?", choices=VERBS, help="all of them unless given")
+    parser.add_argument("verb", nargs="?", choices=(*VERBS, "tasks"), help="all of them unless given")
     parser.add_argument("--quick", action="store_true", help="fewer rows, and fewer rounds: at most 5 minutes")
     parser.add_argument("--busy", action="store_true", help="measure although other work keeps the processors busy")
     parser.add_argument(
@@ -148,7 +150,7 @@ def run(
     verb: str, given: argparse.Namespace, results: dict[str, Any], done: Callable[[dict[str, Any]], None], until: float
 ) -> None:
     """One verb; ``done`` gets its rows as soon as they are there. until : when the last row has to begin, by time.monotonic"""
-    from benchmarks import accuracy, attention, company, decode, harness, memory, multihead, rnn, scaling
+    from benchmarks import accuracy, attention, company, decode, harness, memory, models, multihead, rnn, scaling, tasks
     from benchmarks.cases import Case
 
     size = "tiny" if given.tiny else "quick" if given.quick else "full"
@@ -172,7 +174,8 @@ def run(
         print()
         accuracy.main(size != "full", lambda row: done({"verb": "accuracy", "name": row["inputs"], **row}))
     else:
-        module: Any = {"multihead": multihead, "rnn": rnn, "scaling": scaling, "decode": decode}[verb]
+        module: Any = {"multihead": multihead, "rnn": rnn, "scaling": scaling, "decode": decode, "models": models,
+                       "tasks": tasks}[verb]  # fmt: skip
         module.run(size, plan, text, done)
 
 
@@ -196,7 +199,7 @@ def summarize(given: argparse.Namespace, results: dict[str, Any], commands: list
     rows, facts = results["results"], results["environment"]
     found = targets.targets(rows, machine.vendor(facts["processor"]) == "Intel")
     results["targets"] = targets.as_rows(found)
-    asked = [(next((word for word in words if word in VERBS), ""), words) for words in map(shlex.split, commands)]
+    asked = [(next((word for word in words if word in (*VERBS, "tasks")), ""), words) for words in map(shlex.split, commands)]
     if any(verb in ("", "attention") and "--only" not in words for verb, words in asked):
         targets.show(found)
     elif any(t.values for t in found):
