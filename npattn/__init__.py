@@ -28,16 +28,12 @@ multihead; activations, feed_forward, embedding, cross_entropy, rnn, gru, lstm; 
 
 from npattn.gradients import GradcheckError, gradcheck, hessian_vector_product
 from npattn.ops.activations import (
+    ActivationGrads,
     GeluCache,
-    GeluGrads,
     ReluCache,
-    ReluGrads,
     SigmoidCache,
-    SigmoidGrads,
     SiluCache,
-    SiluGrads,
     SquaredReluCache,
-    SquaredReluGrads,
     gelu,
     gelu_backward,
     gelu_forward,
@@ -99,13 +95,13 @@ from npattn.ops.multihead import (
     multi_head_backward,
     multi_head_decode,
     multi_head_forward,
+    multi_head_memory,
 )
 from npattn.ops.norms import (
     LayerNormCache,
-    LayerNormGrads,
+    NormGrads,
     NormParams,
     RMSNormCache,
-    RMSNormGrads,
     layer_norm,
     layer_norm_backward,
     layer_norm_forward,
@@ -140,7 +136,18 @@ from npattn.ops.softmax import (
 
 __version__ = "0.2.0"
 
+
+def __getattr__(name: str) -> object:
+    """`pipeline` is imported when it is asked for: the ops do not need models."""
+    if name == "pipeline":
+        from npattn.applications import pipeline
+
+        return pipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
+    "ActivationGrads",
     "Alibi",
     "AttentionCache",
     "AttentionGrads",
@@ -158,14 +165,12 @@ __all__ = [
     "GRUGrads",
     "GRUParams",
     "GeluCache",
-    "GeluGrads",
     "GradcheckError",
     "KVCache",
     "LSTMCache",
     "LSTMGrads",
     "LSTMParams",
     "LayerNormCache",
-    "LayerNormGrads",
     "LinearCache",
     "LinearGrads",
     "LinearParams",
@@ -178,26 +183,22 @@ __all__ = [
     "MultiHeadCache",
     "MultiHeadGrads",
     "MultiHeadParams",
+    "NormGrads",
     "NormParams",
     "RMSNormCache",
-    "RMSNormGrads",
     "RNNCache",
     "RNNGrads",
     "RNNParams",
     "RelativeTable",
     "ReluCache",
-    "ReluGrads",
     "Rotary",
     "RotaryCache",
     "RotaryGrads",
     "SigmoidCache",
-    "SigmoidGrads",
     "SiluCache",
-    "SiluGrads",
     "SoftmaxCache",
     "SoftmaxGrads",
     "SquaredReluCache",
-    "SquaredReluGrads",
     "TiedHeadCache",
     "TiedHeadGrads",
     "alibi_slopes",
@@ -250,6 +251,7 @@ __all__ = [
     "multi_head_backward",
     "multi_head_decode",
     "multi_head_forward",
+    "multi_head_memory",
     "packed",
     "query_lengths",
     "relu",

@@ -17,7 +17,7 @@ from npattn.verify import CASES, CASES_OF, load, verify
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
-SOURCES = [path for path in sorted(ROOT.glob("npattn/**/*.py")) if ">>>" in path.read_text()]
+SOURCES = [path for path in sorted(ROOT.glob("npattn/**/*.py")) if re.search(r"^ *>>> ", path.read_text(), re.M)]
 MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES]
 FEW = ("plain", "causal top_left", "G < H", "E != D")  # of the cases: all of them would take long
 

@@ -11,6 +11,7 @@ PACKAGE = Path(npattn.__file__).parent
 ORDER = [
     "ops.checks",
     "ops.edge",
+    "ops.rows",
     "ops.allowed",
     "ops.heads",
     "ops.pairs",
@@ -43,9 +44,21 @@ ORDER = [
     "ops.lstm",
     "ops",
     "convert",
+    "models.trees",
     "models.config",
     "models.blocks",
     "models.transformer",
+    "models.copying",
+    "models.language",
+    "models.recurrent",
+    "models.encoders",
+    "models.layouts",
+    "models.model",
+    "models.files",
+    "models.tokens",
+    "models.folder",
+    "models.generation",
+    "models.look",
     "models.torch_layout",
     "models",
     "tolerances",
@@ -120,6 +133,23 @@ ORDER = [
     "verify.selftest",
     "verify",
     "verify.peer_page",
+    "training.optimizers",
+    "training.processes",
+    "training.checkpoints",
+    "training.loop",
+    "training.initial",
+    "training.lora",
+    "training.texts",
+    "training.ngram",
+    "training.lm",
+    "training.measures",
+    "training.sentiment",
+    "training.question_answering",
+    "training.text_to_text",
+    "training.translation",
+    "training.summarization",
+    "training",
+    "applications",
     "arguments",
     "cli",
     "__main__",
@@ -161,6 +191,9 @@ def test_all_names_exist_and_are_documented():
         thing = getattr(npattn, name)
         assert thing.__doc__, name
         assert not thing.__doc__.startswith(f"{name}("), f"{name} has the docstring that NamedTuple makes"
+        if f"{name}_forward" in npattn.__all__ and name != "blockwise":  # `help` shows shapes, examples stay in x_forward
+            assert "(..." in thing.__doc__ or "(B, " in thing.__doc__, name
+            assert ">>>" not in thing.__doc__, name
 
 
 def test_attention_reads_as_one_page():
