@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -72,8 +73,34 @@ def reference(p: Problem) -> Values:
     return {"y": y, "dx": backward(p.cotangents["dy"], cache).x}
 
 
-def forward(x: Any, op: str) -> None:
-    """Equations (1) and (2) of `npattn.ops.activations`."""
+def sigmoid_forward(x: Any) -> None:
+    """Equation (1) of `npattn.ops.activations`."""
+    logistic(x)
+    x.keep("y", lambda: x.s)
+
+
+def sigmoid_backward(x: Any) -> None:
+    x.input("dy", x.problem.cotangents["dy"])
+    x.rounded("slope", lambda: x.s * x.t)
+    x.rounded("dx", lambda: x.dy * x.slope)
+
+
+def silu_forward(x: Any) -> None:
+    """Equations (1) and (2)."""
+    logistic(x)
+    x.rounded("y", lambda: _times(x.x, x.s))  # (2)
+
+
+def silu_backward(x: Any) -> None:
+    x.input("dy", x.problem.cotangents["dy"])
+    x.rounded("xt", lambda: _times(x.x, x.t))
+    x.rounded("inner", lambda: 1 + x.xt)
+    x.rounded("slope", lambda: np.where(x.s == 0, 0, x.s * x.inner))
+    x.rounded("dx", lambda: x.dy * x.slope)
+
+
+def logistic(x: Any) -> None:
+    """s of (1), and t = 1 - s."""
     x.input("x", x.problem.inputs["x"])
     x.keep("inside", lambda: x.x)
     x.keep("e", lambda: np.exp(-np.abs(x.inside)), lambda e: EXP_ULPS * x.unit * e + x.rounding.tiny)
@@ -81,21 +108,6 @@ def forward(x: Any, op: str) -> None:
     # If t is computed as 1 - s, as torch does, it has the rounding error of s, but at most all of t is lost.
     x.keep("t", lambda: np.where(x.inside >= 0, x.e, 1) / (1 + x.e),
            lambda t: 2 * x.unit * t + np.minimum(2 * x.unit * x.s[0], t))  # fmt: skip
-    if op == "silu":
-        x.rounded("y", lambda: _times(x.x, x.s))  # (2)
-    else:
-        x.keep("y", lambda: x.s)
-
-
-def backward(x: Any, op: str) -> None:
-    x.input("dy", x.problem.cotangents["dy"])
-    if op == "silu":
-        x.rounded("xt", lambda: _times(x.x, x.t))
-        x.rounded("inner", lambda: 1 + x.xt)
-        x.rounded("slope", lambda: np.where(x.s == 0, 0, x.s * x.inner))
-    else:
-        x.rounded("slope", lambda: x.s * x.t)
-    x.rounded("dx", lambda: x.dy * x.slope)
 
 
 def _times(x: Array, s: Array) -> Array:
@@ -160,14 +172,17 @@ def _candidate(op: str) -> Pair:
     return forward, backward
 
 
-def _op(name: str, mistakes: dict[str, Mistake], likely: tuple[str, ...]) -> Op:
+def _op(
+    name: str, forward: Callable[[Any], None], backward: Callable[[Any], None], mistakes: dict[str, Mistake],
+    likely: tuple[str, ...],
+) -> Op:  # fmt: skip
     return Op(
-        name=name, outputs=("y",), axes={"y": "BHLF", "dx": "BHLF"}, reference=reference, forward=partial(forward, op=name),
-        backward=partial(backward, op=name), truth=by_noise, undefined=no_inner_rounding, changes=changes(mistakes, likely),
+        name=name, outputs=("y",), axes={"y": "BHLF", "dx": "BHLF"}, reference=reference, forward=forward,
+        backward=backward, truth=by_noise, undefined=no_inner_rounding, changes=changes(mistakes, likely),
         cases=_cases(name), candidates={name: partial(_candidate, name)},
         calls=LayerCalls("forward(x) and backward(dy, x)", ()), space=_space(name),
     )  # fmt: skip
 
 
-SILU = _op("silu", _OF_SILU, ("the logistic function alone", "s alone", "1 - y for 1 - s"))
-SIGMOID = _op("sigmoid", _OF_SIGMOID, ("tanh(x) for tanh(x / 2)", "silu", "s alone"))
+SILU = _op("silu", silu_forward, silu_backward, _OF_SILU, ("the logistic function alone", "s alone", "1 - y for 1 - s"))
+SIGMOID = _op("sigmoid", sigmoid_forward, sigmoid_backward, _OF_SIGMOID, ("tanh(x) for tanh(x / 2)", "silu", "s alone"))
