@@ -51,6 +51,9 @@ DELTA_ROUNDING = 3.0
 # row, and a norm or a softmax multiplies their errors by a few.
 MODEL_GRADIENT = 1e-12
 
+# An embedding of a sentence in float32, a vector of length 1, beside that of another implementation: 8 eps of its length.
+SENTENCE = 1e-6
+
 # --- npattn verify -------------------------------------------------------------------------------------------------------
 # An implementation is good if the root mean square of error / sigma over a tensor, and the largest, are at most these. Every
 # honest kernel that accumulates in the inputs' precision is well below (NumPy in float32: 0.7 and 6). The rest is left for

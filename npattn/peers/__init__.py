@@ -79,6 +79,8 @@ PEERS = {
         Peer("torch-rms-norm", "rms_norm", "torch"),
         Peer("torch-silu", "silu", "torch"),
         Peer("jax-silu", "silu", "jax"),
+        Peer("torch-sigmoid", "sigmoid", "torch"),
+        Peer("jax-sigmoid", "sigmoid", "jax"),
         Peer("torch-gelu", "gelu", "torch"),
         Peer("jax-gelu", "gelu", "jax"),
         Peer("onnx-gelu", "gelu", "onnx"),

@@ -98,6 +98,7 @@ ADAPTERS: dict[str, Pair] = {
     "jax": (partial(_attention, _attend), partial(_attention, _pull)),
     "jax-softmax": (_softmax, _softmax_backward),
     "jax-silu": _elementwise(jax.nn.silu),
+    "jax-sigmoid": _elementwise(jax.nn.sigmoid),
     "jax-gelu": _elementwise(_gelu),
     "jax-relu": _elementwise(jax.nn.relu),
     "jax-embedding": (_embedding, _embedding_backward),

@@ -331,6 +331,7 @@ ADAPTERS: dict[str, Pair] = {
     "torch-layer-norm": pair(_layer_norm),
     "torch-rms-norm": pair(_rms_norm),
     "torch-silu": elementwise(torch.nn.functional.silu),
+    "torch-sigmoid": elementwise(torch.sigmoid),
     "torch-gelu": pair(_gelu),
     "torch-relu": elementwise(torch.relu),
     "torch-cross-entropy": pair(_cross_entropy),

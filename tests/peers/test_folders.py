@@ -18,6 +18,7 @@ import safetensors.numpy
 import npattn
 from npattn.models.encoders import TextHeadParams
 from npattn.models.folder import as_tensors, load, save
+from npattn.tolerances import MODEL_GRADIENT
 
 V, M, F, L, S = 53, 24, 40, 9, 7
 LLAMA = {"hidden_size": M, "intermediate_size": F, "num_hidden_layers": 2, "num_attention_heads": 6,
@@ -145,7 +146,7 @@ def same(got, expected):
     largest = max(np.abs(g).max() for g in expected.values())
     assert set(expected) <= set(got)
     for name, g in expected.items():
-        assert np.abs(got[name] - g).max() < 1e-11 * largest, name
+        assert np.abs(got[name] - g).max() < MODEL_GRADIENT * largest, name
 
 
 ENCODERS = [name for name in CASES if "bert" in name]
@@ -167,7 +168,7 @@ def test_the_output_of_an_encoder_and_every_gradient(folder):
         dout *= right[..., None]
         out, expected = out * right[..., None], expected * torch.tensor(right)[..., None]
     expected.backward(torch.tensor(dout))
-    assert np.abs(out - expected.detach().numpy()).max() < 1e-11 * np.abs(out).max()
+    assert np.abs(out - expected.detach().numpy()).max() < MODEL_GRADIENT * np.abs(out).max()
     same(as_tensors(model, model.backward(dout, cache).params),
          {n: p.grad.numpy() for n, p in torch_model.named_parameters() if p.grad is not None})  # fmt: skip
 
@@ -179,8 +180,8 @@ def test_logits_loss_and_every_gradient(folder):
     logits, loss, gradients, counts = loss_of(model)
     torch_model.zero_grad()
     expected, expected_loss, expected_gradients = theirs(torch_model, model.kind)
-    assert np.abs(logits - expected)[counts].max() < 1e-11 * np.abs(expected).max()
-    assert abs(loss - expected_loss) < 1e-11 * loss
+    assert np.abs(logits - expected)[counts].max() < MODEL_GRADIENT * np.abs(expected).max()
+    assert abs(loss - expected_loss) < MODEL_GRADIENT * loss
     same(gradients, expected_gradients)
 
 

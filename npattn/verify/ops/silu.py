@@ -82,7 +82,8 @@ def sigmoid_forward(x: Any) -> None:
 def sigmoid_backward(x: Any) -> None:
     x.input("dy", x.problem.cotangents["dy"])
     x.rounded("slope", lambda: x.s * x.t)
-    x.rounded("dx", lambda: x.dy * x.slope)
+    # Below 0 the product may be below every normal number, which a processor may take for 0, as jax's does.
+    x.keep("dx", lambda: x.dy * x.slope, lambda dx: x.unit * np.abs(dx) + x.rounding.tiny)
 
 
 def silu_forward(x: Any) -> None:
