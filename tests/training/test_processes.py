@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -57,3 +58,15 @@ def test_an_error_in_a_part_is_raised_and_the_others_go_on():
 def test_bad_input():
     with pytest.raises(ValueError, match="number is 0"):
         Processes((W,), loss_and_grads, batches, 0)
+
+
+def test_no_warning_of_a_library_whose_threads_a_fork_leaves_behind(monkeypatch):
+    """jax warns at each fork, from where no test would see it."""
+
+    def fork(real=os.fork):
+        warnings.warn("os.fork() was called.", RuntimeWarning, stacklevel=1)
+        return real()
+
+    monkeypatch.setattr(os, "fork", fork)
+    with Processes(tree_map(shared, (W, None)), loss_and_grads, batches, 2) as parts:
+        assert [tokens for _, _, tokens in parts([1, 2])] == [5, 6]
