@@ -73,8 +73,8 @@ class Processes:
             ours, theirs = context.Pipe()
             process = context.Process(target=self._serve, args=(number, theirs, [*self.pipes, ours]), daemon=True)
             with warnings.catch_warnings():
-                # Python 3.12 and jax warn of threads that a fork leaves behind. BLAS's and npattn's own are prepared for it, and
-                # nothing else is used in these processes.
+                # Python 3.12 and jax warn of threads that a fork leaves behind. BLAS's and npattn's own are prepared for it,
+                # and nothing else is used in these processes.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
                 process.start()

@@ -57,6 +57,14 @@ class Both:
         return lambda get: EncoderModelParams(*bert(get, LAYERS, self.prefix), head(get))
 
 
+def assert_same_step(both, out, logits, loss, grads, head):
+    """logits, loss and grads are those of out, the output of transformers; its backward pass runs here."""
+    assert_same(logits, out.logits.detach().numpy())
+    assert_same(loss, out.loss.detach().numpy())
+    out.loss.backward()
+    assert_same_gradients(grads, both.tree(head), both.model)
+
+
 @ROWS
 def test_states_and_the_pooled_state(family, side):
     both = Both(family, "Model", side)
@@ -92,11 +100,8 @@ def test_masked_tokens(family, side):
     counts = both.inside & (np.arange(L) != 2)
     out = both.run(labels=np.where(counts, TOKENS, -100))
     loss, of_loss = cross_entropy_forward(logits, TOKENS, mask=counts)
-    assert_same(logits, out.logits.detach().numpy())
-    assert_same(loss, out.loss.detach().numpy())
-    out.loss.backward()
-    grads = encoder_model_backward(cross_entropy_backward(np.array(1.0), of_loss).logits, cache).params
-    assert_same_gradients(grads, both.tree(head), both.model)
+    dlogits = cross_entropy_backward(np.array(1.0), of_loss).logits
+    assert_same_step(both, out, logits, loss, encoder_model_backward(dlogits, cache).params, head)
 
 
 @ROWS
@@ -113,11 +118,8 @@ def test_classes_of_texts(family, side):
     logits, cache = encoder_model_forward(both.ids, params, both.config, **given, **both.given)
     out = both.run(labels=labels)
     loss, of_loss = cross_entropy_forward(logits, labels)
-    assert_same(logits, out.logits.detach().numpy())
-    assert_same(loss, out.loss.detach().numpy())
-    out.loss.backward()
-    grads = encoder_model_backward(cross_entropy_backward(np.array(1.0), of_loss).logits, cache).params
-    assert_same_gradients(grads, both.tree(head), both.model)
+    dlogits = cross_entropy_backward(np.array(1.0), of_loss).logits
+    assert_same_step(both, out, logits, loss, encoder_model_backward(dlogits, cache).params, head)
 
 
 @ROWS
@@ -131,11 +133,8 @@ def test_classes_of_tokens(family, side):
     logits, cache = encoder_model_forward(both.ids, params, both.config, inside=both.inside, **both.given)
     out = both.run(labels=np.where(both.inside, labels, -100))
     loss, of_loss = cross_entropy_forward(logits, labels, mask=both.inside)
-    assert_same(logits, out.logits.detach().numpy())
-    assert_same(loss, out.loss.detach().numpy())
-    out.loss.backward()
-    grads = encoder_model_backward(cross_entropy_backward(np.array(1.0), of_loss).logits, cache).params
-    assert_same_gradients(grads, both.tree(head), both.model)
+    dlogits = cross_entropy_backward(np.array(1.0), of_loss).logits
+    assert_same_step(both, out, logits, loss, encoder_model_backward(dlogits, cache).params, head)
 
 
 @ROWS
